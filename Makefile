@@ -1,0 +1,34 @@
+# make demo    set up, build the lab, drive real programs through the gateway
+# make test    set up, run the whole test suite
+# make bench   the benchmark table
+# make check   lint and types only
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+RUN    := $(VENV)/bin/xdpmasq
+
+.PHONY: setup demo test bench check clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml tools/setup
+	tools/setup $(VENV)
+	@touch $@
+
+demo: setup
+	$(RUN) lab demo
+
+test: setup
+	$(PYTHON) -m ruff check xdpmasq tests
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -n auto --dist loadgroup
+
+bench: setup
+	$(RUN) bench
+
+check: setup
+	$(PYTHON) -m ruff check xdpmasq tests
+	$(PYTHON) -m ruff format --check xdpmasq tests
+	$(PYTHON) -m mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
