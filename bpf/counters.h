@@ -1,0 +1,52 @@
+/* Every way a packet can end, and every turn of a session's life worth counting. The enum here and
+ * the names and help texts in Python come from this one list: X(name, "help"). A name's first word tells its
+ * kind: fast_ and slow_ translated, up_ handed by XDP to the slow path, own_ not ours to translate,
+ * drop_ dropped, session_ and mapping_ life cycle.
+ */
+#define COUNTERS(X)                                                                                \
+	X(fast_outbound, "LAN to WAN packets translated by XDP")                                   \
+	X(fast_inbound, "WAN to LAN packets translated by XDP")                                    \
+	X(slow_outbound, "LAN to WAN packets translated by TC")                                    \
+	X(slow_inbound, "WAN to LAN packets translated by TC")                                     \
+	X(slow_icmp_error_outbound, "ICMP errors from inside, translated with their quote")        \
+	X(slow_icmp_error_inbound, "ICMP errors from outside, translated with their quote")        \
+	X(slow_fragment_outbound, "later fragments from inside, translated")                       \
+	X(slow_fragment_inbound, "later fragments from outside, translated")                       \
+	X(up_not_ip, "XDP passed up: not IP, or a truncated header")                               \
+	X(up_not_for_us, "XDP passed up: not addressed to this interface's MAC")                   \
+	X(up_unusual_ip, "XDP passed up: IP options, a fragment, or a length that does not fit")   \
+	X(up_protocol, "XDP passed up: neither TCP nor UDP")                                       \
+	X(up_tcp_flags, "XDP passed up: SYN, FIN or RST, which the slow path follows")             \
+	X(up_ttl, "XDP passed up: TTL ends here")                                                  \
+	X(up_no_flow, "XDP passed up: no session yet, or not ours")                                \
+	X(up_not_armed, "XDP passed up: the flow's next hop is to be confirmed by the kernel")     \
+	X(up_mtu, "XDP passed up: longer than the route's MTU")                                    \
+	X(own_outbound, "the gateway's own or routed packets leaving the WAN untouched")           \
+	X(own_inbound, "packets from the WAN handed to the gateway's own stack")                   \
+	X(own_not_ip, "other protocols than this instance's IP version, untouched")                \
+	X(session_opened, "sessions opened")                                                       \
+	X(session_reopened, "expired sessions opened again in place by their own host")            \
+	X(session_closed, "sessions closed by the reaper")                                         \
+	X(mapping_opened, "mappings opened")                                                       \
+	X(mapping_closed, "mappings closed, their external port put to rest")                      \
+	X(mapping_reclaimed, "expired ports taken back by a packet because the pool was used up")  \
+	X(drop_malformed, "dropped: truncated or contradictory headers")                           \
+	X(drop_source_private, "dropped: would have left the WAN with a private source")           \
+	X(drop_source_foreign, "dropped: a LAN packet whose source is in no internal prefix")      \
+	X(drop_destination_internal, "dropped: from the WAN, addressed to an internal prefix")     \
+	X(drop_protocol, "dropped: a protocol that cannot be translated, from inside")             \
+	X(drop_icmp_type, "dropped: an ICMP type that is not translated, from inside")             \
+	X(drop_icmp_error_no_session, "dropped: an ICMP error from inside about no known session") \
+	X(drop_icmp_error_leak, "dropped: an ICMP error that would have quoted a private address") \
+	X(drop_tcp_no_session, "dropped: a TCP segment from inside that cannot open a session")    \
+	X(drop_tcp_flags, "dropped: TCP flags no sane stack sends")                                \
+	X(drop_fragment_orphan, "dropped: a later fragment from inside before its first")          \
+	X(drop_fragment_tiny, "dropped: a first fragment too short to hold the transport header")  \
+	X(drop_no_external, "dropped: the WAN has no address to masquerade as")                    \
+	X(drop_ports_exhausted, "dropped: no free external port")                                  \
+	X(drop_sessions_full, "dropped: no room for another session")                              \
+	X(drop_session_busy, "dropped: the session was being closed at this very moment")          \
+	X(drop_rewrite, "dropped: the kernel refused to change the packet")
+
+#define COUNTER_ENUM(name, help) COUNT_##name,
+enum counter { COUNTERS(COUNTER_ENUM) COUNTER_MAX };

@@ -1,0 +1,150 @@
+/* Sessions and their two flows: finding one, whether it is alive, what a packet does to it. Only this file and
+ * mapping.h know how the tables are laid out.
+ */
+enum direction { OUTBOUND, INBOUND };
+
+static __always_inline struct flow *session_flow(struct session *s, enum direction direction)
+{
+	return direction == OUTBOUND ? &s->out : &s->in;
+}
+
+static __always_inline u32 slot_of(u32 external, u32 class, __be16 port)
+{
+	return (external * CLASSES + class) * PORTS + bpf_ntohs(port);
+}
+
+static __always_inline u32 slot_class(u32 slot)
+{
+	return slot / PORTS % CLASSES;
+}
+
+/* The slots of the external endpoint (@addr, @port), or NO_SLOT when the address is not ours to masquerade as. */
+static __always_inline u32 slot_of_external(const struct settings *cfg, addr_t addr, u32 class, __be16 port)
+{
+	for (u32 i = 0; i < EXTERNALS; i++)
+		if (addr_equal(cfg->external[i], addr))
+			return slot_of(i, class, port);
+	return NO_SLOT;
+}
+
+static __always_inline u32 slot_of_internal(addr_t addr, u32 class, __be16 port)
+{
+	struct mapping_key key = { .addr = addr, .port = port, .class = class };
+	u32 *slot = mappings.lookup(&key);
+	return slot ? *slot : NO_SLOT;
+}
+
+static __always_inline bool flow_is_with(const struct flow *flow, addr_t remote, __be16 port)
+{
+	return flow->remote_port == port && addr_equal(flow->remote_addr, remote);
+}
+
+/* The session of the mapping in @slot with this remote endpoint, dead or alive, or NULL. Looks at the
+ * half of @direction only, so that an accelerated packet stays within one cache line.
+ */
+static __always_inline struct session *session_find(u32 slot, addr_t remote, __be16 port,
+						    enum direction direction)
+{
+	struct remote_key key = { .mapping = slot, .addr = remote, .port = port };
+	struct session *s = session_at(slot);
+	u32 *further;
+
+	if (!s || flow_is_with(session_flow(s, direction), remote, port))
+		return s;
+	if (!(s->life & LIFE_FURTHER_MASK))
+		return NULL;
+	further = remotes.lookup(&key);
+	return further ? session_at(*further) : NULL;
+}
+
+static __always_inline bool life_is_session(u64 life)
+{
+	return (life & (LIFE_STATE | LIFE_SESSION)) == (LIFE_LIVE | LIFE_SESSION);
+}
+
+static __always_inline bool life_swap(struct session *s, u64 from, u64 to)
+{
+	return __sync_val_compare_and_swap(&s->life, from, to) == from;
+}
+
+/* RFC 7857 section 2: both sides have spoken and acknowledged, and neither both have closed nor one has reset. */
+static __always_inline bool tcp_is_established(const struct session *s)
+{
+	u8 both = s->out.tcp_seen & s->in.tcp_seen, any = s->out.tcp_seen | s->in.tcp_seen;
+
+	return (both & TCP_ACK) && !(both & TCP_FIN) && !(any & TCP_RST);
+}
+
+static __always_inline u32 session_idle_limit(const struct settings *cfg, const struct session *s)
+{
+	switch (slot_class(s->mapping)) {
+	case CLASS_TCP:
+		return tcp_is_established(s) ? cfg->tcp_established : cfg->tcp_transitory;
+	case CLASS_UDP:
+		return cfg->udp;
+	}
+	return cfg->icmp;
+}
+
+/* Signed, because another CPU's jiffies may be ahead of ours by one. */
+static __always_inline bool idle_longer(u32 now, u32 last_seen, u32 limit)
+{
+	return (s32)(now - last_seen) > (s32)limit;
+}
+
+static __always_inline bool session_is_expired(const struct settings *cfg, const struct session *s, u32 now)
+{
+	u32 limit = session_idle_limit(cfg, s);
+
+	return idle_longer(now, s->out.last_seen, limit) &&
+	       (!cfg->inbound_refresh || idle_longer(now, s->in.last_seen, limit));
+}
+
+static __always_inline bool session_is_alive(const struct settings *cfg, const struct session *s, u32 now)
+{
+	return life_is_session(s->life) && !session_is_expired(cfg, s, now);
+}
+
+static __always_inline bool flow_is_armed(const struct settings *cfg, const struct flow *flow, u32 now)
+{
+	return !idle_longer(now, flow->armed_at, cfg->rearm) && (s32)(flow->armed_at - cfg->disarmed_at) > 0;
+}
+
+static __always_inline void flow_disarm(const struct settings *cfg, struct flow *flow)
+{
+	flow->armed_at = cfg->disarmed_at;
+}
+
+static __always_inline void flow_touch(struct flow *flow, u32 now, u32 bytes)
+{
+	flow->last_seen = now;
+	flow->packets++;
+	flow->bytes += bytes;
+}
+
+/* Follows one segment @p sent by the side of flow @from. A RST counts only with the very sequence number that
+ * the other side acknowledged last, which an off-path attacker cannot know; data after it revives the session
+ * (RFC 7857 section 2.2).
+ */
+static __always_inline void tcp_track(const struct settings *cfg, struct session *s, struct flow *from,
+				      struct flow *to, const struct packet *p)
+{
+	if (p->tcp_flags & TCP_RST) {
+		if (p->seq != to->last_ack)
+			return;
+		from->tcp_seen |= TCP_RST;
+		flow_disarm(cfg, from);
+		flow_disarm(cfg, to);
+		return;
+	}
+	if (p->tcp_flags & TCP_SYN && !tcp_is_established(s)) {
+		from->tcp_seen = 0; /* a new connection over the same endpoints */
+		if (!(p->tcp_flags & TCP_ACK))
+			to->tcp_seen = 0;
+	}
+	from->tcp_seen &= ~TCP_RST;
+	to->tcp_seen &= ~TCP_RST;
+	from->tcp_seen |= p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_FIN);
+	if (p->tcp_flags & TCP_ACK)
+		from->last_ack = p->ack;
+}

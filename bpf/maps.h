@@ -1,0 +1,55 @@
+/* Every map with a line of purpose, and its small accessors. Map methods work only in the main text and never
+ * through a macro or an argument (bcc), hence one accessor for each.
+ */
+BPF_F_TABLE("array", u32, struct session, sessions, SLOTS, BPF_F_MMAPABLE); /* slot → both flows */
+BPF_F_TABLE("array", u32, u64, claims, SLOTS / 64, BPF_F_MMAPABLE); /* a bit per slot: taken */
+BPF_TABLE("hash", struct mapping_key, u32, mappings, EXTERNALS *CLASSES *PORTS); /* → slot */
+BPF_TABLE("hash", struct remote_key, u32, remotes, FURTHER); /* → slot of a further session */
+BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
+BPF_F_TABLE("lpm_trie", struct prefix_key, u32, prefixes, 1024, BPF_F_NO_PREALLOC); /* → prefix_role */
+BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interface index */
+BPF_TABLE("array", u32, struct settings, settings, 1);
+BPF_DEVMAP(transmitters, INTERFACES); /* interfaces able to take XDP frames, by index */
+BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
+
+static __always_inline u32 jiffies_now(void)
+{
+	return bpf_jiffies64();
+}
+
+static __always_inline struct session *session_at(u32 slot)
+{
+	return sessions.lookup(&slot);
+}
+
+static __always_inline struct settings *settings_get(void)
+{
+	u32 zero = 0;
+	return settings.lookup(&zero);
+}
+
+static __always_inline struct interface *interface_at(u32 ifindex)
+{
+	return interfaces.lookup(&ifindex);
+}
+
+static __always_inline u32 prefix_role(addr_t addr)
+{
+	struct prefix_key key = { .bits = ADDR_BITS, .addr = addr };
+	u32 *role = prefixes.lookup(&key);
+	return role ? *role : PREFIX_FOREIGN;
+}
+
+static __always_inline bool addr_equal(addr_t a, addr_t b)
+{
+	for (int i = 0; i < ADDR_WORDS; i++)
+		if (a.word[i] != b.word[i])
+			return false;
+	return true;
+}
+
+static __always_inline bool addr_is_unset(addr_t a)
+{
+	addr_t unset = {};
+	return addr_equal(a, unset);
+}

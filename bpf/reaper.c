@@ -1,0 +1,66 @@
+/* Run by the agent with BPF_PROG_TEST_RUN, never by a packet: changes slots on its behalf, because only the
+ * kernel can do so atomically among packets. The "packet" is a list of slots behind a made-up Ethernet header.
+ */
+#define REAP_MAX 256
+#define REAP_SLOTS 24 /* offset of the list */
+
+enum reap_order {
+	REAP_EXPIRED, /* close what is expired */
+	REAP_FORCED, /* close what is there */
+	REAP_RESTED, /* return closed slots to the pool */
+	REAP_CLAIM, /* take slots out of the pool */
+};
+
+struct reap_request {
+	u32 order;
+	u32 count;
+};
+
+static __always_inline void slot_return(u32 slot)
+{
+	struct session *s = session_at(slot);
+	u64 life;
+
+	if (!s)
+		return;
+	life = s->life;
+	if ((life & LIFE_STATE) == LIFE_RESTING && life_swap(s, life, 0))
+		slot_release(slot);
+}
+
+int masq_reap(struct __sk_buff *skb)
+{
+	struct settings *cfg = settings_get();
+	struct reap_request request;
+	u32 now = jiffies_now();
+
+	if (!cfg || bpf_skb_load_bytes(skb, REAP_SLOTS - sizeof(request), &request, sizeof(request)))
+		return 0;
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < REAP_MAX; i++) {
+		u32 slot;
+
+		if (i >= request.count ||
+		    bpf_skb_load_bytes(skb, REAP_SLOTS + i * sizeof(slot), &slot, sizeof(slot)))
+			break;
+		switch (request.order) {
+		case REAP_EXPIRED:
+		case REAP_FORCED:
+			slot_reap(cfg, slot, request.order == REAP_FORCED, now);
+			break;
+		case REAP_RESTED:
+			slot_return(slot);
+			break;
+		case REAP_CLAIM:
+			slot_claim(slot);
+			break;
+		}
+	}
+	return now;
+}
+
+/* The kernel's clock of ticks, for whoever reads last_seen. */
+int masq_clock(struct __sk_buff *skb)
+{
+	return jiffies_now();
+}

@@ -1,0 +1,246 @@
+/* TC on the WAN: a complete NAT by itself, and the only place where anything is decided. It sees every packet
+ * that leaves or enters the WAN through the stack: all of them in TC mode, what XDP passed up in XDP mode.
+ *
+ * The hooks' suffix _l3 is for interfaces without Ethernet header (tun, ppp).
+ */
+
+/* TCP opens a session with SYN; in the middle of a connection (the gateway was restarted) also with a plain ACK,
+ * so that the other side can answer and both learn. FIN and RST open nothing.
+ */
+static __always_inline enum verdict tcp_may_open(const struct packet *p)
+{
+	u8 flags = p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK);
+
+	if (flags == TCP_SYN || flags == TCP_ACK)
+		return CONTINUE;
+	return drop(COUNT_drop_tcp_no_session);
+}
+
+/* RFC 793 has no segment with none of SYN, ACK, RST, nor with two of SYN, FIN, RST. */
+static __always_inline bool tcp_flags_are_sane(u8 flags)
+{
+	u8 kind = flags & (TCP_SYN | TCP_FIN | TCP_RST);
+
+	return flags & (TCP_SYN | TCP_ACK | TCP_RST) && !(kind & (kind - 1));
+}
+
+static __always_inline enum verdict may_translate(const struct packet *p)
+{
+	if (p->class == CLASS_TCP && !tcp_flags_are_sane(p->tcp_flags))
+		return drop(COUNT_drop_tcp_flags);
+	if (p->proto == IPPROTO_ICMP && p->icmp_type != ICMP_ECHO)
+		return drop(COUNT_drop_icmp_type);
+	if (p->class == CLASS_NONE)
+		return drop(COUNT_drop_protocol);
+	return CONTINUE;
+}
+
+/* Whose packet is it? CONTINUE: an internal host's, to be translated. */
+static __always_inline enum verdict source_policy(const struct packet *p)
+{
+	struct interface *from = interface_at(p->skb->ingress_ifindex);
+	bool local = !p->skb->ingress_ifindex;
+
+	switch (prefix_role(p->src)) {
+	case PREFIX_INTERNAL:
+		return CONTINUE;
+	case PREFIX_OWN:
+		return pass(COUNT_own_outbound);
+	case PREFIX_PRIVATE:
+		if (local && addr_is_unset(p->src)) /* a DHCP client on the WAN */
+			return pass(COUNT_own_outbound);
+		return drop(COUNT_drop_source_private);
+	}
+	if (from && from->role == ROLE_LAN)
+		return drop(COUNT_drop_source_foreign);
+	return pass(COUNT_own_outbound);
+}
+
+/* A socket of the gateway's own may have taken an external port that is mapped, towards the same remote: then its
+ * packets are translated like any other host's, as are its ICMP queries, whose identifiers nobody reserves.
+ */
+static __always_inline bool own_needs_translation(const struct settings *cfg, const struct packet *p)
+{
+	struct session *s;
+	u32 slot;
+
+	if (p->class == CLASS_NONE)
+		return false;
+	slot = slot_of_external(cfg, p->src, p->class, p->src_port);
+	if (slot == NO_SLOT || p->class == CLASS_ICMP)
+		return slot != NO_SLOT && p->icmp_type == ICMP_ECHO;
+	s = session_find(slot, p->dst, p->dst_port, INBOUND);
+	return s && session_is_alive(cfg, s, p->now);
+}
+
+static __always_inline struct session *session_for_outbound(const struct settings *cfg, const struct packet *p,
+							    bool own, enum verdict *verdict)
+{
+	u32 slot = slot_of_internal(p->src, p->class, p->src_port);
+	struct session *s = session_find(slot, p->dst, p->dst_port, OUTBOUND);
+
+	if (s && session_is_alive(cfg, s, p->now))
+		return s;
+	if (p->class == CLASS_TCP) {
+		*verdict = tcp_may_open(p);
+		if (*verdict != CONTINUE)
+			return NULL;
+	}
+	if (addr_is_unset(cfg->external[0])) {
+		*verdict = drop(COUNT_drop_no_external);
+		return NULL;
+	}
+	if (s && session_reopen(cfg, s, p))
+		return s;
+	if (slot == NO_SLOT) {
+		s = mapping_open(cfg, p, own, &slot, verdict);
+		if (s || *verdict != CONTINUE)
+			return s;
+	}
+	return session_join(cfg, p, slot, verdict);
+}
+
+static __always_inline enum verdict translate_outbound(const struct settings *cfg, const struct packet *p, bool own)
+{
+	enum verdict verdict = may_translate(p);
+	struct session *s;
+
+	if (verdict != CONTINUE)
+		return verdict;
+	s = session_for_outbound(cfg, p, own, &verdict);
+	if (!s)
+		return verdict;
+	if (p->class == CLASS_TCP)
+		tcp_track(cfg, s, &s->out, &s->in, p);
+	flow_touch(&s->out, p->now, p->l4 - p->l3 + p->l4_len);
+	if (session_may_fly(cfg, s))
+		flow_arm(cfg, p, &s->out, p->src, p->src_port, p->dst);
+	if (p->more_fragments)
+		fragment_remember(p, s->out.new_addr);
+	return rewrite(p, SOURCE, s->out.new_addr, s->out.new_port, COUNT_slow_outbound);
+}
+
+static __always_inline enum verdict fragment_outbound(const struct settings *cfg, const struct packet *p)
+{
+	struct fragment *first = fragment_recall(cfg, p);
+	enum verdict verdict;
+
+	if (first)
+		return fragment_rewrite(p, SOURCE, first, COUNT_slow_fragment_outbound);
+	verdict = source_policy(p);
+	return verdict == CONTINUE ? drop(COUNT_drop_fragment_orphan) : verdict;
+}
+
+static __always_inline enum verdict slow_outbound(struct packet *p)
+{
+	struct settings *cfg = settings_get();
+	enum verdict verdict = parse(p);
+	bool own;
+
+	if (verdict != CONTINUE || !cfg)
+		return verdict;
+	if (packet_is_later_fragment(p))
+		return fragment_outbound(cfg, p);
+	own = prefix_role(p->src) == PREFIX_OWN;
+	if (packet_is_icmp_error(p) && (own || prefix_role(p->src) == PREFIX_INTERNAL))
+		return icmp_error_outbound(cfg, p, own);
+	if (!own || !own_needs_translation(cfg, p)) {
+		verdict = source_policy(p);
+		if (verdict != CONTINUE)
+			return verdict;
+	}
+	return translate_outbound(cfg, p, own);
+}
+
+static __always_inline enum verdict fragment_inbound(const struct settings *cfg, const struct packet *p)
+{
+	struct fragment *first = fragment_recall(cfg, p);
+
+	if (first)
+		return fragment_rewrite(p, DESTINATION, first, COUNT_slow_fragment_inbound);
+	return pass(COUNT_own_inbound);
+}
+
+static __always_inline enum verdict translate_inbound(const struct settings *cfg, const struct packet *p, u32 slot)
+{
+	struct session *s = session_find(slot, p->src, p->src_port, INBOUND);
+
+	if (!s || !session_is_alive(cfg, s, p->now))
+		return pass(COUNT_own_inbound);
+	if (p->class == CLASS_TCP && !tcp_flags_are_sane(p->tcp_flags))
+		return drop(COUNT_drop_tcp_flags);
+	if (p->class == CLASS_TCP)
+		tcp_track(cfg, s, &s->in, &s->out, p);
+	flow_touch(&s->in, p->now, p->l4 - p->l3 + p->l4_len);
+	if (p->more_fragments)
+		fragment_remember(p, s->in.new_addr);
+	return rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);
+}
+
+static __always_inline enum verdict slow_inbound(struct packet *p)
+{
+	struct settings *cfg = settings_get();
+	enum verdict verdict = parse(p);
+	u32 slot;
+
+	if (verdict != CONTINUE || !cfg)
+		return verdict;
+	if (packet_is_later_fragment(p))
+		return fragment_inbound(cfg, p);
+	if (packet_is_icmp_error(p))
+		return icmp_error_inbound(cfg, p);
+	if (p->proto == IPPROTO_ICMP && p->icmp_type != ICMP_ECHO_REPLY)
+		return pass(COUNT_own_inbound);
+	if (prefix_role(p->dst) == PREFIX_INTERNAL)
+		return drop(COUNT_drop_destination_internal);
+	if (p->class == CLASS_NONE)
+		return pass(COUNT_own_inbound);
+	slot = slot_of_external(cfg, p->dst, p->class, p->dst_port);
+	return slot == NO_SLOT ? pass(COUNT_own_inbound) : translate_inbound(cfg, p, slot);
+}
+
+/* LAN egress, in XDP mode only: the translated packet as the kernel delivers it. Changes nothing. */
+static __always_inline void learn_inbound(struct packet *p)
+{
+	struct interface *from = interface_at(p->skb->ingress_ifindex);
+	struct settings *cfg = settings_get();
+	struct session *s;
+
+	if (!cfg || !from || from->role != ROLE_WAN || parse(p) != CONTINUE || packet_is_later_fragment(p) ||
+	    p->class == CLASS_NONE)
+		return;
+	s = session_find(slot_of_internal(p->dst, p->class, p->dst_port), p->src, p->src_port, OUTBOUND);
+	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s))
+		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port, p->dst);
+}
+
+int masq_wan_out(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	return tc_verdict(slow_outbound(&p));
+}
+
+int masq_wan_out_l3(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_outbound(&p));
+}
+
+int masq_wan_in(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	return tc_verdict(slow_inbound(&p));
+}
+
+int masq_wan_in_l3(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_inbound(&p));
+}
+
+int masq_lan_learn(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	learn_inbound(&p);
+	return TC_ACT_UNSPEC;
+}

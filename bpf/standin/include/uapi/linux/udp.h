@@ -1,0 +1,1 @@
+#include "/usr/include/linux/udp.h"

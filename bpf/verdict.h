@@ -1,0 +1,33 @@
+/* How a packet ends: exits count the reason and return the verdict in one call, so nothing leaves
+ * uncounted. One vocabulary for both hooks; only the entry points translate it into TC's or XDP's words.
+ */
+enum verdict {
+	CONTINUE, /* not decided yet: the walk goes on */
+	PASS,
+	DROP,
+};
+
+static __always_inline void count(u32 reason)
+{
+	u64 *counter = counters.lookup(&reason);
+	if (counter)
+		(*counter)++;
+}
+
+static __always_inline enum verdict pass(enum counter reason)
+{
+	count(reason);
+	return PASS;
+}
+
+static __always_inline enum verdict drop(enum counter reason)
+{
+	count(reason);
+	return DROP;
+}
+
+/* TC_ACT_UNSPEC lets further filters and the stack have the packet, as if we were not there. */
+static __always_inline int tc_verdict(enum verdict verdict)
+{
+	return verdict == DROP ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}

@@ -1,0 +1,423 @@
+"""Compiling, loading, maps and test runs: what any BPF program needs, nothing about NAT.
+
+bcc compiles and creates the maps; everything else goes through the ``bpf()`` system call itself, because
+programs must be loadable onto maps that already exist (state outlives the process), which bcc cannot do.
+Maps and programs are kept alive by their file descriptors; use :meth:`close` or let them be collected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import errno
+import mmap
+import os
+import platform
+import struct
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xdpmasq import source
+from xdpmasq.errors import DatapathError, HostError
+
+Array = npt.NDArray[Any]
+Layout = Any  # what numpy.dtype() accepts: a string or a list of fields
+
+SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280}
+PROG_TYPES = {"tc": 3, "xdp": 6}
+
+# Commands of bpf(2), include/uapi/linux/bpf.h
+(
+    _MAP_LOOKUP,
+    _MAP_UPDATE,
+    _MAP_DELETE,
+    _PROG_LOAD,
+    _TEST_RUN,
+    _PROG_BY_ID,
+    _MAP_BY_ID,
+    _OBJ_INFO,
+    _LOOKUP_BATCH,
+    _BIND_MAP,
+) = (1, 2, 3, 5, 10, 13, 14, 15, 24, 35)
+
+_LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
+_MAP_PERCPU_ARRAY = 6
+UPDATE_ANY, UPDATE_NOEXIST, UPDATE_EXIST = 0, 1, 2
+LIVE_FRAMES = 2  # test run: send what XDP_TX and redirect decide
+
+
+def _bpf(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
+    """``bpf(command, attr)``: its result and the attributes as the kernel left them. Raises OSError."""
+    libc = ct.CDLL(None, use_errno=True)
+    buffer = (ct.c_char * len(attr)).from_buffer_copy(attr)
+    number = SYSCALL.get(platform.machine())
+    if number is None:
+        raise HostError(f"unknown machine type {platform.machine()}", "the number of bpf(2) is not known for it")
+    result = libc.syscall(number, command, buffer, len(attr))
+    if result < 0:
+        code = ct.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result, bytearray(buffer.raw)
+
+
+def _address(buffer: Any) -> int:
+    return ct.addressof(buffer)
+
+
+class _Descriptor:
+    """Owner of a file descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self.close()
+
+
+def possible_cpus() -> int:
+    """How many values a per-CPU map holds for each key."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
+    return int(last) + 1
+
+
+class Map(_Descriptor):
+    """A map with numpy layouts for its keys and values.
+
+    Args:
+        fd: descriptor, owned by this object from now on.
+        key, value: numpy dtypes (or what makes them) of exactly the map's sizes.
+    """
+
+    def __init__(self, fd: int, key: Layout = None, value: Layout = None) -> None:
+        super().__init__(fd)
+        info = _object_info(fd, 88)
+        self.type, self.id, self.key_size, self.value_size, self.max_entries = struct.unpack_from("<5I", info)
+        self.name = info[24:40].split(b"\0")[0].decode()
+        self.key = np.dtype(key if key is not None else f"V{self.key_size}")
+        self.value = np.dtype(value if value is not None else f"V{self.value_size}")
+        for what, dtype, size in (("key", self.key, self.key_size), ("value", self.value, self.value_size)):
+            if dtype.itemsize != size:
+                raise DatapathError(
+                    f"map {self.name} has {what}s of {size} bytes",
+                    f"its layout describes {dtype.itemsize}",
+                    "detach and attach again: the running datapath is of another version",
+                )
+
+    @classmethod
+    def by_id(cls, number: int, key: Layout = None, value: Layout = None) -> Map:
+        return cls(_bpf(_MAP_BY_ID, struct.pack("<III", number, 0, 0))[0], key, value)
+
+    def _element(self, command: int, key: Any, value: int, flags: int) -> None:
+        buffer = ct.create_string_buffer(np.asarray(key, dtype=self.key).tobytes(), self.key_size)
+        _bpf(command, struct.pack("<IIQQQ", self.fd, 0, _address(buffer), value, flags))
+
+    def get(self, key: Any) -> Any:
+        """The value under ``key`` as a numpy scalar (per-CPU maps: an array over CPUs), or None."""
+        copies = possible_cpus() if self.type == _MAP_PERCPU_ARRAY else 1
+        buffer = ct.create_string_buffer(-(-self.value_size // 8) * 8 * copies)
+        try:
+            self._element(_MAP_LOOKUP, key, _address(buffer), 0)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        if copies > 1:
+            return np.frombuffer(buffer.raw, self.value, copies)
+        return np.frombuffer(buffer.raw, self.value, 1)[0]
+
+    def set(self, key: Any, value: Any, flags: int = UPDATE_ANY) -> None:
+        """Stores ``value``; raises OSError (E2BIG full, EEXIST, ENOENT) as the kernel's map does."""
+        buffer = ct.create_string_buffer(np.asarray(value, dtype=self.value).tobytes(), self.value_size)
+        self._element(_MAP_UPDATE, key, _address(buffer), flags)
+
+    def delete(self, key: Any) -> bool:
+        """Removes ``key``; False when it was not there."""
+        try:
+            self._element(_MAP_DELETE, key, 0, 0)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def items(self, chunk: int = 65536) -> Iterator[tuple[Array, Array]]:
+        """All entries of a hash or array, as pairs of arrays (keys, values), by BPF_MAP_LOOKUP_BATCH."""
+        # The kernel insists on room for at least the entries of one hash bucket.
+        keys, values = np.zeros(chunk, self.key), np.zeros(chunk, self.value)
+        token = np.zeros(max(self.key_size, 4), np.uint8)
+        first, done = True, False
+        while not done:
+            position = 0 if first else token.ctypes.data
+            attr = struct.pack(
+                "<QQQQIIQQ",
+                position,
+                token.ctypes.data,
+                keys.ctypes.data,
+                values.ctypes.data,
+                chunk,
+                self.fd,
+                0,
+                0,
+            )
+            buffer = (ct.c_char * len(attr)).from_buffer_copy(attr)
+            result = ct.CDLL(None, use_errno=True).syscall(
+                SYSCALL[platform.machine()], _LOOKUP_BATCH, buffer, len(attr)
+            )
+            code = ct.get_errno() if result < 0 else 0
+            if code not in (0, errno.ENOENT):
+                raise OSError(code, os.strerror(code))
+            count = struct.unpack_from("<I", buffer.raw, 32)[0]
+            first, done = False, code == errno.ENOENT
+            yield keys[:count].copy(), values[:count].copy()
+
+    def view(self, writable: bool = True) -> Array:
+        """The values of a BPF_F_MMAPABLE array as one numpy array over the kernel's own memory."""
+        stride = -(-self.value_size // 8) * 8
+        size = -(-stride * self.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        memory = mmap.mmap(self.fd, size, mmap.MAP_SHARED, protection)
+        return np.frombuffer(memory, self.value, self.max_entries)
+
+
+@dataclass(frozen=True)
+class TestRun:
+    """What a program made of a packet: its return value, the packet after it, ns a run."""
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+    verdict: int
+    data: bytes
+    duration_ns: int
+
+
+class Program(_Descriptor):
+    """A loaded program."""
+
+    @classmethod
+    def by_id(cls, number: int) -> Program:
+        return cls(_bpf(_PROG_BY_ID, struct.pack("<III", number, 0, 0))[0])
+
+    @property
+    def id(self) -> int:
+        return int(struct.unpack_from("<I", _object_info(self.fd, 232), 4)[0])
+
+    @property
+    def name(self) -> str:
+        return _object_info(self.fd, 232)[64:80].split(b"\0")[0].decode()
+
+    def map_ids(self) -> list[int]:
+        """Ids of all maps the program holds, bound ones included."""
+        count = struct.unpack_from("<I", _object_info(self.fd, 232), 52)[0]
+        ids = np.zeros(count, np.uint32)
+        request = bytearray(232)
+        struct.pack_into("<IQ", request, 52, count, ids.ctypes.data)
+        _object_info(self.fd, 232, request)
+        return [int(number) for number in ids]
+
+    def bind(self, map_: Map) -> None:
+        """Keeps ``map_`` alive as long as the program (BPF_PROG_BIND_MAP)."""
+        _bpf(_BIND_MAP, struct.pack("<III", self.fd, map_.fd, 0))
+
+    def test_run(
+        self,
+        data: bytes,
+        *,
+        context: bytes = b"",
+        repeat: int = 1,
+        flags: int = 0,
+        cpu: int = 0,
+        room: int = 4096,
+    ) -> TestRun:
+        """Runs the program on ``data`` (BPF_PROG_TEST_RUN).
+
+        Args:
+            data: the packet, from its Ethernet header on.
+            context: a ``struct __sk_buff`` or ``struct xdp_md`` to start from.
+            repeat: how often; with :data:`LIVE_FRAMES` the packets are really sent.
+            room: bytes kept for the packet afterwards.
+        """
+        live = bool(flags & LIVE_FRAMES)
+        packet = ct.create_string_buffer(data, len(data))
+        after = ct.create_string_buffer(room)
+        before = ct.create_string_buffer(context, max(len(context), 1))
+        attr = struct.pack(
+            "<IIIIQQIIIIQQIIII",
+            self.fd,
+            0,
+            len(data),
+            0 if live else room,
+            _address(packet),
+            0 if live else _address(after),
+            repeat,
+            0,
+            len(context),
+            0,
+            _address(before) if context else 0,
+            0,
+            flags,
+            cpu,
+            0,
+            0,
+        )
+        _, result = _bpf(_TEST_RUN, attr)
+        verdict, _, size = struct.unpack_from("<III", result, 4)
+        return TestRun(verdict, after.raw[:size], struct.unpack_from("<I", result, 36)[0])
+
+
+def _object_info(fd: int, size: int, request: bytearray | None = None) -> bytes:
+    info = ct.create_string_buffer(bytes(request) if request else b"", size)
+    _bpf(_OBJ_INFO, struct.pack("<IIQ", fd, size, _address(info)))
+    return info.raw
+
+
+class Object:
+    """Compiled C: its maps, created, and its functions, ready to be loaded."""
+
+    def __init__(self, module: Any, tables: Sequence[str]) -> None:
+        self._module = module
+        found = {name: module[name] for name in tables}
+        # Of per-CPU tables bcc keeps the layout of one CPU's value in sLeaf.
+        self._layouts = {
+            name: (np.dtype(table.Key), np.dtype(getattr(table, "sLeaf", table.Leaf))) for name, table in found.items()
+        }
+        self._fds = {name: table.map_fd for name, table in found.items()}
+
+    @property
+    def layouts(self) -> dict[str, tuple[np.dtype[Any], np.dtype[Any]]]:
+        """Map name → (key dtype, value dtype), as in the C."""
+        return self._layouts
+
+    def maps(self) -> dict[str, Map]:
+        """Own descriptors of the maps that compiling created."""
+        return {name: Map(os.dup(fd), *self._layouts[name]) for name, fd in self._fds.items()}
+
+    def load(self, function: str, kind: str, maps: Mapping[str, Map] | None = None) -> Program:
+        """Loads a function as a ``kind`` ("tc" or "xdp") program.
+
+        Args:
+            maps: existing maps to use in place of the freshly created ones of the same names.
+
+        Raises:
+            DatapathError: with the end of the verifier's words.
+        """
+        code = bytearray(self._module.dump_func(function.encode()))
+        _redirect_maps(code, {self._fds[name]: map_.fd for name, map_ in (maps or {}).items() if name in self._fds})
+        try:
+            return Program(_load(code, PROG_TYPES[kind], function))
+        except OSError as error:
+            why = error.strerror
+            if error.errno in (errno.EINVAL, errno.EACCES, errno.E2BIG, errno.EFAULT):
+                why = _verifier_log(code, PROG_TYPES[kind], function)
+            raise DatapathError(f"the kernel refused program {function}", why) from error
+
+
+def _redirect_maps(code: bytearray, fds: Mapping[int, int]) -> None:
+    """Replaces map descriptors inside instructions (LD_IMM64 with BPF_PSEUDO_MAP_FD)."""
+    for at in range(0, len(code), 8):
+        opcode, registers, _, fd = struct.unpack_from("<BBhi", code, at)
+        if opcode == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD and fd in fds:
+            struct.pack_into("<i", code, at + 4, fds[fd])
+
+
+def _load(code: bytes | bytearray, kind: int, name: str, log: Any = None) -> int:
+    text = (ct.c_char * len(code)).from_buffer_copy(code)
+    licence = ct.create_string_buffer(b"GPL")
+    attr = struct.pack(
+        "<IIQQIIQII16s",
+        kind,
+        len(code) // 8,
+        _address(text),
+        _address(licence),
+        1 if log else 0,
+        len(log) if log else 0,
+        _address(log) if log else 0,
+        0,
+        0,
+        name[:15].encode(),
+    )
+    return _bpf(_PROG_LOAD, attr)[0]
+
+
+def _verifier_log(code: bytes | bytearray, kind: int, name: str) -> str:
+    log = ct.create_string_buffer(16 << 20)
+    with contextlib.suppress(OSError):
+        os.close(_load(code, kind, name, log))
+    lines = log.value.decode(errors="replace").splitlines()
+    return "\n".join(lines[-40:])
+
+
+def _include_flags() -> list[str]:
+    triplet = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
+    return ["-isystem", "/usr/include", "-isystem", f"/usr/include/{triplet}"]
+
+
+def compile(text: str, defines: Mapping[str, object] | None = None, flags: Sequence[str] = ()) -> Object:
+    """Compiles C with bcc; takes a second or so and creates the maps.
+
+    Raises:
+        HostError: bcc or the UAPI headers are missing.
+        DatapathError: the compiler's messages.
+    """
+    os.environ["BCC_KERNEL_SOURCE"] = str(source.folder() / "standin")
+    bcc = _bcc()
+    if not Path("/usr/include/linux/bpf.h").exists():
+        raise HostError("the kernel's UAPI headers are missing", "/usr/include/linux/bpf.h is not there",
+                        "apt install linux-libc-dev")
+    cflags = [*_include_flags(), *(f"-D{name}={value}" for name, value in (defines or {}).items()), *flags]
+    with _stderr_captured() as said:
+        try:
+            module = bcc.BPF(text=text, cflags=cflags)
+        except Exception as error:  # bcc raises plain Exception
+            raise DatapathError("the BPF programs do not compile", said() or str(error)) from error
+    bcc.lib.bpf_table_name.restype = ct.c_char_p  # bcc itself declares no result
+    count = bcc.lib.bpf_num_tables(module.module)
+    return Object(module, [bcc.lib.bpf_table_name(module.module, i).decode() for i in range(count)])
+
+
+def _bcc() -> Any:
+    try:
+        import bcc  # noqa: PLC0415  slow to import, and needed only to compile
+    except ImportError as error:
+        raise HostError(
+            "bcc is missing",
+            f"this Python cannot import it ({error})",
+            "apt install python3-bpfcc and use the system's Python (the PyPI package named bcc is something else)",
+        ) from error
+    return bcc
+
+
+@contextlib.contextmanager
+def _stderr_captured() -> Iterator[Any]:
+    """clang inside bcc writes its messages straight to descriptor 2."""
+    saved = os.dup(2)
+    sink = os.memfd_create("stderr")
+    os.dup2(sink, 2)
+
+    def said() -> str:
+        os.lseek(sink, 0, os.SEEK_SET)
+        return os.read(sink, 1 << 20).decode(errors="replace").strip()
+
+    try:
+        yield said
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

@@ -1,0 +1,154 @@
+"""The demo: real programs through a masquerading gateway, from attach to nothing left behind.
+
+Prints to the console it is given; the first step that does not do what it should ends it with LabError.
+"""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from xdpmasq.lab.errors import LabError
+from xdpmasq.lab.gateways import GATEWAYS, Gateway, Reply
+from xdpmasq.lab.lab import Lab
+from xdpmasq.lab.snapshot import differences, snapshot
+from xdpmasq.lab.traffic import STEPS, Line, Scene, Step, nothing_gets_through
+
+NARROW_MTU = 1400
+
+_BENCH_TIMEOUT_S = 180
+
+# ARP, packets, and packets quoted in ICMP errors (their addresses are 12 and 16 bytes into the quote).
+_PRIVATE = (
+    "net 192.168.0.0/16 or "
+    "((icmp[icmptype] = 3 or icmp[icmptype] = 11) and (icmp[20:2] = 0xc0a8 or icmp[24:2] = 0xc0a8))"
+)
+
+
+def run(console: Console, *, name: str, gateway: str, modes: Sequence[str], cpu: bool) -> None:
+    """Run the demo once for each mode, in a lab of its own.
+
+    Args:
+        name: prefix of the lab; one that a killed demo left behind under this name is replaced.
+        gateway: a key of GATEWAYS.
+        modes: as in ``attach --mode``.
+        cpu: end with the comparison of CPU time per packet.
+
+    Raises:
+        LabError: a step failed, or something was left behind.
+    """
+    started = time.monotonic()
+    checks = 0
+    with _alone(name):
+        Lab(name).down()
+        for mode in modes:
+            # Super-packets are TC's strength; XDP on veth cannot have them.
+            with Lab(name, far_mtu=NARROW_MTU, offloads=mode != "xdp") as lab:
+                checks += _Act(console, lab, gateway, mode).play()
+    if cpu:
+        cpu_comparison(console)
+    seconds = time.monotonic() - started
+    console.print(f"\n[bold green]All {checks} checks passed[/] in {seconds:.0f} s; the lab is gone again.")
+
+
+def cpu_comparison(console: Console) -> None:
+    """CPU time per packet beside nftables masquerade, by the short form of the benchmark."""
+    _headline(console, "CPU time per packet, beside nftables masquerade")
+    command = [sys.executable, "-m", "xdpmasq", "bench", "--quick"]
+    with console.status("measuring, interleaved rounds…"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_BENCH_TIMEOUT_S)
+    if done.returncode != 0:
+        raise LabError("`xdpmasq bench --quick` failed", done.stderr.strip())
+    _show(console, Reply("xdpmasq bench --quick", done.stdout))
+
+
+class _Act:
+    """One pass of the demo: a lab, a gateway, and the checks counted."""
+
+    def __init__(self, console: Console, lab: Lab, gateway: str, mode: str) -> None:
+        self._console = console
+        self._lab = lab
+        self._gateway: Gateway = GATEWAYS[gateway](lab, mode, _environment(console))
+        self._checks = 0
+
+    def play(self) -> int:
+        """Returns: how many checks were made, all of them good."""
+        _headline(self._console, self._gateway.title)
+        self._console.print(Panel.fit(Text(self._lab.topology.drawing.rstrip()), border_style="dim"))
+        with self._console.status("starting nginx, dnsmasq and sshd…"):
+            scene = Scene.set(self._lab)
+        before = snapshot(self._lab)
+        self._do(Step("without masquerading nobody gets through", nothing_gets_through), scene)
+        _show(self._console, self._gateway.attach())
+        self._drive_programs(scene)
+        _show(self._console, self._gateway.sessions())
+        _show(self._console, self._gateway.status())
+        _show(self._console, self._gateway.detach())
+        self._require_as_before(before)
+        return self._checks
+
+    def _drive_programs(self, scene: Scene) -> None:
+        table = Table("who", "program", "to", "seen outside as", "result", title="Who connected to what")
+        with self._lab.capture(*self._lab.topology.wan_wire, _PRIVATE) as private:
+            for step in STEPS:
+                for line in self._do(step, scene):
+                    table.add_row(line.who, line.program, line.to, line.seen_as or "–", line.result)
+            leaked = private.stop()
+        if leaked:
+            raise LabError(f"{len(leaked)} packets left with a private address", leaked[0].hex(" "))
+        self._passed("no private address was ever on the public wire")
+        self._console.print(table)
+
+    def _do(self, step: Step, scene: Scene) -> list[Line]:
+        started = time.monotonic()
+        with self._console.status(f"{step.title}…"):
+            lines = step.run(scene)
+        self._passed(f"{step.title} [dim]({time.monotonic() - started:.1f} s)[/]")
+        return lines
+
+    def _require_as_before(self, before: set[str]) -> None:
+        if changes := differences(before, snapshot(self._lab)):
+            raise LabError("masq-gate is not as it was before attach", "\n".join(["", *changes]))
+        self._passed(
+            "masq-gate is as it was: links, XDP, qdiscs, filters, offloads, routes, rules, nftables, "
+            f"sysctls, processes [dim]({len(before)} lines compared)[/]"
+        )
+
+    def _passed(self, what: str) -> None:
+        self._checks += 1
+        self._console.print(f"[green]✓[/] {what}")
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Hold the demo's name: an abstract socket, which goes with its process however that ends."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claim:
+        try:
+            claim.bind(f"\0xdpmasq-demo-{name}")
+        except OSError as error:
+            raise LabError(f"the demo {name} cannot start", "it is running already") from error
+        yield
+
+
+def _environment(console: Console) -> dict[str, str]:
+    """Lets the programs' tables fit the console, and be as colourful."""
+    colour = {"FORCE_COLOR": "1"} if console.is_terminal else {}
+    return {"COLUMNS": str(console.width), **colour}
+
+
+def _headline(console: Console, text: str) -> None:
+    console.print()
+    console.rule(f"[bold]{text}", align="left")
+
+
+def _show(console: Console, reply: Reply) -> None:
+    console.print(f"[bold cyan]#[/] [bold]{reply.command}[/]", highlight=False)
+    if reply.output.strip():
+        console.print(Text.from_ansi(reply.output.rstrip()), soft_wrap=True)

@@ -1,0 +1,132 @@
+"""Named network namespaces: make, enter, empty and delete them, each by its exact name.
+
+Nothing here knows the lab's network. Every function takes full namespace names and touches only those;
+the namespace this process runs in is never emptied, whatever name is given.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from xdpmasq.errors import HostError
+from xdpmasq.lab.errors import LabError
+
+_MOUNTS = Path("/run/netns")
+_CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns() came only with Python 3.12
+_TERM_PATIENCE_S = 1.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def exists(name: str) -> bool:
+    return (_MOUNTS / name).exists()
+
+
+def ip_batch(commands: Iterable[str], namespace: str | None = None) -> None:
+    """Run `ip` commands in one process, which stops at the first that fails.
+
+    Raises:
+        LabError: with iproute2's own words.
+    """
+    finish_ip_batch(start_ip_batch(commands, namespace))
+
+
+def start_ip_batch(commands: Iterable[str], namespace: str | None = None) -> subprocess.Popen[str]:
+    """Like :func:`ip_batch`, but return at once; hand the process to :func:`finish_ip_batch`."""
+    where = ["-n", namespace] if namespace else []
+    process = subprocess.Popen(
+        ["ip", *where, "-batch", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdin
+    process.stdin.write("\n".join(commands) + "\n")
+    process.stdin.flush()
+    return process
+
+
+def finish_ip_batch(process: subprocess.Popen[str]) -> None:
+    _, complaint = process.communicate()
+    if process.returncode != 0:
+        raise LabError("the lab's network could not be built", f"ip: {complaint.strip()}")
+
+
+@contextlib.contextmanager
+def entered(name: str) -> Iterator[None]:
+    """The calling thread, and children it forks, work in the namespace; other threads stay outside.
+
+    A socket or a /dev/net/tun opened inside keeps belonging there afterwards (setns(2)).
+    """
+    with open("/proc/thread-self/ns/net", "rb") as home, open(_MOUNTS / name, "rb") as there:
+        _setns(there.fileno())
+        try:
+            yield
+        finally:
+            _setns(home.fileno())
+
+
+def _setns(fd: int) -> None:
+    if _libc.setns(fd, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def set_sysctls(name: str, values: Mapping[str, int]) -> None:
+    """Write `{"net/ipv4/ip_forward": 1}` in the namespace; what this kernel does not have is skipped."""
+    with entered(name):
+        for key, value in values.items():
+            with contextlib.suppress(FileNotFoundError):
+                Path("/proc/sys", key).write_text(str(value))
+
+
+def get_sysctl(name: str, key: str) -> int:
+    with entered(name):
+        return int(Path("/proc/sys", key).read_text())
+
+
+def processes_in(names: Iterable[str]) -> list[int]:
+    """The ids of all processes whose network is one of these namespaces (missing names have none)."""
+    wanted = {_identity(_MOUNTS / name) for name in names} - {None, _identity(Path("/proc/self/ns/net"))}
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in pids if _identity(Path(f"/proc/{pid}/ns/net")) in wanted]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells one namespace from another; None for a zombie, a vanished process, a missing name."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def end_processes(names: Iterable[str]) -> None:
+    """End every process in these namespaces: SIGTERM, and after a second SIGKILL."""
+    names = tuple(names)
+    _signal(processes_in(names), signal.SIGTERM)
+    deadline = time.monotonic() + _TERM_PATIENCE_S
+    while remaining := processes_in(names):
+        if time.monotonic() > deadline:
+            _signal(remaining, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def delete(names: Iterable[str]) -> None:
+    """Delete those of the namespaces that exist; their links, routes and rules go with them."""
+    if present := [name for name in names if exists(name)]:
+        ip_batch(f"netns del {name}" for name in present)
+
+
+def require_root() -> None:
+    """Raises: HostError when this process may not make network namespaces."""
+    if os.geteuid() != 0:
+        raise HostError("the lab cannot be built", "network namespaces need root", "run it with sudo")

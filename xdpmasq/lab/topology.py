@@ -1,0 +1,146 @@
+"""The IP-Masquerade HOWTO's network as a plan: who is wired to whom, and what each would type."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+DRAWING = """\
+      192.168.0.0/24                            203.0.113.0/24         198.51.100.0/24
+
+  a-box .2 ─┐                                                ┌─ .10 .11 internet
+  b-box .3 ─┼─ switch ─── lan0 .1 masq-gate wan0 .1 ─ exchange
+  c-box .4 ─┘                                                └─ .254 transit .1 ─── .10 far
+"""
+SECOND_LAN = "  d-box .2 ── switch ─── lan1 .1 masq-gate             and a second LAN, 192.168.1.0/24\n"
+TUN_WAN = "  wan0 is a TUN device: its line ends in transit, which answers ARP for 203.0.113.1\n"
+
+HOSTS = ("a-box", "b-box", "c-box", "d-box")
+ROLES = (*HOSTS, "switch", "masq-gate", "exchange", "internet", "transit", "far")
+
+PUBLIC = "203.0.113.1"  # masq-gate, as the Internet sees it
+INTERNET = "203.0.113.10"
+INTERNET_TOO = "203.0.113.11"
+TRANSIT = "203.0.113.254"
+FAR = "198.51.100.10"
+FAR_NETWORK = "198.51.100.0/24"
+
+
+@dataclass(frozen=True)
+class Cable:
+    """A veth pair between two interfaces, each in the namespace of its role."""
+
+    role: str
+    interface: str
+    other_role: str
+    other_interface: str
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The network in the drawing, and its variants.
+
+    internet has no route to 192.168.0.0/16: nothing that leaves masq-gate untranslated gets an answer.
+
+    Args:
+        lans: 2 adds lan1 with d-box.
+        wan: ``tun`` makes wan0 a device without Ethernet header, as ppp has.
+        far_mtu: of the link between transit and far, for path-MTU discovery.
+    """
+
+    lans: Literal[1, 2] = 1
+    wan: Literal["veth", "tun"] = "veth"
+    far_mtu: int = 1500
+
+    @property
+    def drawing(self) -> str:
+        return DRAWING + SECOND_LAN * (self.lans == 2) + TUN_WAN * (self.wan == "tun")
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The boxes on the LANs."""
+        return HOSTS if self.lans == 2 else HOSTS[:3]
+
+    @property
+    def lan_interfaces(self) -> tuple[str, ...]:
+        """masq-gate's."""
+        return ("lan0", "lan1")[: self.lans]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(role for role in ROLES if role in self.hosts or role not in HOSTS)
+
+    @property
+    def wan_wire(self) -> tuple[str, str]:
+        """Role and interface at the other end of masq-gate's wan0, where captures see the public side."""
+        return ("transit", "ppp0") if self.wan == "tun" else ("exchange", "masq-gate")
+
+    def cables(self) -> Iterator[Cable]:
+        """A switch's port is called after what is plugged into it."""
+        for host in self.hosts:
+            yield Cable(host, "eth0", "switch", host)
+        for interface in self.lan_interfaces:
+            yield Cable("masq-gate", interface, "switch", f"gate-{interface}")
+        if self.wan == "veth":
+            yield Cable("masq-gate", "wan0", "exchange", "masq-gate")
+        yield Cable("internet", "eth0", "exchange", "internet")
+        yield Cable("transit", "eth0", "exchange", "transit")
+        yield Cable("transit", "eth1", "far", "eth0")
+
+    def configuration(self) -> dict[str, list[str]]:
+        """Each role's `ip` commands, in the order in which a person would type them."""
+        return {**self._lan_side(), **self._public_side(), "masq-gate": self._gate()}
+
+    def _lan_side(self) -> dict[str, list[str]]:
+        boxes = {host: _host("192.168.0", number) for number, host in enumerate(HOSTS[:3], 2)}
+        switch = _bridge("br0", [*boxes, "gate-lan0"])
+        if self.lans == 2:
+            boxes["d-box"] = _host("192.168.1", 2)
+            switch += _bridge("br1", ["d-box", "gate-lan1"])
+        return {**boxes, "switch": switch}
+
+    def _gate(self) -> list[str]:
+        wan = _line("wan0", PUBLIC, TRANSIT) if self.wan == "tun" else _interface("wan0", f"{PUBLIC}/24")
+        lans = [_interface(name, f"192.168.{n}.1/24") for n, name in enumerate(self.lan_interfaces)]
+        return [*itertools.chain(*lans), *wan, f"route add default via {TRANSIT} dev wan0"]
+
+    def _public_side(self) -> dict[str, list[str]]:
+        plugged = ["internet", "transit"] if self.wan == "tun" else ["internet", "transit", "masq-gate"]
+        return {
+            "exchange": _bridge("br0", plugged),
+            "internet": [
+                *_interface("eth0", f"{INTERNET}/24", f"{INTERNET_TOO}/24"),
+                f"route add {FAR_NETWORK} via {TRANSIT}",
+            ],
+            "transit": [
+                *_interface("eth0", f"{TRANSIT}/24"),
+                *_interface("eth1", "198.51.100.1/24", mtu=self.far_mtu),
+                *(_line("ppp0", TRANSIT, PUBLIC) if self.wan == "tun" else []),
+            ],
+            "far": [
+                *_interface("eth0", f"{FAR}/24", mtu=self.far_mtu),
+                "route add default via 198.51.100.1",
+            ],
+        }
+
+
+def _interface(name: str, *addresses: str, mtu: int = 1500) -> list[str]:
+    return [
+        *(f"address add {address} dev {name}" for address in addresses),
+        f"link set {name} mtu {mtu} up",
+    ]
+
+
+def _line(name: str, address: str, peer: str) -> list[str]:
+    """A point-to-point line."""
+    return [f"address add {address} peer {peer} dev {name}", f"link set {name} up"]
+
+
+def _host(network: str, number: int) -> list[str]:
+    return [*_interface("eth0", f"{network}.{number}/24"), f"route add default via {network}.1"]
+
+
+def _bridge(name: str, ports: Sequence[str]) -> list[str]:
+    """A switch that forwards from the first packet on, and sends nothing of its own."""
+    plugs = [f"link set {port} master {name} up" for port in ports]
+    return [f"link add {name} type bridge stp_state 0 mcast_snooping 0", *plugs, f"link set {name} up"]
