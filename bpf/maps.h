@@ -11,6 +11,7 @@ BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interfa
 BPF_TABLE("array", u32, struct settings, settings, 1);
 BPF_DEVMAP(transmitters, INTERFACES); /* interfaces able to take XDP frames, by index */
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
+BPF_TABLE("array", u32, struct manifest, manifest, 1);
 
 static __always_inline u32 jiffies_now(void)
 {

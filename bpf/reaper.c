@@ -58,9 +58,3 @@ int masq_reap(struct __sk_buff *skb)
 	}
 	return now;
 }
-
-/* The kernel's clock of ticks, for whoever reads last_seen. */
-int masq_clock(struct __sk_buff *skb)
-{
-	return jiffies_now();
-}

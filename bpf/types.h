@@ -131,6 +131,10 @@ struct settings { /* times in jiffies */
 	u16 pad;
 };
 
+struct manifest { /* JSON, zero-terminated: what the agent must know after a restart; no packet reads it */
+	char text[65536];
+};
+
 enum side { SOURCE, DESTINATION };
 
 struct packet {

@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import errno
+import functools
 import mmap
 import os
+import pickle
 import platform
+import socket
 import struct
 import sysconfig
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +63,9 @@ def _bpf(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
     buffer = (ct.c_char * len(attr)).from_buffer_copy(attr)
     number = SYSCALL.get(platform.machine())
     if number is None:
-        raise HostError(f"unknown machine type {platform.machine()}", "the number of bpf(2) is not known for it")
+        raise HostError(
+            f"unknown machine type {platform.machine()}", "the number of bpf(2) is not known for it"
+        )
     result = libc.syscall(number, command, buffer, len(attr))
     if result < 0:
         code = ct.get_errno()
@@ -289,25 +295,21 @@ def _object_info(fd: int, size: int, request: bytearray | None = None) -> bytes:
 
 
 class Object:
-    """Compiled C: its maps, created, and its functions, ready to be loaded."""
+    """Compiled C: its maps, created, and its functions, ready to be loaded.
 
-    def __init__(self, module: Any, tables: Sequence[str]) -> None:
-        self._module = module
-        found = {name: module[name] for name in tables}
-        # Of per-CPU tables bcc keeps the layout of one CPU's value in sLeaf.
-        self._layouts = {
-            name: (np.dtype(table.Key), np.dtype(getattr(table, "sLeaf", table.Leaf))) for name, table in found.items()
-        }
-        self._fds = {name: table.map_fd for name, table in found.items()}
+    Attributes:
+        layouts: map name → (key dtype, value dtype), as in the C.
+        maps: map name → map; owned by this object.
+    """
 
-    @property
-    def layouts(self) -> dict[str, tuple[np.dtype[Any], np.dtype[Any]]]:
-        """Map name → (key dtype, value dtype), as in the C."""
-        return self._layouts
-
-    def maps(self) -> dict[str, Map]:
-        """Own descriptors of the maps that compiling created."""
-        return {name: Map(os.dup(fd), *self._layouts[name]) for name, fd in self._fds.items()}
+    def __init__(
+        self, code: Mapping[str, bytes], layouts: Mapping[str, tuple[Any, Any, int]], fds: Sequence[int]
+    ):
+        # The code names maps by the descriptors they had in the compiler's process.
+        self._code = code
+        self._compiled_fds = {name: fd for name, (_, _, fd) in layouts.items()}
+        self.layouts = {name: (np.dtype(key), np.dtype(value)) for name, (key, value, _) in layouts.items()}
+        self.maps = {name: Map(fd, *self.layouts[name]) for name, fd in zip(self.layouts, fds, strict=True)}
 
     def load(self, function: str, kind: str, maps: Mapping[str, Map] | None = None) -> Program:
         """Loads a function as a ``kind`` ("tc" or "xdp") program.
@@ -318,8 +320,9 @@ class Object:
         Raises:
             DatapathError: with the end of the verifier's words.
         """
-        code = bytearray(self._module.dump_func(function.encode()))
-        _redirect_maps(code, {self._fds[name]: map_.fd for name, map_ in (maps or {}).items() if name in self._fds})
+        code = bytearray(self._code[function])
+        used = {**self.maps, **(maps or {})}
+        _redirect_maps(code, {fd: used[name].fd for name, fd in self._compiled_fds.items()})
         try:
             return Program(_load(code, PROG_TYPES[kind], function))
         except OSError as error:
@@ -372,52 +375,98 @@ def _include_flags() -> list[str]:
 def compile(text: str, defines: Mapping[str, object] | None = None, flags: Sequence[str] = ()) -> Object:
     """Compiles C with bcc; takes a second or so and creates the maps.
 
+    The compiler works in a child process: clang and LLVM would otherwise stay in the caller's memory (100 MB),
+    and a crash of theirs would be ours.
+
     Raises:
         HostError: bcc or the UAPI headers are missing.
         DatapathError: the compiler's messages.
     """
-    os.environ["BCC_KERNEL_SOURCE"] = str(source.folder() / "standin")
-    bcc = _bcc()
     if not Path("/usr/include/linux/bpf.h").exists():
-        raise HostError("the kernel's UAPI headers are missing", "/usr/include/linux/bpf.h is not there",
-                        "apt install linux-libc-dev")
+        raise HostError(
+            "the kernel's UAPI headers are missing",
+            "/usr/include/linux/bpf.h is not there",
+            "apt install linux-libc-dev",
+        )
     cflags = [*_include_flags(), *(f"-D{name}={value}" for name, value in (defines or {}).items()), *flags]
-    with _stderr_captured() as said:
-        try:
-            module = bcc.BPF(text=text, cflags=cflags)
-        except Exception as error:  # bcc raises plain Exception
-            raise DatapathError("the BPF programs do not compile", said() or str(error)) from error
-    bcc.lib.bpf_table_name.restype = ct.c_char_p  # bcc itself declares no result
-    count = bcc.lib.bpf_num_tables(module.module)
-    return Object(module, [bcc.lib.bpf_table_name(module.module, i).decode() for i in range(count)])
-
-
-def _bcc() -> Any:
-    try:
-        import bcc  # noqa: PLC0415  slow to import, and needed only to compile
-    except ImportError as error:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    said, result = os.memfd_create("stderr"), os.memfd_create("result")
+    with ours, open(said, "rb") as stderr, open(result, "rb") as answer:
+        child = os.fork()
+        if child == 0:
+            _compile_in_child(text, cflags, theirs, said, result)
+        theirs.close()
+        message, fds, _, _ = socket.recv_fds(ours, 16, 253)
+        os.waitpid(child, 0)
+        words = stderr.read().decode(errors="replace").strip()
+        if message == b"ok":
+            return Object(*pickle.loads(answer.read()), fds)
+    if message == b"no bcc":
         raise HostError(
             "bcc is missing",
-            f"this Python cannot import it ({error})",
+            words,
             "apt install python3-bpfcc and use the system's Python (the PyPI package named bcc is something else)",
-        ) from error
-    return bcc
+        )
+    raise DatapathError("the BPF programs do not compile", words or "the compiler crashed")
 
 
-@contextlib.contextmanager
-def _stderr_captured() -> Iterator[Any]:
-    """clang inside bcc writes its messages straight to descriptor 2."""
-    saved = os.dup(2)
-    sink = os.memfd_create("stderr")
-    os.dup2(sink, 2)
-
-    def said() -> str:
-        os.lseek(sink, 0, os.SEEK_SET)
-        return os.read(sink, 1 << 20).decode(errors="replace").strip()
-
+def _compile_in_child(
+    text: str, cflags: list[str], channel: socket.socket, said: int, result: int
+) -> NoReturn:
+    """Compiles, sends "ok" with the maps' descriptors, leaves code and layouts in ``result``, and exits."""
+    os.dup2(said, 2)
     try:
-        yield said
+        try:
+            import bcc  # noqa: PLC0415  only here: see compile()
+        except ImportError as error:
+            os.write(2, str(error).encode())
+            channel.send(b"no bcc")
+            os._exit(1)
+        os.environ["BCC_KERNEL_SOURCE"] = str(source.folder() / "standin")
+        module = bcc.BPF(text=text, cflags=cflags)
+        for name_of in (bcc.lib.bpf_table_name, bcc.lib.bpf_function_name):
+            name_of.restype = ct.c_char_p  # bcc itself declares no result
+        tables = _names(module, bcc.lib.bpf_num_tables, bcc.lib.bpf_table_name)
+        functions = _names(module, bcc.lib.bpf_num_functions, bcc.lib.bpf_function_name)
+        code = {name: bytes(module.dump_func(name.encode())) for name in functions}
+        # Of per-CPU tables bcc keeps the layout of one CPU's value in sLeaf.
+        layouts = {
+            name: (
+                np.dtype(module[name].Key),
+                np.dtype(getattr(module[name], "sLeaf", module[name].Leaf)),
+                module[name].map_fd,
+            )
+            for name in tables
+        }
+        os.pwrite(result, pickle.dumps((code, layouts)), 0)
+        socket.send_fds(channel, [b"ok"], [fd for _, _, fd in layouts.values()])
+    except BaseException as error:  # bcc raises plain Exception; nothing may return into the parent's code
+        if not os.fstat(said).st_size:
+            os.write(2, str(error).encode())
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
+        os._exit(0)
+
+
+def _names(module: Any, count: Any, name_of: Any) -> list[str]:
+    return [name_of(module.module, i).decode() for i in range(count(module.module))]
+
+
+@functools.cache
+def _jiffies_program() -> Program:
+    """``return bpf_jiffies64();`` in two instructions: reading the clock needs no compiler."""
+    return Program(
+        _load(struct.pack("<BBhiBBhi", 0x85, 0, 0, 118, 0x95, 0, 0, 0), PROG_TYPES["tc"], "jiffies")
+    )
+
+
+def jiffies() -> int:
+    """The kernel's tick counter, lower 32 bits (helper bpf_jiffies64)."""
+    return _jiffies_program().test_run(bytes(14)).verdict
+
+
+def tick_rate() -> int:
+    """Ticks a second (CONFIG_HZ), measured over 60 ms: the kernel tells it nowhere."""
+    start, ticks = time.monotonic(), jiffies()
+    time.sleep(0.06)
+    rate = (jiffies() - ticks) % 2**32 / (time.monotonic() - start)
+    return min((100, 250, 300, 1000), key=lambda hz: abs(hz - rate))

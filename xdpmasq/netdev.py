@@ -370,7 +370,9 @@ def neighbours() -> dict[tuple[int, str], bytes]:
 
 # --- XDP -------------------------------------------------------------------------------------------
 
-XDP_FLAGS = {"native": "XDP_FLAGS_DRV_MODE", "generic": "XDP_FLAGS_SKB_MODE"}
+XDP_FLAGS_MODE: dict[XdpMode, int] = {"generic": 1 << 1, "native": 1 << 2}
+XDP_FLAGS_UPDATE_IF_NOEXIST = 1 << 0
+XDP_FLAGS_REPLACE = 1 << 4
 
 
 def xdp_attach(index: int, fd: int, mode: XdpMode, replace_fd: int | None = None) -> None:
@@ -383,10 +385,14 @@ def xdp_attach(index: int, fd: int, mode: XdpMode, replace_fd: int | None = None
     Raises:
         InterfaceError: someone else's program is there, the driver has no native XDP, the MTU is too big, …
     """
+    what = f"cannot attach XDP to {_name(index)}"
+    # The kernel would tell (EBUSY), but pyroute2 0.7.2 asks it again and again for nine seconds.
+    if replace_fd is None and (there := _xdp_program(index)):
+        raise _xdp_taken(what, index, f"program {there}")
     try:
         _xdp_set(index, fd, mode, replace_fd)
     except NetlinkError as error:
-        raise _xdp_failure(f"cannot attach XDP to {_name(index)}", index, error) from error
+        raise _xdp_failure(what, index, error) from error
 
 
 def xdp_detach(index: int, mode: XdpMode, expected_fd: int | None = None) -> bool:
@@ -399,8 +405,7 @@ def xdp_detach(index: int, mode: XdpMode, expected_fd: int | None = None) -> boo
     Raises:
         InterfaceError: another program than the expected is on the hook.
     """
-    present = next((each for each in links() if each.index == index), None)
-    if present is None or not present.xdp_prog_id:
+    if not _xdp_program(index):
         return False
     try:
         _xdp_set(index, -1, mode, expected_fd)
@@ -411,35 +416,37 @@ def xdp_detach(index: int, mode: XdpMode, expected_fd: int | None = None) -> boo
     return True
 
 
+def _xdp_program(index: int) -> int:
+    return next((each.xdp_prog_id for each in links() if each.index == index), 0)
+
+
 def _xdp_set(index: int, fd: int, mode: XdpMode, expected_fd: int | None) -> None:
-    flags = [XDP_FLAGS[mode]]
-    attributes: list[tuple[str, Any]] = [("IFLA_XDP_FD", fd)]
+    flags = XDP_FLAGS_MODE[mode]
+    attributes: list[tuple[str, int]] = [("IFLA_XDP_FD", fd)]
     if expected_fd is not None:
-        flags.append("XDP_FLAGS_REPLACE")
+        flags |= XDP_FLAGS_REPLACE
         attributes.append(("IFLA_XDP_EXPECTED_FD", expected_fd))
     elif fd >= 0:
-        flags.append("XDP_FLAGS_UPDATE_IF_NOEXIST")
-    attributes.append(("IFLA_XDP_FLAGS", _flags(flags)))
+        flags |= XDP_FLAGS_UPDATE_IF_NOEXIST
+    attributes.append(("IFLA_XDP_FLAGS", flags))
     with IPRoute(ext_ack=True) as ipr:
         ipr.link("set", index=index, xdp={"attrs": attributes})
 
 
-def _flags(names: Sequence[str]) -> int:
-    bits = ("UPDATE_IF_NOEXIST", "SKB_MODE", "DRV_MODE", "HW_MODE", "REPLACE")
-    return sum(1 << bits.index(name.removeprefix("XDP_FLAGS_")) for name in names)
-
-
 def _xdp_failure(what: str, index: int, error: NetlinkError) -> InterfaceError | HostError:
-    name = _name(index)
     if error.code in (errno.EBUSY, errno.EEXIST):
-        return InterfaceError(
-            what,
-            f"someone else's program is on its XDP hook ({error.args[1]})",
-            f"see `ip link show {name}`, remove that program, or choose --mode tc",
-        )
+        return _xdp_taken(what, index, error.args[1])
     if error.code == errno.EOPNOTSUPP:
         return InterfaceError(what, f"the driver has no native XDP ({error.args[1]})", "choose --mode tc")
     return _failure(what, index, error, "lower the MTU, turn LRO off, or choose --mode tc")
+
+
+def _xdp_taken(what: str, index: int, how: str) -> InterfaceError:
+    return InterfaceError(
+        what,
+        f"someone else's program is on its XDP hook ({how})",
+        f"see `ip link show {_name(index)}`, remove that program, or choose --mode tc",
+    )
 
 
 # --- TC --------------------------------------------------------------------------------------------

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HEADERS = ("counters.h", "types.h", "maps.h", "verdict.h", "parse.h", "csum.h", "flow.h", "mapping.h")
-DATAPATH = (*HEADERS, "rewrite.h", "fragment.h", "nexthop.h", "icmp.h", "slowpath.c", "fastpath.c", "reaper.c")
+DATAPATH = (
+    *HEADERS,
+    "rewrite.h",
+    "fragment.h",
+    "nexthop.h",
+    "icmp.h",
+    "slowpath.c",
+    "fastpath.c",
+    "reaper.c",
+)
 
 
 def folder() -> Path:

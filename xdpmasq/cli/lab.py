@@ -24,12 +24,12 @@ _TRY = """\
 In internet (203.0.113.10) run nginx, dnsmasq for *.lab.test, sshd and a UDP echo on port 7.
 Make masq-gate masquerade, and look:
 
-  {lab} exec masq-gate -- xdpmasq attach --wan wan0 --lan lan0
-  {lab} exec a-box -- curl http://203.0.113.10/
-  {lab} exec b-box -- dig @203.0.113.10 www.lab.test
-  {lab} exec c-box -- traceroute -n 198.51.100.10
-  {lab} exec masq-gate -- xdpmasq sessions
-  {lab} down
+  {run} masq-gate -- xdpmasq attach --wan wan0 --lan lan0
+  {run} a-box -- curl http://203.0.113.10/
+  {run} b-box -- dig @203.0.113.10 www.lab.test
+  {run} c-box -- traceroute -n 198.51.100.10
+  {run} masq-gate -- xdpmasq sessions
+  xdpmasq lab down{option}
 """
 _DEFAULT_NAME = "masq-lab"
 
@@ -84,11 +84,7 @@ def up(
         raise
     option = "" if name == _DEFAULT_NAME else f" --name {name}"
     print(lab.topology.drawing)
-    print(
-        _TRY.replace("{lab} exec", f"xdpmasq lab exec{option}").replace(
-            "{lab} down", f"xdpmasq lab down{option}"
-        )
-    )
+    print(_TRY.format(run=f"xdpmasq lab exec{option}", option=option))
 
 
 @app.command()

@@ -4,14 +4,15 @@ Prints to the console it is given; the first step that does not do what it shoul
 """
 
 import contextlib
+import dataclasses
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -19,10 +20,12 @@ from xdpmasq.lab.errors import LabError
 from xdpmasq.lab.gateways import GATEWAYS, Gateway, Reply
 from xdpmasq.lab.lab import Lab
 from xdpmasq.lab.snapshot import differences, snapshot
-from xdpmasq.lab.traffic import STEPS, Line, Scene, Step, nothing_gets_through
+from xdpmasq.lab.topology import DRAWING
+from xdpmasq.lab.traffic import BEFORE, STEPS, Outcome, Scene, Step
 
 NARROW_MTU = 1400
 
+_PIPED_COLUMNS = 120
 _BENCH_TIMEOUT_S = 180
 
 # ARP, packets, and packets quoted in ICMP errors (their addresses are 12 and 16 bytes into the quote).
@@ -46,6 +49,7 @@ def run(console: Console, *, name: str, gateway: str, modes: Sequence[str], cpu:
     """
     started = time.monotonic()
     checks = 0
+    console.print(Text(DRAWING), soft_wrap=True)
     with _alone(name):
         Lab(name).down()
         for mode in modes:
@@ -81,11 +85,10 @@ class _Act:
     def play(self) -> int:
         """Returns: how many checks were made, all of them good."""
         _headline(self._console, self._gateway.title)
-        self._console.print(Panel.fit(Text(self._lab.topology.drawing.rstrip()), border_style="dim"))
         with self._console.status("starting nginx, dnsmasq and sshd…"):
             scene = Scene.set(self._lab)
         before = snapshot(self._lab)
-        self._do(Step("without masquerading nobody gets through", nothing_gets_through), scene)
+        self._do(BEFORE, scene)
         _show(self._console, self._gateway.attach())
         self._drive_programs(scene)
         _show(self._console, self._gateway.sessions())
@@ -95,35 +98,47 @@ class _Act:
         return self._checks
 
     def _drive_programs(self, scene: Scene) -> None:
-        table = Table("who", "program", "to", "seen outside as", "result", title="Who connected to what")
+        table = Table(
+            "who",
+            "program",
+            "internal",
+            "seen outside as",
+            "to",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            show_edge=False,
+        )
         with self._lab.capture(*self._lab.topology.wan_wire, _PRIVATE) as private:
             for step in STEPS:
-                for line in self._do(step, scene):
-                    table.add_row(line.who, line.program, line.to, line.seen_as or "–", line.result)
+                for contact in self._do(step, scene).contacts:
+                    table.add_row(*dataclasses.astuple(contact))
             leaked = private.stop()
         if leaked:
             raise LabError(f"{len(leaked)} packets left with a private address", leaked[0].hex(" "))
         self._passed("no private address was ever on the public wire")
+        self._console.print()
         self._console.print(table)
+        self._console.print()
 
-    def _do(self, step: Step, scene: Scene) -> list[Line]:
-        started = time.monotonic()
+    def _do(self, step: Step, scene: Scene) -> Outcome:
         with self._console.status(f"{step.title}…"):
-            lines = step.run(scene)
-        self._passed(f"{step.title} [dim]({time.monotonic() - started:.1f} s)[/]")
-        return lines
+            outcome = step.run(scene)
+        self._passed(step.title, outcome.words)
+        return outcome
 
     def _require_as_before(self, before: set[str]) -> None:
         if changes := differences(before, snapshot(self._lab)):
             raise LabError("masq-gate is not as it was before attach", "\n".join(["", *changes]))
-        self._passed(
-            "masq-gate is as it was: links, XDP, qdiscs, filters, offloads, routes, rules, nftables, "
-            f"sysctls, processes [dim]({len(before)} lines compared)[/]"
+        kinds = (
+            "links, XDP, qdiscs, filters, offloads, addresses, routes, rules, nftables, sysctls, processes"
         )
+        self._passed("masq-gate is as it was before", f"{len(before)} lines compared: {kinds}")
 
-    def _passed(self, what: str) -> None:
+    def _passed(self, what: str, words: str = "") -> None:
         self._checks += 1
-        self._console.print(f"[green]✓[/] {what}")
+        self._console.print(
+            f"[green]✓[/] {what}{words and f' [dim]– {words}[/]'}", highlight=False, soft_wrap=True
+        )
 
 
 @contextlib.contextmanager
@@ -138,9 +153,10 @@ def _alone(name: str) -> Iterator[None]:
 
 
 def _environment(console: Console) -> dict[str, str]:
-    """Lets the programs' tables fit the console, and be as colourful."""
-    colour = {"FORCE_COLOR": "1"} if console.is_terminal else {}
-    return {"COLUMNS": str(console.width), **colour}
+    """Lets the programs' own tables fit the console, and be as colourful."""
+    if console.is_terminal:
+        return {"COLUMNS": str(console.width), "FORCE_COLOR": "1"}
+    return {"COLUMNS": str(_PIPED_COLUMNS)}
 
 
 def _headline(console: Console, text: str) -> None:

@@ -70,7 +70,7 @@ _SHADOW = "root:*:19000:0:99999:7:::\nsshd:*:19000:0:99999:7:::\n"
 
 
 @dataclass(frozen=True)
-class Contact:
+class Client:
     """One client as a server saw it."""
 
     endpoint: str  # "203.0.113.1:40000"
@@ -121,9 +121,9 @@ class Server:
             table = Path("/proc/thread-self/net", protocol).read_text()
         return any(row.split()[1::2][:2] == [local, _LISTEN_STATE[protocol]] for row in table.splitlines())
 
-    def _contacts(self, log: Path, pattern: re.Pattern[str]) -> list[Contact]:
+    def _clients(self, log: Path, pattern: re.Pattern[str]) -> list[Client]:
         return [
-            Contact(f"{row['address']}:{row['port']}", row["about"])
+            Client(f"{row['address']}:{row['port']}", row["about"])
             for row in pattern.finditer(log.read_text(errors="replace"))
         ]
 
@@ -131,7 +131,7 @@ class Server:
 class WebServer(Server):
     """nginx with a page at :attr:`url` and 20 MB of random bytes at :attr:`big_url`.
 
-    Any query string may be added to tell requests apart in :meth:`contacts`.
+    Any query string may be added to tell requests apart in :meth:`clients`.
     """
 
     name = "nginx"
@@ -154,9 +154,9 @@ class WebServer(Server):
         (pages / "big").write_bytes(content)
         return hashlib.sha256(content).hexdigest()
 
-    def contacts(self) -> list[Contact]:
+    def clients(self) -> list[Client]:
         """Every request answered so far: who asked for which URI."""
-        return self._contacts(self.directory / "access.log", self._SEEN)
+        return self._clients(self.directory / "access.log", self._SEEN)
 
 
 class DnsServer(Server):
@@ -176,9 +176,9 @@ class DnsServer(Server):
         ]
         self._start(["dnsmasq", *options], "udp", 53)
 
-    def contacts(self) -> list[Contact]:
+    def clients(self) -> list[Client]:
         """Every query so far: who asked for which name."""
-        return self._contacts(self.log, self._SEEN)
+        return self._clients(self.log, self._SEEN)
 
 
 class SshServer(Server):
@@ -217,9 +217,9 @@ class SshServer(Server):
         """:attr:`client` as rsync's ``-e`` takes it."""
         return shlex.join(self.client)
 
-    def contacts(self) -> list[Contact]:
+    def clients(self) -> list[Client]:
         """Every login so far."""
-        return self._contacts(self.log, self._SEEN)
+        return self._clients(self.log, self._SEEN)
 
 
 class EchoServer(Server):

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 DRAWING = """\
-      192.168.0.0/24                            203.0.113.0/24         198.51.100.0/24
-
-  a-box .2 ─┐                                                ┌─ .10 .11 internet
-  b-box .3 ─┼─ switch ─── lan0 .1 masq-gate wan0 .1 ─ exchange
-  c-box .4 ─┘                                                └─ .254 transit .1 ─── .10 far
+ a-box .2 ─┐                                         ┌─ .10 .11 internet
+ b-box .3 ─┼─ switch ─ lan0 .1 masq-gate .1 wan0 ─ exchange
+ c-box .4 ─┘                                         └─ .254 transit .1 ─ .10 far
+ 192.168.0.0/24                       203.0.113.0/24            198.51.100.0/24
 """
-SECOND_LAN = "  d-box .2 ── switch ─── lan1 .1 masq-gate             and a second LAN, 192.168.1.0/24\n"
-TUN_WAN = "  wan0 is a TUN device: its line ends in transit, which answers ARP for 203.0.113.1\n"
+SECOND_LAN = " d-box .2 ─── switch ─ lan1 .1 masq-gate              192.168.1.0/24\n"
+TUN_WAN = " wan0 is a TUN device: its line ends in transit, which answers ARP for 203.0.113.1\n"
 
-HOSTS = ("a-box", "b-box", "c-box", "d-box")
+HOSTS = {"a-box": "192.168.0.2", "b-box": "192.168.0.3", "c-box": "192.168.0.4", "d-box": "192.168.1.2"}
 ROLES = (*HOSTS, "switch", "masq-gate", "exchange", "internet", "transit", "far")
 
 PUBLIC = "203.0.113.1"  # masq-gate, as the Internet sees it
@@ -59,7 +58,7 @@ class Topology:
     @property
     def hosts(self) -> tuple[str, ...]:
         """The boxes on the LANs."""
-        return HOSTS if self.lans == 2 else HOSTS[:3]
+        return tuple(HOSTS)[: 2 + self.lans]
 
     @property
     def lan_interfaces(self) -> tuple[str, ...]:
@@ -92,10 +91,9 @@ class Topology:
         return {**self._lan_side(), **self._public_side(), "masq-gate": self._gate()}
 
     def _lan_side(self) -> dict[str, list[str]]:
-        boxes = {host: _host("192.168.0", number) for number, host in enumerate(HOSTS[:3], 2)}
-        switch = _bridge("br0", [*boxes, "gate-lan0"])
+        boxes = {host: _box(HOSTS[host]) for host in self.hosts}
+        switch = _bridge("br0", [*self.hosts[:3], "gate-lan0"])
         if self.lans == 2:
-            boxes["d-box"] = _host("192.168.1", 2)
             switch += _bridge("br1", ["d-box", "gate-lan1"])
         return {**boxes, "switch": switch}
 
@@ -136,8 +134,9 @@ def _line(name: str, address: str, peer: str) -> list[str]:
     return [f"address add {address} peer {peer} dev {name}", f"link set {name} up"]
 
 
-def _host(network: str, number: int) -> list[str]:
-    return [*_interface("eth0", f"{network}.{number}/24"), f"route add default via {network}.1"]
+def _box(address: str) -> list[str]:
+    network = address.rpartition(".")[0]
+    return [*_interface("eth0", f"{address}/24"), f"route add default via {network}.1"]
 
 
 def _bridge(name: str, ports: Sequence[str]) -> list[str]:
