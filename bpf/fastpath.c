@@ -107,7 +107,7 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, enum direction
 		return pass(COUNT_up_mtu);
 	*egress_index = flow->egress;
 	egress = interface_at(*egress_index);
-	if (!egress || !egress->xdp)
+	if (!egress || !(egress->xdp & XDP_TO))
 		return pass(COUNT_up_not_armed);
 
 	fast_rewrite(&f, flow, egress, direction);

@@ -35,7 +35,7 @@ static __always_inline void flow_arm(const struct settings *cfg, const struct pa
 	u32 l3_delta = csum_delta_addr(old_addr, flow->new_addr);
 	struct ethernet_header eth;
 
-	if (!from || !to || !from->xdp || !to->xdp || p->l3 != sizeof(eth))
+	if (!from || !to || !(from->xdp & XDP_FROM) || !(to->xdp & XDP_TO) || p->l3 != sizeof(eth))
 		return;
 	if (p->class == CLASS_ICMP || p->options || p->more_fragments)
 		return;

@@ -104,10 +104,13 @@ enum prefix_role { PREFIX_FOREIGN, PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE }
 #define INTERFACES 65536
 enum interface_role { ROLE_NONE, ROLE_LAN, ROLE_WAN };
 
+#define XDP_FROM 1 /* our XDP program is on it: flows entering here can be armed */
+#define XDP_TO 2 /* XDP can redirect to it */
+
 struct interface {
 	u16 mac[3];
 	u8 role;
-	u8 xdp; /* has our XDP program, so that flows entering here can be armed */
+	u8 xdp; /* XDP_FROM, XDP_TO */
 	u32 mtu;
 };
 
@@ -132,7 +135,7 @@ struct settings { /* times in jiffies */
 };
 
 struct manifest { /* JSON, zero-terminated: what the agent must know after a restart; no packet reads it */
-	char text[65536];
+	u8 text[65536];
 };
 
 enum side { SOURCE, DESTINATION };

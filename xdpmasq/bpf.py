@@ -148,7 +148,7 @@ class Map(_Descriptor):
             raise
         if copies > 1:
             return np.frombuffer(buffer.raw, self.value, copies)
-        return np.frombuffer(buffer.raw, self.value, 1)[0]
+        return np.frombuffer(buffer.raw, self.value, 1).copy()[0]
 
     def set(self, key: Any, value: Any, flags: int = UPDATE_ANY) -> None:
         """Stores ``value``; raises OSError (E2BIG full, EEXIST, ENOENT) as the kernel's map does."""
@@ -326,7 +326,7 @@ class Object:
         try:
             return Program(_load(code, PROG_TYPES[kind], function))
         except OSError as error:
-            why = error.strerror
+            why = error.strerror or ""
             if error.errno in (errno.EINVAL, errno.EACCES, errno.E2BIG, errno.EFAULT):
                 why = _verifier_log(code, PROG_TYPES[kind], function)
             raise DatapathError(f"the kernel refused program {function}", why) from error
@@ -375,8 +375,8 @@ def _include_flags() -> list[str]:
 def compile(text: str, defines: Mapping[str, object] | None = None, flags: Sequence[str] = ()) -> Object:
     """Compiles C with bcc; takes a second or so and creates the maps.
 
-    The compiler works in a child process: clang and LLVM would otherwise stay in the caller's memory (100 MB),
-    and a crash of theirs would be ours.
+    The compiler works in a child process: clang and LLVM would otherwise stay in the caller's memory
+    (100 MB), and a crash of theirs would be ours.
 
     Raises:
         HostError: bcc or the UAPI headers are missing.
@@ -400,12 +400,13 @@ def compile(text: str, defines: Mapping[str, object] | None = None, flags: Seque
         os.waitpid(child, 0)
         words = stderr.read().decode(errors="replace").strip()
         if message == b"ok":
-            return Object(*pickle.loads(answer.read()), fds)
+            code, layouts = pickle.loads(answer.read())
+            return Object(code, layouts, fds)
     if message == b"no bcc":
         raise HostError(
             "bcc is missing",
             words,
-            "apt install python3-bpfcc and use the system's Python (the PyPI package named bcc is something else)",
+            "apt install python3-bpfcc and use the system's Python (PyPI's bcc is something else)",
         )
     raise DatapathError("the BPF programs do not compile", words or "the compiler crashed")
 

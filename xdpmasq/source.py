@@ -36,4 +36,5 @@ def flatten(files: Sequence[str] = DATAPATH) -> str:
 def counters() -> dict[str, str]:
     """Name → help text of every counter, in the order of the C enum."""
     text = (folder() / "counters.h").read_text()
-    return dict(re.findall(r'X\((\w+),\s*"([^"]*)"\)', text))
+    listed = text.partition("#define COUNTERS(X)")[2]
+    return dict(re.findall(r'X\((\w+),\s*"([^"]*)"\)', listed))

@@ -109,7 +109,8 @@ def execute(
     Example: xdpmasq lab exec a-box -- curl http://203.0.113.10/
     """
     lab = Lab(name)
-    argv = lab.argv(role, command)
+    # Click hands the dashes on where options may not follow arguments, as they may not here.
+    argv = lab.argv(role, command[1:] if command[0] == "--" else command)
     if not lab.is_up:
         raise LabError(f"there is no lab {name}", "", "build it with `xdpmasq lab up`")
     # So that "xdpmasq" in a box is this xdpmasq, also when it was called out of a virtual environment.

@@ -49,9 +49,9 @@ def run(console: Console, *, name: str, gateway: str, modes: Sequence[str], cpu:
     """
     started = time.monotonic()
     checks = 0
-    console.print(Text(DRAWING), soft_wrap=True)
     with _alone(name):
         Lab(name).down()
+        console.print(Text(DRAWING), soft_wrap=True)
         for mode in modes:
             # Super-packets are TC's strength; XDP on veth cannot have them.
             with Lab(name, far_mtu=NARROW_MTU, offloads=mode != "xdp") as lab:
@@ -65,12 +65,23 @@ def run(console: Console, *, name: str, gateway: str, modes: Sequence[str], cpu:
 def cpu_comparison(console: Console) -> None:
     """CPU time per packet beside nftables masquerade, by the short form of the benchmark."""
     _headline(console, "CPU time per packet, beside nftables masquerade")
-    command = [sys.executable, "-m", "xdpmasq", "bench", "--quick"]
-    with console.status("measuring, interleaved rounds…"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_BENCH_TIMEOUT_S)
-    if done.returncode != 0:
-        raise LabError("`xdpmasq bench --quick` failed", done.stderr.strip())
-    _show(console, Reply("xdpmasq bench --quick", done.stdout))
+    with console.status("measuring, in interleaved rounds…"):
+        _show(console, _run_bench())
+
+
+def _run_bench() -> Reply:
+    argv = [sys.executable, "-m", "xdpmasq", "bench", "--quick"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
+        try:
+            output, complaint = bench.communicate(timeout=_BENCH_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise LabError("`xdpmasq bench --quick` did not end", f"waited {_BENCH_TIMEOUT_S} s") from error
+        finally:
+            # Not killed, whatever interrupts us: it has namespaces of its own to clear away.
+            bench.terminate()
+    if bench.returncode != 0:
+        raise LabError("`xdpmasq bench --quick` failed", complaint.strip())
+    return Reply("xdpmasq bench --quick", output)
 
 
 class _Act:
@@ -98,16 +109,8 @@ class _Act:
         return self._checks
 
     def _drive_programs(self, scene: Scene) -> None:
-        table = Table(
-            "who",
-            "program",
-            "internal",
-            "seen outside as",
-            "to",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            show_edge=False,
-        )
+        columns = ("who", "program", "internal", "seen outside as", "to")
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         with self._lab.capture(*self._lab.topology.wan_wire, _PRIVATE) as private:
             for step in STEPS:
                 for contact in self._do(step, scene).contacts:
@@ -129,16 +132,13 @@ class _Act:
     def _require_as_before(self, before: set[str]) -> None:
         if changes := differences(before, snapshot(self._lab)):
             raise LabError("masq-gate is not as it was before attach", "\n".join(["", *changes]))
-        kinds = (
-            "links, XDP, qdiscs, filters, offloads, addresses, routes, rules, nftables, sysctls, processes"
-        )
+        kinds = "links, XDP, qdiscs, filters, offloads, addresses, routes, nftables, sysctls, processes"
         self._passed("masq-gate is as it was before", f"{len(before)} lines compared: {kinds}")
 
     def _passed(self, what: str, words: str = "") -> None:
         self._checks += 1
-        self._console.print(
-            f"[green]✓[/] {what}{words and f' [dim]– {words}[/]'}", highlight=False, soft_wrap=True
-        )
+        remark = f" [dim]– {words}[/]" if words else ""
+        self._console.print(f"[green]✓[/] {what}{remark}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def _environment(console: Console) -> dict[str, str]:
 
 def _headline(console: Console, text: str) -> None:
     console.print()
-    console.rule(f"[bold]{text}", align="left")
+    console.rule(f"[bold]{text}", align="left", style="dim")
 
 
 def _show(console: Console, reply: Reply) -> None:

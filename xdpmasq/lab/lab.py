@@ -97,7 +97,13 @@ class Lab:
         """End the lab's processes, delete its namespaces and files.
 
         Does nothing where there is nothing, and also removes what a killed process left under this prefix.
+
+        Raises:
+            HostError: there is something, and this is not root.
         """
+        if not self.is_up:
+            return
+        netns.require_root()
         for child in self._children:
             child.terminate()
         # All roles, not only this topology's: what is left behind may have been built as another.
@@ -118,12 +124,10 @@ class Lab:
         if self.topology.wan == "tun":
             self._start_relay()
             netns.set_sysctls(self.namespace("transit"), _PROXY_ARP)
-        batches = [
-            netns.start_ip_batch(["link set lo up", *commands], self.namespace(role))
-            for role, commands in self.topology.configuration().items()
-        ]
-        for batch in batches:
-            netns.finish_ip_batch(batch)
+        configuration = self.topology.configuration()
+        netns.ip_batches(
+            {self.namespace(role): ["link set lo up", *commands] for role, commands in configuration.items()}
+        )
         if not self.offloads:
             self.set_offloads(False)
         # The kernel's link watch tells a bridge a moment later that its ports have a carrier.

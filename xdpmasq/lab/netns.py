@@ -9,16 +9,15 @@ import ctypes
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from xdpmasq.errors import HostError
-from xdpmasq.lab.errors import LabError
+from xdpmasq.lab.errors import LabError, wait_until
 
 _MOUNTS = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns() came only with Python 3.12
-_TERM_PATIENCE_S = 1.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,25 +32,18 @@ def ip_batch(commands: Iterable[str], namespace: str | None = None) -> None:
     Raises:
         LabError: with iproute2's own words.
     """
-    finish_ip_batch(start_ip_batch(commands, namespace))
-
-
-def start_ip_batch(commands: Iterable[str], namespace: str | None = None) -> subprocess.Popen[str]:
-    """Like :func:`ip_batch`, but return at once; hand the process to :func:`finish_ip_batch`."""
     where = ["-n", namespace] if namespace else []
-    process = subprocess.Popen(
-        ["ip", *where, "-batch", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin
-    process.stdin.write("\n".join(commands) + "\n")
-    process.stdin.flush()
-    return process
+    script = "\n".join(commands) + "\n"
+    argv = ["ip", *where, "-batch", "-"]
+    done = subprocess.run(argv, input=script, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise LabError("the lab's network could not be built", f"ip: {done.stderr.strip()}")
 
 
-def finish_ip_batch(process: subprocess.Popen[str]) -> None:
-    _, complaint = process.communicate()
-    if process.returncode != 0:
-        raise LabError("the lab's network could not be built", f"ip: {complaint.strip()}")
+def ip_batches(batches: Mapping[str, Iterable[str]]) -> None:
+    """Run a batch in each of these namespaces, at once; when one fails the others still run to their end."""
+    with ThreadPoolExecutor(len(batches)) as pool:
+        list(pool.map(ip_batch, batches.values(), batches.keys()))
 
 
 @contextlib.contextmanager
@@ -104,14 +96,17 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def end_processes(names: Iterable[str]) -> None:
-    """End every process in these namespaces: SIGTERM, and after a second SIGKILL."""
+    """End every process in these namespaces: SIGTERM, and after a second SIGKILL.
+
+    Raises:
+        LabError: one survives even that, hanging in the kernel.
+    """
     names = tuple(names)
     _signal(processes_in(names), signal.SIGTERM)
-    deadline = time.monotonic() + _TERM_PATIENCE_S
-    while remaining := processes_in(names):
-        if time.monotonic() > deadline:
-            _signal(remaining, signal.SIGKILL)
-        time.sleep(0.01)
+    with contextlib.suppress(LabError):
+        wait_until(lambda: not processes_in(names), "", timeout_s=1)
+    _signal(processes_in(names), signal.SIGKILL)
+    wait_until(lambda: not processes_in(names), "all processes in the lab have ended")
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

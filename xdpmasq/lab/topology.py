@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 DRAWING = """\
- a-box .2 ─┐                                         ┌─ .10 .11 internet
+ a-box .2 ─┐                                        ┌─ .10 .11 internet
  b-box .3 ─┼─ switch ─ lan0 .1 masq-gate .1 wan0 ─ exchange
- c-box .4 ─┘                                         └─ .254 transit .1 ─ .10 far
- 192.168.0.0/24                       203.0.113.0/24            198.51.100.0/24
+ c-box .4 ─┘                                        └─ .254 transit .1 ─ .10 far
+ 192.168.0.0/24                      203.0.113.0/24            198.51.100.0/24
 """
-SECOND_LAN = " d-box .2 ─── switch ─ lan1 .1 masq-gate              192.168.1.0/24\n"
-TUN_WAN = " wan0 is a TUN device: its line ends in transit, which answers ARP for 203.0.113.1\n"
+SECOND_LAN = " d-box .2 ─── switch ─ lan1 .1 masq-gate             192.168.1.0/24\n"
+TUN_WAN = " wan0 is a TUN device, its line ends in transit, which answers ARP for .1\n"
 
 HOSTS = {"a-box": "192.168.0.2", "b-box": "192.168.0.3", "c-box": "192.168.0.4", "d-box": "192.168.1.2"}
 ROLES = (*HOSTS, "switch", "masq-gate", "exchange", "internet", "transit", "far")

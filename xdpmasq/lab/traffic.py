@@ -22,6 +22,7 @@ from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, INTERNET_TOO, PUBLIC, TRA
 _SAME_PORT = 40053
 _SAME_ID = 77
 _PING_COUNT = 3
+_CURL = ["curl", "-sS", "--fail", "--connect-timeout", "4", "--max-time", "25"]
 _ETHERNET_BYTES = 14
 
 
@@ -84,7 +85,7 @@ def _download(scene: Scene, host: str) -> Contact:
     report = "%{stderr}%{local_ip}:%{local_port}"
     curl = scene.lab.popen(
         host,
-        ["curl", "-sS", "--fail", "--max-time", "25", "--write-out", report, f"http://{INTERNET}{uri}"],
+        [*_CURL, "--write-out", report, f"http://{INTERNET}{uri}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -174,8 +175,7 @@ def leave_the_gateway_alone(scene: Scene) -> Outcome:
     """What masq-gate itself sends is not translated: nginx sees the very port that curl used."""
     uri = "/?masq-gate"
     report = ["--output", "/dev/null", "--write-out", "%{local_ip}:%{local_port}"]
-    curl = ["curl", "-sS", "--fail", "--max-time", "5", *report, f"http://{INTERNET}{uri}"]
-    own = scene.lab.exec("masq-gate", curl).stdout
+    own = scene.lab.exec("masq-gate", [*_CURL, *report, f"http://{INTERNET}{uri}"]).stdout
     if (seen := _seen_as(scene.web, uri)) != own:
         raise LabError("masq-gate's own connection was translated", f"it used {own}, nginx saw {seen}")
     return Outcome("nginx saw curl's own port", [Contact("masq-gate", "curl", own, seen, f"{INTERNET}:80")])

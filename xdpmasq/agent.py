@@ -1,0 +1,651 @@
+"""The life of the running system: attach, tick, follow the interfaces, stop, detach.
+
+Everything the agent does is a reconciliation: it compares what should be on the interfaces with what is, and
+changes the difference. So attaching, an interface that comes back, and adopting a datapath after a crash are
+one and the same path. The agent can die at any moment: the programs go on without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xdpmasq import __version__, bpf, datapath, drivers, netdev, presence, source
+from xdpmasq.config import Config, Ports, Timeouts
+from xdpmasq.datapath import Hook, Role
+from xdpmasq.errors import DatapathError, HostError, InterfaceError, MasqError, from_dict
+from xdpmasq.expiry import Expiry
+
+log = logging.getLogger("xdpmasq")
+
+TICK_S = 1.0
+SETTLE_S = 0.02  # netlink messages come in bursts: let one burst end before looking
+DISARM_ALL_S = 3600  # keeps settings.disarmed_at within reach of 32-bit jiffies
+START_S = 60  # what a start may take on a slow machine
+OLDEST_KERNEL = (5, 15)
+MAIN_TABLE = 254
+
+
+# --- one interface ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _current(index: int) -> Iterator[int | None]:
+    """A descriptor of the program on the XDP hook, None when it is empty."""
+    number = next((each.xdp_prog_id for each in netdev.links() if each.index == index), 0)
+    if not number:
+        yield None
+        return
+    with bpf.Program.by_id(number) as program:
+        ours = program.name.startswith(datapath.PROGRAM)
+        yield program.fd if ours else None
+
+
+def _put(link: netdev.Link, hook: Hook, program: bpf.Program) -> None:
+    """Attaches, or replaces our own program without a gap."""
+    if hook.kind == "xdp":
+        with _current(link.index) as there:
+            netdev.xdp_attach(link.index, program.fd, "native", there)
+    else:
+        netdev.tc_attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
+
+
+def _clear(link: netdev.Link, keep: tuple[Hook, ...] = ()) -> bool:
+    """Takes our programs off a link, except where ``keep`` wants one. True when there were any."""
+    kept = {hook.kind for hook in keep}
+    found = False
+    if "xdp" not in kept:
+        with _current(link.index) as there:
+            found = there is not None and netdev.xdp_detach(link.index, "native", there)
+    for each in netdev.tc_programs(link.index):
+        if each.name == datapath.FILTER and each.direction not in kept:
+            found |= netdev.tc_detach(link.index, each.direction, each.priority, each.handle)
+    return found
+
+
+# --- the agent -------------------------------------------------------------------------------------
+
+
+class Agent:
+    """Keeps one datapath in step with its interfaces.
+
+    Args:
+        config: what the user wants; validated.
+        adopted: the datapath that an earlier agent left, to go on with.
+    """
+
+    def __init__(self, config: Config, adopted: datapath.Attached | None = None) -> None:
+        self._config = config
+        further = config.further_sessions
+        if adopted:
+            further = adopted.maps["remotes"].max_entries
+        self._programs = datapath.Programs(further, adopted.maps if adopted else None)
+        if adopted and adopted.manifest["layouts"] != _through_json(self._programs.layouts):
+            raise DatapathError(
+                "the running datapath is of another version",
+                f"it was attached by xdpmasq {adopted.manifest['version']}, and its tables are laid out otherwise",
+                "xdpmasq detach, then attach: running sessions start anew",
+            )
+        self.tables = datapath.Tables(self._programs.maps)
+        self._manifest = adopted.manifest if adopted else self._new_manifest()
+        self._manifest |= {
+            "reaper": self._programs["masq_reap"].id,
+            "agent_pid": os.getpid(),
+            "version": __version__,
+        }
+        self._hz: int = self._manifest["hz"]
+        self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
+        self._external: IPv4Address | None = _ip(self._manifest["external"])
+        self._neighbours: dict[tuple[int, str], bytes] = {}
+        self._reserved = self._pool(fresh=adopted is None)
+        timeouts = config.timeouts
+        self._expiry = Expiry(
+            self.tables,
+            self._programs["masq_reap"],
+            self._reserved,
+            timeouts.port_rest_s * self._hz,
+            self._hz,
+        )
+        self._settings()
+
+    def _new_manifest(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "wan": config.wan,
+            "lans": list(config.lans),
+            "mode": config.mode,
+            "interfaces": [],
+            "external": None,
+            "hz": bpf.tick_rate(),
+            "attached_at": time.time(),
+            "config": _config_fields(config),
+            "counters": list(source.counters()),
+            "layouts": _through_json(self._programs.layouts),
+            "qdiscs": [],
+            "sysctls": {},
+        }
+
+    def _save(self) -> None:
+        self.tables.manifest = self._manifest
+
+    # --- tables
+
+    def _settings(self) -> None:
+        timeouts, hz = self._config.timeouts, self._hz
+        self.tables.set_settings(
+            tcp_established=timeouts.tcp_established_s * hz,
+            tcp_transitory=timeouts.tcp_transitory_s * hz,
+            udp=timeouts.udp_s * hz,
+            icmp=timeouts.icmp_s * hz,
+            fragment=timeouts.fragment_s * hz,
+            rearm=self._config.rearm_s * hz,
+            inbound_refresh=self._config.inbound_refresh,
+            pool=[(first, count) for first, count in self._ranges()],
+            disarmed_at=bpf.jiffies(),
+        )
+
+    def _ranges(self) -> list[tuple[list[int], list[int]]]:
+        """``struct pool`` for each class: (first, count) of two ranges, the fuller one first."""
+        low, high = self._config.ports.first, self._config.ports.last
+        ephemeral = netdev.sysctl_get("net.ipv4.ip_local_port_range") or "32768 60999"
+        start, end = map(int, ephemeral.split())
+        ranges = [(low, min(high, start - 1)), (max(low, end + 1), high)]
+        ranges = sorted(((a, max(0, b - a + 1)) for a, b in ranges), key=lambda pair: -pair[1])
+        if not ranges[0][1]:
+            raise HostError(
+                f"no external ports between {low} and {high}",
+                f"the gateway's own connections may use {start} to {end} (net.ipv4.ip_local_port_range)",
+                "narrow that range, or widen [ports]",
+            )
+        tcp_udp = ([a for a, _ in ranges], [count for _, count in ranges])
+        return [tcp_udp, tcp_udp, ([0, 0], [datapath.PORTS, 0])]
+
+    def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:
+        """The bitmap of slots outside the pool; claims them when the tables are new."""
+        outside = np.ones(len(self.tables.claims) * 64, bool)
+        outside[datapath.FURTHER_BASE :] = False
+        for class_, (firsts, counts) in enumerate(self._ranges()):
+            for first, count in zip(firsts, counts, strict=True):
+                start = class_ * datapath.PORTS + first
+                outside[start : start + count] = False
+        if not fresh:
+            # Ports that an earlier configuration gave out are reaped like any other.
+            outside[self.tables.live_slots()] = False
+        reserved = np.packbits(outside, bitorder="little").view(np.uint64)
+        if fresh:
+            self.tables.claims[:] = reserved
+        return reserved
+
+    # --- following the interfaces
+
+    def reconcile(self) -> None:
+        """Brings programs, tables and external address in step with the interfaces as they are now."""
+        links = netdev.links()
+        wan = next((link for link in links if link.name == self._config.wan), None)
+        lans = [link for link in netdev.match_links(self._config.lans, links) if link != wan]
+        wanted: list[tuple[netdev.Link, Role]] = [(link, "lan") for link in lans]
+        if wan:
+            wanted.insert(0, (wan, "wan"))
+        reports = []
+        self._forget_gone({link.name: link.index for link, _ in wanted})
+        addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
+        self._follow_addresses(wan, lans, addresses)
+        for link, role in wanted:
+            hook, why = self._choose(link, wan)
+            self._attach(link, role, hook)
+            reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})
+        self._manifest |= {"interfaces": reports, "external": str(self._external) if self._external else None}
+        accelerate = any(report["hook"] == "xdp" for report in reports)
+        self.tables.set_settings(accelerate=accelerate, disarmed_at=bpf.jiffies())
+        self._save()
+
+    def _choose(self, link: netdev.Link, wan: netdev.Link | None) -> tuple[str, str]:
+        """The hook for a link, "xdp" or "tc", and why."""
+        mode = self._config.mode
+        if mode == "tc":
+            return "tc", "--mode tc"
+        if link.index >= datapath.PORTS:
+            return "tc", f"its interface index {link.index} is beyond {datapath.PORTS - 1}"
+        if mode == "xdp":
+            if not link.ethernet:
+                raise InterfaceError(
+                    f"{link.name} cannot do XDP", "it has no Ethernet header", "choose --mode tc or auto"
+                )
+            return "xdp", "--mode xdp"
+        hook, why = drivers.xdp_policy(link)
+        if hook == "xdp" and wan and drivers.xdp_policy(wan)[0] == "tc":
+            return "tc", f"{wan.name}, the WAN, is on TC, so nothing could be redirected to it"
+        return hook, why
+
+    def _attach(self, link: netdev.Link, role: Role, hook: str) -> None:
+        hooks = datapath.hooks(role, xdp=hook == "xdp", ethernet=link.ethernet)
+        before = self._attached.get(link.name)
+        if before and before[1] == hooks and before[0].index == link.index and self._is_whole(link, hooks):
+            self._tell(link, role, hook)
+            return
+        if any(each.kind != "xdp" for each in hooks) and not netdev.clsact_present(link.index):
+            self._manifest["qdiscs"] = sorted({*self._manifest["qdiscs"], link.index})
+            self._save()
+            netdev.clsact_add(link.index)
+        for each in hooks:
+            _put(link, each, self._programs[each.function])
+        _clear(link, keep=hooks)
+        self._attached[link.name] = (link, hooks)
+        self._tell(link, role, hook)
+        log.info("attached to %s as %s by %s", link.name, role, hook)
+
+    @staticmethod
+    def _is_whole(link: netdev.Link, hooks: tuple[Hook, ...]) -> bool:
+        """Nobody took our programs away meanwhile."""
+        present = {each.direction for each in netdev.tc_programs(link.index) if each.name == datapath.FILTER}
+        if link.xdp_prog_id:
+            present.add("xdp")  # type: ignore[arg-type]
+        return all(hook.kind in present for hook in hooks)
+
+    def _tell(self, link: netdev.Link, role: Role, hook: str) -> None:
+        """Writes the interface's row, by the link's features as they are with our programs attached."""
+        if link.index >= datapath.PORTS:
+            return
+        fresh = next((each for each in netdev.links() if each.index == link.index), link)
+        xdp = hook == "xdp"
+        self.tables.set_interface(fresh, role, xdp_from=xdp, xdp_to=xdp and drivers.takes_frames(fresh))
+
+    def _forget_gone(self, present: dict[str, int]) -> None:
+        for name, (link, _) in list(self._attached.items()):
+            if present.get(name) != link.index:
+                log.info("%s is gone", name)
+                del self._attached[name]
+                if link.index < datapath.PORTS:
+                    self.tables.unset_interface(link.index)
+                with contextlib.suppress(MasqError):
+                    _clear(link)
+
+    def _follow_addresses(
+        self, wan: netdev.Link | None, lans: list[netdev.Link], addresses: list[netdev.Address]
+    ) -> None:
+        own = [each for each in addresses if wan and each.index == wan.index]
+        primary = next((each for each in own if not each.secondary), None)
+        external = IPv4Address(primary.ip.ip) if primary else None
+        self.tables.set_prefixes(self._prefixes(own, lans, addresses))
+        if external == self._external and self._manifest["interfaces"]:
+            return
+        # Without an address nothing opens; the sessions stay, should the same address come back.
+        self.tables.set_settings(external=[datapath.addr(external)])
+        if external and self._external and external != self._external:
+            self._flush_external(self._external)
+        self._external = external or self._external
+        log.info("external address: %s", external or "none")
+
+    def _prefixes(
+        self, own: list[netdev.Address], lans: list[netdev.Link], addresses: list[netdev.Address]
+    ) -> dict[IPv4Network, int]:
+        """Roles of source prefixes, the more specific winning: private, internal, the WAN's own addresses."""
+        inside = {link.index for link in lans}
+        roles = dict.fromkeys(datapath.PRIVATE, datapath.PREFIX_PRIVATE)
+        routed = [
+            route.prefix for route in netdev.routes(4) if route.oif in inside and route.prefix.prefixlen
+        ]
+        connected = [each.network for each in addresses if each.index in inside]
+        for network in (*routed, *connected, *self._config.internal):
+            roles[IPv4Network(network)] = datapath.PREFIX_INTERNAL
+        for each in own:
+            roles[IPv4Network(each.ip.ip)] = datapath.PREFIX_OWN
+        return roles
+
+    def _flush_external(self, address: IPv4Address) -> None:
+        """Ends the sessions of an external address that is no longer ours."""
+        slots = self.tables.live_slots()
+        old = datapath.addr(address)[0][0]
+        stale = slots[self.tables.sessions["out"]["new_addr"]["word"][slots, 0] == old]
+        self.tables.disarm()
+        # Further sessions first: a mapping closes with its last session.
+        for each in (stale[stale >= datapath.FURTHER_BASE], stale[stale < datapath.FURTHER_BASE]):
+            self.tables.reap(self._programs["masq_reap"], each, datapath.REAP_FORCED)
+        log.info("the WAN address changed: %d sessions of %s ended", len(stale), address)
+
+    # --- sysctls
+
+    def _set_sysctls(self) -> None:
+        """Turns the host into a router; what it was before goes to the manifest first."""
+        wanted = {"net.ipv4.ip_forward": "1"}
+        if any(each["hook"] == "xdp" for each in self._manifest["interfaces"]):
+            # conntrack, where a firewall uses it, sees only a packet now and then of accelerated connections.
+            wanted["net.netfilter.nf_conntrack_tcp_be_liberal"] = "1"
+        for name, value in wanted.items():
+            before = netdev.sysctl_get(name)
+            if before is None or before == value:
+                continue
+            self._manifest["sysctls"].setdefault(name, before)
+            self._save()
+            netdev.sysctl_set(name, value)
+
+    # --- life
+
+    def start(self) -> None:
+        """Attaches everything, or nothing.
+
+        Raises:
+            MasqError: what failed; whatever was attached by then is detached again.
+        """
+        adopted = bool(self._manifest["interfaces"])
+        self._save()
+        try:
+            self.reconcile()
+            self._set_sysctls()
+        except MasqError:
+            if not adopted:
+                _take_down(self._manifest)
+            raise
+
+    def serve(self, ready: Callable[[], None]) -> None:
+        """Follows the machine until SIGTERM or SIGINT; the datapath stays."""
+        stopping = False
+
+        def stop(*_: object) -> None:
+            nonlocal stopping
+            stopping = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        wake, _ = _wakeup_on_signals()
+        with netdev.Watch() as watch, selectors.DefaultSelector() as selector:
+            selector.register(watch, selectors.EVENT_READ)
+            selector.register(wake, selectors.EVENT_READ)
+            self.reconcile()  # what changed between start() and Watch()
+            self._neighbours = self._next_hops()
+            ready()
+            next_tick = next_disarm = time.monotonic()
+            while not stopping:
+                selector.select(max(0.0, next_tick - time.monotonic()))
+                with contextlib.suppress(BlockingIOError):
+                    os.read(wake, 64)
+                self._follow(watch)
+                now = time.monotonic()
+                if now >= next_disarm:
+                    self.tables.disarm()
+                    next_disarm = now + DISARM_ALL_S
+                if now >= next_tick:
+                    self._expiry.run()
+                    next_tick = now + TICK_S
+
+    def _follow(self, watch: netdev.Watch) -> None:
+        changes = watch.drain()
+        if not changes:
+            return
+        time.sleep(SETTLE_S)
+        more = watch.drain()
+        try:
+            if any(c.links or c.addresses or c.routes or c.lost or c.filters for c in (changes, more)):
+                self.reconcile()
+            self._follow_neighbours()
+        except MasqError as error:
+            # An interface may vanish under our hands; the next message, or tick, brings us here again.
+            log.warning("%s", error)
+
+    def _follow_neighbours(self) -> None:
+        present = self._next_hops()
+        if any(present.get(key) != mac for key, mac in self._neighbours.items()):
+            self.tables.disarm()
+        self._neighbours = present
+
+    def _next_hops(self) -> dict[tuple[int, str], bytes]:
+        mine = {link.index for link, _ in self._attached.values()}
+        return {key: mac for key, mac in netdev.neighbours().items() if key[0] in mine}
+
+
+def _wakeup_on_signals() -> tuple[int, int]:
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader, writer
+
+
+def _through_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _config_fields(config: Config) -> dict[str, Any]:
+    """A configuration as JSON can carry it."""
+    fields = asdict(config)
+    return {**fields, "internal": [str(network) for network in config.internal]}
+
+
+def _config_of(fields: dict[str, Any]) -> Config:
+    """The inverse of :func:`_config_fields`."""
+    return Config(
+        **{
+            **fields,
+            "lans": tuple(fields["lans"]),
+            "internal": tuple(map(IPv4Network, fields["internal"])),
+            "timeouts": Timeouts(**fields["timeouts"]),
+            "ports": Ports(**fields["ports"]),
+        }
+    )
+
+
+def _ip(text: str | None) -> IPv4Address | None:
+    return IPv4Address(text) if text else None
+
+
+# --- checks before anything changes ----------------------------------------------------------------
+
+
+def check_host() -> None:
+    """Raises HostError when this machine cannot carry a datapath."""
+    if os.geteuid() != 0:
+        raise HostError("must be root", "loading programs needs CAP_BPF and CAP_NET_ADMIN", "use sudo")
+    if netdev.kernel_release() < OLDEST_KERNEL:
+        raise HostError(
+            f"kernel {'.'.join(map(str, netdev.kernel_release()))} is too old",
+            "xdpmasq needs 5.15 or later, and is tested on 6.1 and 6.18",
+            "upgrade the kernel",
+        )
+
+
+def check_interfaces(config: Config) -> None:
+    """Raises InterfaceError when the interfaces cannot serve as the configuration says."""
+    links = netdev.links()
+    wan = next((link for link in links if link.name == config.wan), None)
+    if wan is None:
+        raise netdev.no_such_interface(config.wan, links)
+    for pattern in config.lans:
+        matched = netdev.match_links([pattern], links)
+        if not matched and not set(pattern) & set("*?["):
+            raise netdev.no_such_interface(pattern, links)
+    lans = netdev.match_links(config.lans, links)
+    if wan in lans:
+        raise InterfaceError(
+            f"{wan.name} is both WAN and LAN",
+            "one-armed masquerading on a single interface is not supported",
+            "give the internal network an interface of its own",
+        )
+    _check_addresses(wan, lans)
+    _check_unused(config.wan, [wan, *lans])
+
+
+def _check_addresses(wan: netdev.Link, lans: list[netdev.Link]) -> None:
+    addresses = netdev.addresses(4)
+    outside = [each for each in addresses if each.index == wan.index]
+    if not outside:
+        raise InterfaceError(
+            f"{wan.name} has no IPv4 address",
+            "there is no public address to share",
+            f"configure one (ip address add … dev {wan.name}, or a DHCP client) and try again",
+        )
+    names = {link.index: link.name for link in lans}
+    for inner in addresses:
+        for outer in outside:
+            if inner.index in names and inner.network.overlaps(outer.network):  # type: ignore[arg-type]
+                raise InterfaceError(
+                    f"{names[inner.index]} and {wan.name} overlap",
+                    f"LAN {inner.network} and WAN {outer.network} share addresses (RFC 4787 REQ-7)",
+                    "renumber the LAN",
+                )
+
+
+def _check_unused(wan: str, links: list[netdev.Link]) -> None:
+    for each in datapath.find_all():
+        manifest = each.manifest
+        if manifest["wan"] == wan:
+            continue
+        taken = {entry["name"] for entry in manifest["interfaces"]} & {link.name for link in links}
+        if taken:
+            raise InterfaceError(
+                f"{', '.join(sorted(taken))} is in use",
+                f"by the xdpmasq of WAN {manifest['wan']}",
+                f"xdpmasq detach --wan {manifest['wan']}",
+            )
+
+
+# --- verbs -----------------------------------------------------------------------------------------
+
+
+def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
+    """Attaches (or adopts what is attached), then follows the machine until told to stop.
+
+    Raises:
+        MasqError: before anything has changed, or with everything put back.
+    """
+    check_host()
+    with presence.being_agent(config.wan):
+        with presence.changing():
+            check_interfaces(config)
+            running = [each for each in datapath.find_all() if each.manifest["wan"] == config.wan]
+            agent = Agent(config, running[0] if running else None)
+            agent.start()
+        agent.serve(ready)
+
+
+def status(wan: str) -> dict[str, Any]:
+    """What ``attach`` reports when all is well."""
+    return datapath.find(wan).manifest
+
+
+def start_background(config: Config) -> dict[str, Any]:
+    """Starts the agent in the background and waits until it is healthy; returns its manifest.
+
+    Raises:
+        MasqError: whatever kept the agent from starting.
+    """
+    check_host()
+    command = [sys.executable, "-m", "xdpmasq.agent"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    ) as child:
+        assert child.stdin and child.stdout
+        child.stdin.write(json.dumps(_config_fields(config)))
+        child.stdin.close()
+        answer = child.stdout.readline()
+        if not answer:
+            raise DatapathError(
+                "the agent ended while starting", f"exit code {child.wait()}", "xdpmasq run … shows more"
+            )
+        report = json.loads(answer)
+        if "error" in report:
+            child.wait()
+            raise from_dict(report["error"])
+        child.returncode = 0  # it lives on: nothing to wait for
+    return status(config.wan)
+
+
+def _background() -> None:
+    """The other end of :func:`start_background`."""
+    answer = os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+
+    def say(report: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            answer.write(json.dumps(report) + "\n")
+            answer.close()
+
+    try:
+        run(_config_of(json.load(sys.stdin)), ready=lambda: say({"ok": True}))
+    except MasqError as error:
+        say({"error": error.as_dict()})
+        sys.exit(error.exit_code)
+
+
+def detach(wan: str | None = None) -> dict[str, Any]:
+    """Ends the agent and removes every trace of the datapath.
+
+    Returns:
+        ``{"interfaces": [names], "sessions": number ended, "sysctls": {name: value put back}}``
+
+    Raises:
+        NotAttachedError: nothing is attached.
+    """
+    check_host()
+    attached = datapath.find(wan)
+    manifest = attached.manifest
+    sessions = len(attached.live_slots())
+    _end_agent(manifest["wan"])
+    with presence.changing():
+        interfaces, sysctls = _take_down(manifest)
+    presence.forget_agent(manifest["wan"])
+    return {"interfaces": interfaces, "sessions": sessions, "sysctls": sysctls}
+
+
+def _end_agent(wan: str, patience_s: float = 10) -> None:
+    deadline = time.monotonic() + patience_s
+    asked = signal.SIGTERM
+    while (pid := presence.agent_pid(wan)) is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, asked)
+        if time.monotonic() > deadline:
+            asked = signal.SIGKILL
+        time.sleep(0.05)
+
+
+def _take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Puts sysctls back first, so that no packet is forwarded untranslated meanwhile; then removes programs."""
+    put_back = {}
+    for name, value in manifest["sysctls"].items():
+        if netdev.sysctl_get(name) is not None:
+            netdev.sysctl_set(name, value)
+            put_back[name] = value
+    cleared = []
+    wan = manifest["wan"]
+    mine = {entry["index"] for entry in manifest["interfaces"]} | set(manifest["qdiscs"])
+    # The WAN's translation goes last.
+    for link in sorted(netdev.links(), key=lambda link: link.name == wan):
+        if not _belongs(link, manifest, mine):
+            continue
+        if _clear(link):
+            cleared.append(link.name)
+        if link.index in manifest["qdiscs"] and not netdev.tc_programs(link.index):
+            netdev.clsact_del(link.index)
+    return cleared, put_back
+
+
+def _belongs(link: netdev.Link, manifest: dict[str, Any], mine: set[int]) -> bool:
+    return (
+        link.index in mine
+        or link.name == manifest["wan"]
+        or bool(netdev.match_links(manifest["lans"], [link]))
+    )
+
+
+if __name__ == "__main__":
+    _background()

@@ -1,0 +1,312 @@
+"""xdpmasq's own programs and tables: compiled, attached, found again, read and written.
+
+The programs attached to the interfaces hold the maps, and nothing else does: nothing is pinned, so a
+datapath lives until the last of its programs is detached, and a later process finds it from their ids.
+What that process must know (layouts, settings, what to put back) stands as JSON in the map ``manifest``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from xdpmasq import bpf, netdev, presence, source
+from xdpmasq.errors import DatapathError, NotAttachedError
+
+Slots = npt.NDArray[np.uint32]
+Role = Literal["lan", "wan"]
+
+FILTER = "xdpmasq"  # name of our TC filters
+PRIORITY = 0x4D51  # after filters that users put at low numbers, before those that the kernel numbers itself
+PROGRAM = "masq_"  # prefix of our programs' names
+EXTERNALS = 1
+CLASSES = ("tcp", "udp", "icmp")
+PORTS = 65536
+FURTHER_BASE = EXTERNALS * len(CLASSES) * PORTS
+
+# enum and #define values of bpf/types.h, flow.h and reaper.c
+ROLES: dict[Role, int] = {"lan": 1, "wan": 2}
+XDP_FROM, XDP_TO = 1, 2
+PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
+LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_FURTHER_MASK = 1, 2, 3, 4, 0xFFFFFF00
+REAP_EXPIRED, REAP_FORCED, REAP_RESTED = 0, 1, 2
+REAP_MAX = 256
+
+# Never routed on the Internet, so never to leave with such a source (RFC 6890).
+PRIVATE = tuple(
+    IPv4Network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        *("172.16.0.0/12", "192.168.0.0/16"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One place where a program of ours is attached."""
+
+    kind: Literal["xdp", "ingress", "egress"]
+    function: str
+
+
+def hooks(role: Role, *, xdp: bool, ethernet: bool) -> tuple[Hook, ...]:
+    """What belongs on an interface, in the order in which it is to be attached: the translation first."""
+    suffix = "" if ethernet else "_l3"
+    found: list[Hook] = []
+    if role == "wan":
+        found += [Hook("egress", f"masq_wan_out{suffix}"), Hook("ingress", f"masq_wan_in{suffix}")]
+    elif xdp:
+        found += [Hook("egress", "masq_lan_learn")]
+    if xdp:
+        found += [Hook("xdp", f"masq_{role}_xdp")]
+    return tuple(found)
+
+
+class Tables:
+    """Typed access to the maps of one datapath, by whoever holds them."""
+
+    def __init__(self, maps: Mapping[str, bpf.Map]) -> None:
+        self.maps = dict(maps)
+
+    @cached_property
+    def sessions(self) -> bpf.Array:
+        """``struct session`` by slot, over the kernel's own memory."""
+        return self.maps["sessions"].view()
+
+    @cached_property
+    def claims(self) -> npt.NDArray[np.uint64]:
+        """One bit per slot: taken, or outside the pool."""
+        return self.maps["claims"].view()
+
+    @property
+    def settings(self) -> Any:
+        """``struct settings`` as a numpy scalar; a copy."""
+        return self.maps["settings"].get(0)
+
+    def set_settings(self, **fields: Any) -> None:
+        """Changes some fields of ``struct settings``; only the agent writes it."""
+        settings = self.settings
+        for name, value in fields.items():
+            settings[name] = value
+        self.maps["settings"].set(0, settings)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the agent left for later processes; empty while a datapath is being built."""
+        text = bytes(self.maps["manifest"].get(0)["text"]).split(b"\0")[0]
+        return dict(json.loads(text)) if text else {}
+
+    @manifest.setter
+    def manifest(self, fields: Mapping[str, Any]) -> None:
+        text = json.dumps(fields).encode()
+        value = np.zeros((), self.maps["manifest"].value)
+        if len(text) >= value.nbytes:
+            raise DatapathError("the manifest is too long", f"{len(text)} bytes", "name fewer interfaces")
+        value["text"] = np.frombuffer(text.ljust(value.nbytes, b"\0"), value["text"].dtype)
+        self.maps["manifest"].set(0, value)
+
+    def counters(self) -> dict[str, int]:
+        """Every counter by name, summed over CPUs."""
+        table = self.maps["counters"]
+        return {name: int(table.get(i).sum()) for i, name in enumerate(self._counter_names)}
+
+    @cached_property
+    def _counter_names(self) -> list[str]:
+        # A running datapath of another version has its own list.
+        return list(self.manifest.get("counters") or source.counters())
+
+    def used_slots(self, reserved: npt.NDArray[np.uint64] | None = None) -> Slots:
+        """Slots whose bit is set, without those ``reserved`` (a bitmap like :attr:`claims`)."""
+        claims = self.claims.copy() if reserved is None else self.claims & ~reserved
+        words = np.flatnonzero(claims)
+        bits = np.unpackbits(claims[words].view(np.uint8).reshape(len(words), 8), axis=1, bitorder="little")
+        word, bit = np.nonzero(bits)
+        return (words[word] * 64 + bit).astype(np.uint32)
+
+    def live_slots(self) -> Slots:
+        """Slots that hold a session, expired ones that are not reaped yet included."""
+        slots = self.used_slots()
+        life = self.sessions["life"][slots]
+        live: Slots = slots[(life & LIFE_STATE == LIFE_LIVE) & (life & LIFE_SESSION != 0)]
+        return live
+
+    def disarm(self) -> None:
+        """Sends every accelerated flow once through the kernel, to learn its next hop anew."""
+        self.set_settings(disarmed_at=bpf.jiffies())
+
+    def set_prefixes(self, wanted: Mapping[IPv4Network, int]) -> None:
+        """Makes ``prefixes`` hold exactly these roles; what stays is never absent meanwhile."""
+        table = self.maps["prefixes"]
+        keys = {network: _prefix_key(network) for network in wanted}
+        for network, role in wanted.items():
+            table.set(keys[network], role)
+        keep = {np.asarray(key, table.key).tobytes() for key in keys.values()}
+        present = [key for chunk, _ in table.items(chunk=table.max_entries) for key in chunk]
+        for key in present:
+            if key.tobytes() not in keep:
+                table.delete(key)
+
+    def set_interface(self, link: netdev.Link, role: Role, *, xdp_from: bool, xdp_to: bool) -> None:
+        """Tells the programs of an interface; ``xdp_to`` also makes it a target of redirects."""
+        mac = np.frombuffer(link.mac.ljust(6, b"\0")[:6], np.uint16)
+        flags = XDP_FROM * xdp_from | XDP_TO * xdp_to
+        if xdp_to:
+            self.maps["transmitters"].set(link.index, link.index)
+        self.maps["interfaces"].set(link.index, (mac, ROLES[role], flags, link.mtu))
+
+    def unset_interface(self, index: int) -> None:
+        self.maps["interfaces"].set(index, np.zeros((), self.maps["interfaces"].value))
+        self.maps["transmitters"].delete(index)
+
+    def reap(self, program: bpf.Program, slots: Slots, order: int) -> None:
+        """Has the kernel change ``slots`` by an order of ``enum reap_order``."""
+        for start in range(0, len(slots), REAP_MAX):
+            chunk = np.ascontiguousarray(slots[start : start + REAP_MAX], np.uint32)
+            request = np.array([order, len(chunk)], np.uint32)
+            # an EtherType for local experiments (IEEE 802), which keeps the kernel from reading more
+            program.test_run(bytes(12) + b"\x88\xb5" + bytes(2) + request.tobytes() + chunk.tobytes())
+
+
+def _prefix_key(network: IPv4Network) -> tuple[int, tuple[list[int]]]:
+    return (network.prefixlen, ([int.from_bytes(network.network_address.packed, "little")],))
+
+
+def addr(address: IPv4Address | None) -> tuple[list[int]]:
+    """An ``addr_t`` for numpy: network byte order in memory."""
+    return ([int.from_bytes(address.packed, "little") if address else 0],)
+
+
+class Programs:
+    """The compiled datapath: its functions are loaded when first asked for."""
+
+    def __init__(self, further: int, maps: Mapping[str, bpf.Map] | None = None) -> None:
+        self._object = bpf.compile(source.flatten(), {"EXTERNALS": EXTERNALS, "FURTHER": further})
+        self._loaded: dict[str, bpf.Program] = {}
+        self.maps = {**self._object.maps, **(maps or {})}
+
+    @property
+    def layouts(self) -> dict[str, tuple[Any, Any]]:
+        """Map name → (key, value) as JSON can carry them; see :func:`_dtype`."""
+        return {name: (_plain(key), _plain(value)) for name, (key, value) in self._object.layouts.items()}
+
+    def __getitem__(self, function: str) -> bpf.Program:
+        """The loaded program, holding every map of the datapath."""
+        if function not in self._loaded:
+            kind = "xdp" if function.endswith("_xdp") else "tc"
+            program = self._object.load(function, kind, self.maps)
+            for map_ in self.maps.values():
+                program.bind(map_)
+            self._loaded[function] = program
+        return self._loaded[function]
+
+
+def _plain(dtype: np.dtype[Any]) -> Any:
+    return dtype.str if dtype.names is None else dtype.descr
+
+
+def _dtype(plain: Any) -> Any:
+    """The inverse of :func:`_plain` after a journey through JSON, which knows no tuples."""
+    if isinstance(plain, str):
+        return plain
+    return [(name, _dtype(kind), *(tuple(shape) for shape in rest)) for name, kind, *rest in plain]
+
+
+class Attached(Tables):
+    """A running datapath, found from its programs; works with the agent dead."""
+
+    agent_pid: int | None = None
+
+    @property
+    def agent_alive(self) -> bool:
+        return self.agent_pid is not None
+
+    @property
+    def hz(self) -> int:
+        """Jiffies a second."""
+        return int(self.manifest["hz"])
+
+    def now(self) -> int:
+        """Jiffies."""
+        return bpf.jiffies()
+
+    @classmethod
+    def from_program(cls, program: bpf.Program) -> Self | None:
+        """The datapath that a program of ours belongs to, or None when it is not ours."""
+        raw = {}
+        for number in program.map_ids():
+            map_ = bpf.Map.by_id(number)
+            raw[map_.name] = map_
+        if "manifest" not in raw:
+            return None
+        text = {"manifest": _with_layout(raw["manifest"], "<u4", [("text", "u1", (65536,))])}
+        layouts = cls(text).manifest.get("layouts", {})
+        maps = {
+            # the kernel cuts names to 15 characters
+            name: _with_layout(raw[name[:15]], *map(_dtype, layout))
+            for name, layout in layouts.items()
+            if name[:15] in raw
+        }
+        return cls(maps) if maps else None
+
+    def flush(self, slots: Slots) -> int:
+        """Ends the sessions in ``slots`` now; returns how many of them were there."""
+        before = len(np.intersect1d(self.live_slots(), slots))
+        self.disarm()
+        self.reap(self._reaper(), slots, REAP_FORCED)
+        return before - len(np.intersect1d(self.live_slots(), slots))
+
+    def _reaper(self) -> bpf.Program:
+        """The agent's own, or, when it is dead, one compiled for the occasion."""
+        if self.agent_alive:
+            return bpf.Program.by_id(self.manifest["reaper"])
+        return Programs(self.maps["remotes"].max_entries, self.maps)["masq_reap"]
+
+
+def _with_layout(map_: bpf.Map, key: Any, value: Any) -> bpf.Map:
+    map_.key, map_.value = np.dtype(key), np.dtype(value)
+    return map_
+
+
+def program_ids(link: netdev.Link) -> list[int]:
+    """Ids of the programs on a link that may be ours: our filters', and whatever is on the XDP hook."""
+    ids = [each.prog_id for each in netdev.tc_programs(link.index) if each.name == FILTER]
+    return ids + ([link.xdp_prog_id] if link.xdp_prog_id else [])
+
+
+def find_all() -> list[Attached]:
+    """Every datapath in this network namespace."""
+    found: dict[int, Attached] = {}
+    for link in netdev.links():
+        for number in program_ids(link):
+            with bpf.Program.by_id(number) as program:
+                attached = Attached.from_program(program) if program.name.startswith(PROGRAM) else None
+            if attached:
+                found.setdefault(attached.maps["manifest"].id, attached)
+    for attached in found.values():
+        attached.agent_pid = presence.agent_pid(attached.manifest["wan"])
+    return list(found.values())
+
+
+def find(wan: str | None = None) -> Attached:
+    """The running datapath, of ``wan`` when there are several.
+
+    Raises:
+        NotAttachedError: there is none, or no telling which is meant.
+    """
+    found = [each for each in find_all() if wan in (None, each.manifest["wan"])]
+    if not found:
+        what = f"xdpmasq is not attached to {wan}" if wan else "xdpmasq is not attached"
+        why = "no program of ours is on an interface here"
+        raise NotAttachedError(what, why, "xdpmasq attach --wan … --lan …")
+    if len(found) > 1:
+        names = ", ".join(each.manifest["wan"] for each in found)
+        raise NotAttachedError("xdpmasq runs more than once here", f"on {names}", "name one with --wan")
+    return found[0]

@@ -1,0 +1,104 @@
+"""Ending idle sessions and returning rested ports.
+
+Idle slots are found here, by numpy over the mmap-ed table; they are changed by the reaper in the kernel, which
+looks again, so a packet that comes at the last moment keeps its session.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xdpmasq import bpf
+from xdpmasq.datapath import (
+    CLASSES,
+    FURTHER_BASE,
+    LIFE_FURTHER_MASK,
+    LIFE_LIVE,
+    LIFE_RESTING,
+    LIFE_SESSION,
+    LIFE_STATE,
+    PORTS,
+    REAP_EXPIRED,
+    REAP_RESTED,
+    Slots,
+    Tables,
+)
+
+TCP_FIN, TCP_RST, TCP_ACK = 0x01, 0x04, 0x10
+Ticks = npt.NDArray[np.int64]
+
+
+def age(now: int, stamps: npt.NDArray[np.uint32]) -> Ticks:
+    """Jiffies since ``stamps``, negative where another CPU was ahead; right across the counter's wrap."""
+    return (np.uint32(now) - stamps).astype(np.int32).astype(np.int64)
+
+
+def idle_limits(settings: Any, tcp_out: Any, tcp_in: Any, mappings: Slots) -> Ticks:
+    """Jiffies a session may be idle: ``session_idle_limit`` of bpf/flow.h, for many.
+
+    Args:
+        settings: ``struct settings``.
+        tcp_out, tcp_in: ``tcp_seen`` of both flows.
+        mappings: slots of the sessions' mappings, which tell the protocol.
+    """
+    both, any_ = tcp_out & tcp_in, tcp_out | tcp_in
+    established = (both & TCP_ACK != 0) & (both & TCP_FIN == 0) & (any_ & TCP_RST == 0)
+    by_class = np.array([settings["tcp_transitory"], settings["udp"], settings["icmp"]], np.int64)
+    classes = mappings // PORTS % len(CLASSES)
+    return np.where((classes == 0) & established, np.int64(settings["tcp_established"]), by_class[classes])
+
+
+class Expiry:
+    """One pass after another over the slots in use.
+
+    Args:
+        reserved: bitmap of the slots outside the pool, which are claimed for ever.
+        rest_ticks: how long a closed mapping's port rests (RFC 6888 REQ-8).
+        pause_ticks: how long any other closed slot rests; a packet that found it just before is done by then.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        reaper: bpf.Program,
+        reserved: npt.NDArray[np.uint64],
+        rest_ticks: int,
+        pause_ticks: int,
+    ) -> None:
+        self._tables, self._reaper, self._reserved = tables, reaper, reserved
+        self._rest, self._pause = rest_ticks, pause_ticks
+
+    def run(self) -> None:
+        """Reaps what is expired and returns what has rested."""
+        slots = self._tables.used_slots(self._reserved)
+        if len(slots):
+            self._tables.reap(self._reaper, self._expired(slots), REAP_EXPIRED)
+            self._tables.reap(self._reaper, self._rested(slots), REAP_RESTED)
+
+    def _expired(self, slots: Slots) -> Slots:
+        sessions, settings = self._tables.sessions, self._tables.settings
+        life = sessions["life"][slots]
+        live = slots[life & LIFE_STATE == LIFE_LIVE]
+        life = life[life & LIFE_STATE == LIFE_LIVE]
+        out, in_ = sessions["out"], sessions["in"]
+        # The clock is read before the stamps: a packet meanwhile can only make a session younger.
+        now = bpf.jiffies()
+        idle = age(now, out["last_seen"][live])
+        if settings["inbound_refresh"]:
+            idle = np.minimum(idle, age(now, in_["last_seen"][live]))
+        limits = idle_limits(
+            settings, out["tcp_seen"][live], in_["tcp_seen"][live], sessions["mapping"][live]
+        )
+        unused = (life & LIFE_SESSION == 0) & (life & LIFE_FURTHER_MASK == 0)
+        expired: Slots = live[(idle > limits) | unused]
+        return expired
+
+    def _rested(self, slots: Slots) -> Slots:
+        sessions = self._tables.sessions
+        resting = slots[sessions["life"][slots] & LIFE_STATE == LIFE_RESTING]
+        rest = np.where(resting < FURTHER_BASE, self._rest, self._pause)
+        rested: Slots = resting[age(bpf.jiffies(), sessions["out"]["last_seen"][resting]) > rest]
+        return rested

@@ -1,0 +1,112 @@
+"""Who is at work: one command at a time changes a namespace, one agent runs for a WAN.
+
+Both are files under /run that are locked while their process lives; the kernel lets go of a lock when
+its holder dies, however it dies. They are root's alone, so nobody else can pretend or hold us up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from xdpmasq.errors import MasqError
+
+RUN = Path("/run")
+
+
+def _path(name: str) -> Path:
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    return RUN / f"xdpmasq-{namespace}-{name.replace('/', '_')}.lock"
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock, or None while another process does."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have removed the file between our two calls: then we hold nothing.
+            if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _held(path: Path, fd: int) -> Iterator[None]:
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def changing(patience_s: float = 20) -> Iterator[None]:
+    """Held while programs are attached or detached in this network namespace.
+
+    Raises:
+        MasqError: another command is still at it after ``patience_s``.
+    """
+    path = _path("changing")
+    deadline = time.monotonic() + patience_s
+    while (fd := _try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise MasqError(
+                "another xdpmasq command is changing this network namespace",
+                f"it has held {path} for over {patience_s:.0f} s",
+                "wait for it, or end it",
+            )
+        time.sleep(0.05)
+    with _held(path, fd):
+        yield
+
+
+@contextlib.contextmanager
+def being_agent(wan: str) -> Iterator[None]:
+    """Held by the agent of ``wan`` for all its life.
+
+    Raises:
+        MasqError: there is one already.
+    """
+    path = _path(f"agent-{wan}")
+    fd = _try_lock(path)
+    if fd is None:
+        raise MasqError(
+            f"xdpmasq already runs on {wan}",
+            f"its agent is process {agent_pid(wan) or '?'}",
+            f"see `xdpmasq status`; `xdpmasq detach --wan {wan}` ends it",
+        )
+    with _held(path, fd):
+        yield
+
+
+def agent_pid(wan: str) -> int | None:
+    """The process id of the running agent of ``wan``, None when there is none."""
+    path = _path(f"agent-{wan}")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(fd, 32, 0).strip()
+        return int(text) if text else None
+    finally:
+        os.close(fd)
+    return None
+
+
+def forget_agent(wan: str) -> None:
+    """Removes what a killed agent left of itself."""
+    if agent_pid(wan) is None:
+        _path(f"agent-{wan}").unlink(missing_ok=True)
