@@ -98,7 +98,7 @@ class Agent:
         if adopted and adopted.manifest["layouts"] != _through_json(self._programs.layouts):
             raise DatapathError(
                 "the running datapath is of another version",
-                f"it was attached by xdpmasq {adopted.manifest['version']}, and its tables are laid out otherwise",
+                f"xdpmasq {adopted.manifest['version']} attached it, and lays out its tables otherwise",
                 "xdpmasq detach, then attach: running sessions start anew",
             )
         self.tables = datapath.Tables(self._programs.maps)
@@ -208,6 +208,8 @@ class Agent:
         for link, role in wanted:
             hook, why = self._choose(link, wan)
             self._attach(link, role, hook)
+            if self._tell(link, role, hook):
+                why += "; but it takes no frames from XDP (a veth needs GRO or an XDP program at its peer)"
             reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})
         self._manifest |= {"interfaces": reports, "external": str(self._external) if self._external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
@@ -236,7 +238,6 @@ class Agent:
         hooks = datapath.hooks(role, xdp=hook == "xdp", ethernet=link.ethernet)
         before = self._attached.get(link.name)
         if before and before[1] == hooks and before[0].index == link.index and self._is_whole(link, hooks):
-            self._tell(link, role, hook)
             return
         if any(each.kind != "xdp" for each in hooks) and not netdev.clsact_present(link.index):
             self._manifest["qdiscs"] = sorted({*self._manifest["qdiscs"], link.index})
@@ -246,7 +247,6 @@ class Agent:
             _put(link, each, self._programs[each.function])
         _clear(link, keep=hooks)
         self._attached[link.name] = (link, hooks)
-        self._tell(link, role, hook)
         log.info("attached to %s as %s by %s", link.name, role, hook)
 
     @staticmethod
@@ -257,13 +257,18 @@ class Agent:
             present.add("xdp")  # type: ignore[arg-type]
         return all(hook.kind in present for hook in hooks)
 
-    def _tell(self, link: netdev.Link, role: Role, hook: str) -> None:
-        """Writes the interface's row, by the link's features as they are with our programs attached."""
+    def _tell(self, link: netdev.Link, role: Role, hook: str) -> bool:
+        """Writes the interface's row, by the link's features as they are with our programs attached.
+
+        Returns:
+            True when it is on XDP, but cannot be redirected to: its flows go through the kernel.
+        """
         if link.index >= datapath.PORTS:
-            return
+            return False
         fresh = next((each for each in netdev.links() if each.index == link.index), link)
-        xdp = hook == "xdp"
-        self.tables.set_interface(fresh, role, xdp_from=xdp, xdp_to=xdp and drivers.takes_frames(fresh))
+        xdp, takes = hook == "xdp", drivers.takes_frames(fresh)
+        self.tables.set_interface(fresh, role, xdp_from=xdp, xdp_to=xdp and takes)
+        return xdp and not takes
 
     def _forget_gone(self, present: dict[str, int]) -> None:
         for name, (link, _) in list(self._attached.items()):
@@ -297,9 +302,7 @@ class Agent:
         """Roles of source prefixes, the more specific winning: private, internal, the WAN's own addresses."""
         inside = {link.index for link in lans}
         roles = dict.fromkeys(datapath.PRIVATE, datapath.PREFIX_PRIVATE)
-        routed = [
-            route.prefix for route in netdev.routes(4) if route.oif in inside and route.prefix.prefixlen
-        ]
+        routed = [route.prefix for route in netdev.routes(4) if route.oif in inside and route.prefix.prefixlen]
         connected = [each.network for each in addresses if each.index in inside]
         for network in (*routed, *connected, *self._config.internal):
             roles[IPv4Network(network)] = datapath.PREFIX_INTERNAL
@@ -489,7 +492,7 @@ def _check_addresses(wan: netdev.Link, lans: list[netdev.Link]) -> None:
     names = {link.index: link.name for link in lans}
     for inner in addresses:
         for outer in outside:
-            if inner.index in names and inner.network.overlaps(outer.network):  # type: ignore[arg-type]
+            if inner.index in names and inner.network.overlaps(outer.network):
                 raise InterfaceError(
                     f"{names[inner.index]} and {wan.name} overlap",
                     f"LAN {inner.network} and WAN {outer.network} share addresses (RFC 4787 REQ-7)",
@@ -553,7 +556,8 @@ def start_background(config: Config) -> dict[str, Any]:
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     ) as child:
-        assert child.stdin and child.stdout
+        assert child.stdin
+        assert child.stdout
         child.stdin.write(json.dumps(_config_fields(config)))
         child.stdin.close()
         answer = child.stdout.readline()
@@ -585,6 +589,9 @@ def _background() -> None:
     except MasqError as error:
         say({"error": error.as_dict()})
         sys.exit(error.exit_code)
+    except Exception as error:  # said before it is raised: nobody reads this process's stderr
+        say({"error": DatapathError("the agent failed", repr(error), "xdpmasq run … shows more").as_dict()})
+        raise
 
 
 def detach(wan: str | None = None) -> dict[str, Any]:
@@ -619,7 +626,7 @@ def _end_agent(wan: str, patience_s: float = 10) -> None:
 
 
 def _take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Puts sysctls back first, so that no packet is forwarded untranslated meanwhile; then removes programs."""
+    """Puts sysctls back first, so that no packet is forwarded untranslated; then removes programs."""
     put_back = {}
     for name, value in manifest["sysctls"].items():
         if netdev.sysctl_get(name) is not None:
@@ -640,11 +647,7 @@ def _take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
 
 
 def _belongs(link: netdev.Link, manifest: dict[str, Any], mine: set[int]) -> bool:
-    return (
-        link.index in mine
-        or link.name == manifest["wan"]
-        or bool(netdev.match_links(manifest["lans"], [link]))
-    )
+    return link.index in mine or link.name == manifest["wan"] or bool(netdev.match_links(manifest["lans"], [link]))
 
 
 if __name__ == "__main__":

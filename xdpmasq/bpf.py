@@ -63,9 +63,7 @@ def _bpf(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
     buffer = (ct.c_char * len(attr)).from_buffer_copy(attr)
     number = SYSCALL.get(platform.machine())
     if number is None:
-        raise HostError(
-            f"unknown machine type {platform.machine()}", "the number of bpf(2) is not known for it"
-        )
+        raise HostError(f"unknown machine type {platform.machine()}", "the number of bpf(2) is not known for it")
     result = libc.syscall(number, command, buffer, len(attr))
     if result < 0:
         code = ct.get_errno()
@@ -302,9 +300,7 @@ class Object:
         maps: map name → map; owned by this object.
     """
 
-    def __init__(
-        self, code: Mapping[str, bytes], layouts: Mapping[str, tuple[Any, Any, int]], fds: Sequence[int]
-    ):
+    def __init__(self, code: Mapping[str, bytes], layouts: Mapping[str, tuple[Any, Any, int]], fds: Sequence[int]):
         # The code names maps by the descriptors they had in the compiler's process.
         self._code = code
         self._compiled_fds = {name: fd for name, (_, _, fd) in layouts.items()}
@@ -411,9 +407,7 @@ def compile(text: str, defines: Mapping[str, object] | None = None, flags: Seque
     raise DatapathError("the BPF programs do not compile", words or "the compiler crashed")
 
 
-def _compile_in_child(
-    text: str, cflags: list[str], channel: socket.socket, said: int, result: int
-) -> NoReturn:
+def _compile_in_child(text: str, cflags: list[str], channel: socket.socket, said: int, result: int) -> NoReturn:
     """Compiles, sends "ok" with the maps' descriptors, leaves code and layouts in ``result``, and exits."""
     os.dup2(said, 2)
     try:
@@ -455,9 +449,7 @@ def _names(module: Any, count: Any, name_of: Any) -> list[str]:
 @functools.cache
 def _jiffies_program() -> Program:
     """``return bpf_jiffies64();`` in two instructions: reading the clock needs no compiler."""
-    return Program(
-        _load(struct.pack("<BBhiBBhi", 0x85, 0, 0, 118, 0x95, 0, 0, 0), PROG_TYPES["tc"], "jiffies")
-    )
+    return Program(_load(struct.pack("<BBhiBBhi", 0x85, 0, 0, 118, 0x95, 0, 0, 0), PROG_TYPES["tc"], "jiffies"))
 
 
 def jiffies() -> int:

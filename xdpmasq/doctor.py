@@ -69,9 +69,7 @@ class Host:
         return Ruleset.read()
 
 
-def run(
-    wan: str | None, lans: Sequence[str], mode: Mode = "auto", ours: Collection[int] = ()
-) -> list[Finding]:
+def run(wan: str | None, lans: Sequence[str], mode: Mode = "auto", ours: Collection[int] = ()) -> list[Finding]:
     """All findings for this machine and, where named, its interfaces.
 
     Args:
@@ -84,9 +82,7 @@ def run(
     return [*missing, *(finding for check in CHECKS for finding in check(host))]
 
 
-def _host(
-    wan: str | None, lans: Sequence[str], mode: Mode, ours: Collection[int]
-) -> tuple[list[Finding], Host]:
+def _host(wan: str | None, lans: Sequence[str], mode: Mode, ours: Collection[int]) -> tuple[list[Finding], Host]:
     present = netdev.links()
     by_name = {each.name: each for each in present}
     missing = [name for name in (wan, *lans) if name and not netdev.match_links([name], present)]
@@ -250,9 +246,7 @@ def check_offloads(host: Host) -> Iterator[Finding]:
         if link.kind == "veth":
             yield _veth(link)
         if link.driver == "virtio_net" and "rx-gro-hw" in active:
-            message = (
-                f"{link.name}: the host hands over super-packets, which XDP turns off if the host lets it"
-            )
+            message = f"{link.name}: the host hands over super-packets, which XDP turns off if the host lets it"
             yield Finding("offloads", "warn", message, f"ethtool -K {link.name} rx-gro-hw off, or --mode tc")
 
 
@@ -269,9 +263,7 @@ def check_mtu(host: Host) -> Iterator[Finding]:
     for link in host.ports:
         if host.uses_xdp(link) and link.mtu > XDP_MTU:
             message = f"{link.name}: with an MTU of {link.mtu} most drivers refuse XDP"
-            yield Finding(
-                "mtu", "warn", message, f"ip link set {link.name} mtu {XDP_MTU} or less, or --mode tc"
-            )
+            yield Finding("mtu", "warn", message, f"ip link set {link.name} mtu {XDP_MTU} or less, or --mode tc")
 
 
 # --- forwarding ------------------------------------------------------------------------------------
@@ -296,14 +288,10 @@ def check_rp_filter(host: Host) -> Iterator[Finding]:
             strict.append(link.name)
     wan, out = host.wan, _default_route()
     if wan and wan.name in strict and out is not None and out != wan.index:
-        message = (
-            f"rp_filter is strict on {wan.name}, but the default route leaves elsewhere: replies are dropped"
-        )
+        message = f"rp_filter is strict on {wan.name}, but the default route leaves elsewhere: replies are dropped"
         yield Finding("rp_filter", "warn", message, f"sysctl -w net/ipv4/conf/{wan.name}/rp_filter=2")
     else:
-        where = (
-            f"strict on {', '.join(strict)}, where replies must use the way back" if strict else "not strict"
-        )
+        where = f"strict on {', '.join(strict)}, where replies must use the way back" if strict else "not strict"
         yield Finding("rp_filter", "ok", f"rp_filter is {where}")
     if wan and out is None:
         message = "there is no default route: only directly known prefixes are reached"

@@ -1,7 +1,7 @@
 """Ending idle sessions and returning rested ports.
 
-Idle slots are found here, by numpy over the mmap-ed table; they are changed by the reaper in the kernel, which
-looks again, so a packet that comes at the last moment keeps its session.
+Idle slots are found here, by numpy over the mmap-ed table; they are changed by the reaper in the kernel,
+which looks again, so a packet that comes at the last moment keeps its session.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ class Expiry:
         idle = age(now, out["last_seen"][live])
         if settings["inbound_refresh"]:
             idle = np.minimum(idle, age(now, in_["last_seen"][live]))
-        limits = idle_limits(
-            settings, out["tcp_seen"][live], in_["tcp_seen"][live], sessions["mapping"][live]
-        )
+        limits = idle_limits(settings, out["tcp_seen"][live], in_["tcp_seen"][live], sessions["mapping"][live])
         unused = (life & LIFE_SESSION == 0) & (life & LIFE_FURTHER_MASK == 0)
         expired: Slots = live[(idle > limits) | unused]
         return expired

@@ -139,9 +139,7 @@ def links() -> list[Link]:
     reported = _xdp_features()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         found = [_link(message, _driver(control, message.get_attr("IFLA_IFNAME"))) for message in messages]
-    return sorted(
-        (_with_features(each, reported.get(each.index)) for each in found), key=lambda each: each.index
-    )
+    return sorted((_with_features(each, reported.get(each.index)) for each in found), key=lambda each: each.index)
 
 
 def link(name: str) -> Link:
@@ -520,9 +518,7 @@ def _ingress_qdisc(index: int) -> str | None:
     return None
 
 
-def tc_attach(
-    index: int, direction: Direction, fd: int, name: str, priority: int, *, handle: int = 1
-) -> None:
+def tc_attach(index: int, direction: Direction, fd: int, name: str, priority: int, *, handle: int = 1) -> None:
     """Puts a direct-action program for all protocols on a clsact hook.
 
     Our own filter (same name, priority and handle) is exchanged atomically: no packet passes between.

@@ -7,6 +7,7 @@ talks to the kernel: the arrays come from :mod:`xdpmasq.datapath` and may change
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 from collections.abc import Iterator
@@ -44,6 +45,10 @@ class Endpoints:
 
     def __getitem__(self, index: Any) -> Endpoints:
         return Endpoints(self.addr[index], self.port[index])
+
+    def sort_keys(self) -> list[Array]:
+        """Keys for numpy.lexsort: by address, then port."""
+        return [self.port, *(_host_order(self.addr[:, word]) for word in reversed(range(self.addr.shape[1])))]
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,8 @@ class Table:
 
     def ordered(self) -> Table:
         """By protocol, internal endpoint, remote endpoint."""
-        words = self.internal.addr.shape[1]
         # the last key of lexsort is the first to order by
-        remote = [self.remote.port, *(self.remote.addr[:, word].byteswap() for word in reversed(range(words)))]
-        internal = [self.internal.port, *(self.internal.addr[:, word].byteswap() for word in reversed(range(words)))]
-        return self[np.lexsort([*remote, *internal, self.protocol])]
+        return self[np.lexsort([*self.remote.sort_keys(), *self.internal.sort_keys(), self.protocol])]
 
 
 def read(sessions: Array, settings: Any, now: int, hz: int) -> Table:
@@ -137,7 +139,11 @@ def _in_use(life: Array) -> Array:
 
 
 def _endpoints(addr: Array, port: Array) -> Endpoints:
-    return Endpoints(np.ascontiguousarray(addr["word"]), port.astype(np.uint16).byteswap())
+    return Endpoints(np.ascontiguousarray(addr["word"]), _host_order(port))
+
+
+def _host_order(values: Array) -> Array:
+    return values.view(values.dtype.newbyteorder(">")).astype(values.dtype)
 
 
 def _idle(rows: Array, settings: Any, now: int) -> tuple[Array, Array]:
@@ -167,7 +173,14 @@ def _states(protocol: Array, out: Array, in_: Array, replies: Array) -> Array:
     """
     both, any_ = out & in_, out | in_
     tcp = np.select(
-        [any_ & _RST != 0, both & _FIN != 0, out & _FIN != 0, in_ & _FIN != 0, both & _ACK != 0, (out & in_) != 0],
+        [
+            any_ & _RST != 0,
+            both & _FIN != 0,
+            out & _FIN != 0,
+            in_ & _FIN != 0,
+            both & _ACK != 0,
+            (out != 0) & (in_ != 0),
+        ],
         [_STATE[name] for name in ("CLOSE", "TIME_WAIT", "FIN_WAIT", "CLOSE_WAIT", "ESTABLISHED", "SYN_RECV")],
         _STATE["SYN_SENT"],
     )
@@ -351,7 +364,7 @@ def _text_columns(table: Table) -> list[list[Any]]:
 
 
 def _json_columns(table: Table) -> list[list[Any]]:
-    ports = table.remote.port.astype(str).astype(object)
+    ports = _port_texts("%d")[table.remote.port]
     ports[table.protocol == ICMP] = "null"
     return [
         *_words(table),
@@ -379,15 +392,21 @@ def _traffic(table: Table) -> Iterator[list[int]]:
 def _addresses(endpoints: Endpoints) -> Array:
     """Each address as text; every different one is written once."""
     words = endpoints.addr.shape[1]
-    family, form = (socket.AF_INET, "%s") if words == 1 else (socket.AF_INET6, "[%s]")
+    family = socket.AF_INET if words == 1 else socket.AF_INET6
     records = np.ascontiguousarray(endpoints.addr).view("u4" if words == 1 else "u4,u4,u4,u4").ravel()
     different, which = np.unique(records, return_inverse=True)
-    texts = [socket.inet_ntop(family, each.tobytes()) for each in different]
-    return np.array([form % text for text in texts], object)[which.ravel()]
+    return np.array([socket.inet_ntop(family, each.tobytes()) for each in different], object)[which]
+
+
+@functools.cache
+def _port_texts(form: str) -> Array:
+    return np.array([form % port for port in range(_PORTS)], object)
 
 
 def _joined(endpoints: Endpoints, portless: Array | None) -> list[str]:
-    ports = np.array([f":{port}" for port in range(_PORTS)], object)[endpoints.port]
+    six = endpoints.addr.shape[1] > 1
+    ports = _port_texts("]:%d" if six else ":%d")[endpoints.port]
     if portless is not None:
-        ports[portless] = ""
-    return list((_addresses(endpoints) + ports).tolist())
+        ports[portless] = "]" if six else ""
+    texts = _addresses(endpoints) + ports
+    return list(("[" + texts if six else texts).tolist())

@@ -1,0 +1,209 @@
+"""Traffic in bounded passes: ``traffic.c`` compiled, loaded, wired to the topology, and read out again.
+
+The generators run under ``BPF_PROG_TEST_RUN`` with live frames. Such a run patches its program into the kernel's XDP
+dispatcher and sleeps some 20 ms of grace periods for it, at each call, unless the program is in there already
+because it is attached to some interface (``bpf_dispatcher_add_prog`` then only counts). So both generators are
+attached to held0, a veth that carries no traffic: a call then costs about 60 µs, does not sleep and leaves the caches warm.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from xdpmasq import bpf
+from xdpmasq.bench import measure
+from xdpmasq.bench.topology import REMOTES, Role, Topology, defines, mac_words
+from xdpmasq.errors import MasqError
+
+Direction = Literal["out", "in"]
+DIRECTIONS: tuple[Direction, ...] = ("out", "in")
+_INDEX: dict[Direction, int] = {"out": 0, "in": 1}
+
+# In the order of `enum reason` in traffic.c: what is wrong with a packet.
+REASONS = ("flow number", "length", "address", "TTL", "port", "IP checksum", "UDP checksum")
+
+SMALLEST_FRAME, BROADEST_FRAME = 64, 1514  # bytes without the frame check sequence
+ETHERNET_HEADER, IP_HEADER = 14, 20
+_DRAIN_PATIENCE_S = 0.2
+
+# Where a direction starts and ends: the generator's veth, and the gateway's that it sends to.
+_START: dict[Direction, tuple[Role, str]] = {"out": ("lan", "lan0"), "in": ("wan", "wan0")}
+_END: dict[Direction, tuple[Role, str]] = {"out": ("wan", "wan0"), "in": ("lan", "lan0")}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a packet must look like behind the gateway.
+
+    Attributes:
+        translated: inside endpoints become the public address and a port of the gateway's choice.
+        hops: by how much the TTL is lowered.
+    """
+
+    translated: bool
+    hops: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What one pass sent, and what arrived.
+
+    Attributes:
+        checked: of the packets seen, those whose ports and checksums were checked too.
+        wrong: packets by reason; only reasons that occurred.
+        strange: packets at the sink that the generator did not make.
+    """
+
+    direction: Direction
+    sent: int
+    seen: int
+    checked: int
+    strange: int
+    wrong: dict[str, int]
+    usage: measure.Usage
+
+    @property
+    def problems(self) -> list[str]:
+        """What makes this pass invalid, in words."""
+        found = []
+        if self.seen < self.sent:
+            found.append(f"{self.sent - self.seen:,} of {self.sent:,} {self.direction}bound packets lost")
+        if self.seen > self.sent:
+            found.append(f"{self.seen - self.sent:,} more {self.direction}bound packets than were sent")
+        found.extend(
+            f"{count:,} of {self.seen:,} {self.direction}bound packets with a wrong {reason}"
+            for reason, count in self.wrong.items()
+        )
+        return found
+
+
+class Traffic:
+    """Generators and sinks on a topology.
+
+    Args:
+        flows: how many; one packet of each in turn.
+        frame_bytes: from the Ethernet header on, without the frame check sequence; even.
+        cpu: the core on which all of it runs.
+
+    Raises:
+        HostError, DatapathError: as :func:`xdpmasq.bpf.compile`.
+    """
+
+    def __init__(self, topology: Topology, *, flows: int, frame_bytes: int, cpu: int) -> None:
+        self.topology = topology
+        self.flows = flows
+        self.frame_bytes = frame_bytes
+        self.cpu = cpu
+        self._clock = measure.CoreClock(cpu)
+        self._object = bpf.compile((Path(__file__).parent / "traffic.c").read_text(), defines())
+        self._maps = self._object.maps
+        self._programs: dict[str, bpf.Program] = {}
+        self._turn = 0
+        self._wire()
+
+    def program(self, function: str) -> bpf.Program:
+        """A function of ``traffic.c``, loaded at its first use and kept."""
+        if function not in self._programs:
+            self._programs[function] = self._object.load(function, "xdp")
+        return self._programs[function]
+
+    def _wire(self) -> None:
+        for direction, number in _INDEX.items():
+            (start, port), (end, far_port) = _START[direction], _END[direction]
+            # A devmap takes the index of an interface in the namespace of the caller, and keeps the device.
+            with self.topology.inside(start):
+                self._maps["outlets"].set(number, socket.if_nametoindex(port))
+            with self.topology.inside("gate"):
+                self._maps["gate_outlets"].set(number, socket.if_nametoindex(far_port))
+            macs = np.zeros((), self._maps["gate_macs"].value)
+            macs["dst"], macs["src"] = mac_words(end, far_port), mac_words("gate", far_port)
+            self._maps["gate_macs"].set(number, macs)
+            self.topology.attach_xdp(end, far_port, self.program(f"sink_{direction}").fd)
+            self.topology.attach_xdp("lan", f"held{number}", self.program(f"generate_{direction}").fd)
+
+    def begin_turn(self) -> None:
+        """Forgets the ports learned so far: another contestant translates from now on."""
+        self._turn += 1
+
+    def send(self, direction: Direction, packets: int, expected: Expectation, *, check_every: int = 1) -> Tally:
+        """One pass: sends the packets, waits until they have arrived, and tells what became of them.
+
+        Args:
+            check_every: one packet in so many has its ports and checksums checked; lengths, addresses and
+                TTL are checked in every packet. With 1, the gateway's choice of ports is learned, which inbound
+                packets to a translating gateway need. Best coprime to the number of flows.
+        """
+        self._describe(direction, expected, check_every)
+        generator = self.program(f"generate_{direction}")
+        before = self._tally(direction)
+        with measure.pinned(self.cpu):
+            started = self._clock.read()
+            generator.test_run(bytes(self.frame_bytes), repeat=packets, flags=bpf.LIVE_FRAMES)
+            usage = self._clock.read() - started
+            after = self._tally(direction)
+            if after["seen"] - before["seen"] < packets:
+                # Rare: the last batch was left to ksoftirqd.
+                usage, after = self._drain(direction, int(before["seen"]) + packets, started)
+        wrong = after["wrong"].astype(np.int64) - before["wrong"].astype(np.int64)
+        return Tally(
+            direction=direction,
+            sent=packets,
+            seen=int(after["seen"] - before["seen"]),
+            checked=int(after["checked"] - before["checked"]),
+            strange=int(after["strange"] - before["strange"]),
+            wrong={reason: int(count) for reason, count in zip(REASONS, wrong, strict=True) if count},
+            usage=usage,
+        )
+
+    def _drain(self, direction: Direction, goal: int, started: measure.Usage) -> tuple[measure.Usage, Any]:
+        deadline = time.monotonic() + _DRAIN_PATIENCE_S
+        while (after := self._tally(direction))["seen"] < goal and time.monotonic() < deadline:
+            pass  # not sleeping: the time asleep would count as presence
+        return self._clock.read() - started, after
+
+    def _tally(self, direction: Direction) -> Any:
+        return self._maps["tallies"].get(_INDEX[direction])
+
+    def _describe(self, direction: Direction, expected: Expectation, check_every: int) -> None:
+        start, port = _START[direction]
+        entry = np.zeros((), self._maps["passes"].value)
+        entry["mac_dst"], entry["mac_src"] = mac_words("gate", port), mac_words(start, port)
+        entry["ip_length"] = socket.htons(self.frame_bytes - ETHERNET_HEADER)
+        entry["udp_length"] = socket.htons(self.frame_bytes - ETHERNET_HEADER - IP_HEADER)
+        entry["flows"], entry["turn"], entry["sample_every"] = self.flows, self._turn, check_every
+        entry["translated"], entry["hops"] = expected.translated, expected.hops
+        self._maps["passes"].set(0, entry)
+
+    def port_problems(self) -> list[str]:
+        """What is wrong with the ports learned in this turn: flows without one, or two with the same endpoint."""
+        learned = self._maps["ports"].view(writable=False)[: self.flows]
+        known = learned["turn"] == self._turn
+        found = []
+        if missing := int(self.flows - known.sum()):
+            found.append(f"no translated packet of {missing:,} of {self.flows:,} flows")
+        remotes = np.arange(self.flows, dtype=np.uint32) % REMOTES
+        endpoints = (remotes << 16 | learned["port"])[known]
+        if shared := len(endpoints) - len(np.unique(endpoints)):
+            found.append(f"{shared:,} flows share port and remote endpoint with another")
+        return found
+
+    def close(self) -> None:
+        """Gives back programs and maps; those attached stay until the topology goes."""
+        for program in self._programs.values():
+            program.close()
+        for map_ in self._maps.values():
+            map_.close()
+
+
+def require_frame(frame_bytes: int) -> None:
+    """Raises: MasqError when the generator cannot make frames of that length."""
+    if not SMALLEST_FRAME <= frame_bytes <= BROADEST_FRAME or frame_bytes % 2:
+        raise MasqError(
+            f"no frames of {frame_bytes} bytes", f"even lengths from {SMALLEST_FRAME} to {BROADEST_FRAME} can be made"
+        )

@@ -1,0 +1,31 @@
+"""``xdpmasq attach``: start masquerading, with the agent in the background."""
+
+from xdpmasq.cli import common
+
+
+def attach(
+    wan: str = common.WAN,
+    lan: list[str] = common.LAN,
+    mode: str = common.MODE,
+    config: str = common.CONFIG,
+    json: bool = common.JSON,
+) -> None:
+    """Start masquerading, and return once it works.
+
+    The agent stays in the background. Attaching again adopts what runs: no session is lost.
+
+    \b
+    Examples:
+      xdpmasq attach --wan eth0 --lan eth1
+      xdpmasq attach --wan eth0 --lan eth1 --lan 'ppp*' --mode xdp
+      xdpmasq attach --config /etc/xdpmasq.toml
+    """
+    common.require_root("attach")
+    wanted = common.configuration(wan, lan, mode, config)
+    from xdpmasq import agent  # noqa: PLC0415  heavy
+
+    status = agent.start_background(wanted)
+    if json:
+        common.print_json(status)
+    else:
+        print("\n".join(common.summary_lines(status)))

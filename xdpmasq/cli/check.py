@@ -1,0 +1,24 @@
+"""``xdpmasq check``: is a configuration file good?"""
+
+from pathlib import Path
+
+import typer
+
+from xdpmasq.config import advice, from_options, load
+
+FILE = typer.Argument(..., metavar="FILE", help="TOML file.", show_default=False)
+
+
+def check(file: str = FILE) -> None:
+    """Check a configuration file, without touching anything.
+
+    Exit status 2, with line, value and what is allowed, when `attach` would refuse the file.
+
+    \b
+    Example:
+      xdpmasq check /etc/xdpmasq.toml
+    """
+    config = from_options(None, [], None, load(Path(file)))
+    print(f"{file}: OK")
+    for sentence in advice(config):
+        print(f"  note: {sentence}")

@@ -1,0 +1,86 @@
+"""What several verbs share: their options, and the ways to print.
+
+Options are values and not annotations, and never Optional: typer 0.7 (Debian 12) knows neither
+``Annotated`` nor ``str | None``. Empty means not given.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from xdpmasq.config import MODES, Config, from_options, load
+from xdpmasq.errors import HostError
+
+WAN = typer.Option("", "--wan", metavar="NAME", help="Interface towards the Internet.", show_default=False)
+LAN = typer.Option(
+    [], "--lan", metavar="NAME", show_default=False,
+    help="Interface towards an internal network; repeatable, wildcards in quotes.",
+)  # fmt: skip
+MODE = typer.Option(
+    "", "--mode", metavar="|".join(MODES), help="Where established flows are translated [auto].", show_default=False
+)
+CONFIG = typer.Option("", "--config", metavar="FILE", help="TOML file; options win over it.", show_default=False)
+JSON = typer.Option(False, "--json", help="Print JSON, for scripts.")
+WHICH = typer.Option("", "--wan", metavar="NAME", help="Which one, when several run here.", show_default=False)
+
+
+def require_root(verb: str) -> None:
+    """Raises HostError unless run as root."""
+    if os.geteuid() != 0:
+        raise HostError(f"xdpmasq {verb} must be run as root", "it works on the kernel's BPF programs and maps",
+                        "run it with sudo")  # fmt: skip
+
+
+def configuration(wan: str, lans: Sequence[str], mode: str, file: str) -> Config:
+    """What the options and the file they name want together."""
+    return from_options(wan or None, lans, mode or None, load(Path(file)) if file else None)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_blocks(blocks: Iterator[list[str]], between: str = "\n") -> None:
+    """Prints many lines with few writes, ending with a newline when there are any."""
+    separator = ""
+    for block in blocks:
+        sys.stdout.write(separator + between.join(block))
+        separator = between
+    sys.stdout.write("\n" if separator else "")
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: ``3 d 4 h``, ``12 min 5 s``."""
+    rest, parts = int(max(seconds, 0)), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, rest = divmod(rest, size)
+        if count or parts or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def moment(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
+
+
+def interface_lines(interfaces: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line an interface: its role, the hook that translates, and why that one."""
+    width = max((len(each["name"]) for each in interfaces), default=0)
+    return [f"{each['name']:{width}}  {each['role']:3}  {each['hook']:3}  {each['why']}" for each in interfaces]
+
+
+def summary_lines(status: Mapping[str, Any]) -> list[str]:
+    """What attach did, in a few lines."""
+    as_whom = f"as {status['external']}" if status.get("external") else "once the WAN has an address"
+    first = f"masquerading {', '.join(status['lans'])} out of {status['wan']} {as_whom}"
+    return [first, *(f"  {line}" for line in interface_lines(status.get("interfaces", ())))]

@@ -1,0 +1,25 @@
+"""``xdpmasq run``: the same as attach in the foreground, for systemd."""
+
+from xdpmasq.cli import common
+
+
+def run(
+    wan: str = common.WAN,
+    lan: list[str] = common.LAN,
+    mode: str = common.MODE,
+    config: str = common.CONFIG,
+) -> None:
+    """Start masquerading, with the agent in the foreground (for systemd).
+
+    Stopping it leaves the translation running, as the kernel does it; `xdpmasq detach` ends that.
+
+    \b
+    Examples:
+      xdpmasq run --config /etc/xdpmasq.toml
+      xdpmasq run --wan eth0 --lan eth1
+    """
+    common.require_root("run")
+    wanted = common.configuration(wan, lan, mode, config)
+    from xdpmasq import agent  # noqa: PLC0415  heavy
+
+    agent.run(wanted)

@@ -1,0 +1,207 @@
+"""``xdpmasq sessions``: who talks to whom, as whom; ending and watching sessions."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from xdpmasq.cli import common
+from xdpmasq.errors import UsageError
+
+if TYPE_CHECKING:
+    from xdpmasq.datapath import Attached
+    from xdpmasq.sessions import Selection, Table
+
+POLL_S = 0.5
+FIND_EVERY = 10  # polls after which watch looks whether the datapath is still the one attached
+
+PROTO = typer.Option("", "--proto", metavar="tcp|udp|icmp", help="Only this protocol.", show_default=False)
+INTERNAL = typer.Option(
+    "", "--internal", metavar="ENDPOINT", show_default=False,
+    help="Only this internal endpoint: ADDR, ADDR/BITS, ADDR:PORT or :PORT.",
+)  # fmt: skip
+EXTERNAL = typer.Option("", "--external", metavar="ENDPOINT", help="Only this external endpoint.", show_default=False)
+REMOTE = typer.Option("", "--remote", metavar="ENDPOINT", help="Only this remote endpoint.", show_default=False)
+STATE = typer.Option("", "--state", metavar="STATE", help="Only this state: ESTABLISHED, …", show_default=False)
+ALL = typer.Option(False, "--all", help="Every session.")
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def show(
+    ctx: typer.Context,
+    proto: str = PROTO,
+    internal: str = INTERNAL,
+    external: str = EXTERNAL,
+    remote: str = REMOTE,
+    state: str = STATE,
+    wan: str = common.WHICH,
+    json: bool = common.JSON,
+) -> None:
+    """List sessions; or end them, or watch them come and go.
+
+    \b
+    Examples:
+      xdpmasq sessions
+      xdpmasq sessions --internal 192.168.0.2 --state ESTABLISHED
+      xdpmasq sessions --json | jq '.[].remote.address'
+    """
+    if ctx.invoked_subcommand is None:
+        list_(proto, internal, external, remote, state, wan, json)
+    elif any((proto, internal, external, remote, state, wan, json)):
+        verb = ctx.invoked_subcommand
+        raise UsageError(f"options stand before {verb}", "", f"write them after it: xdpmasq sessions {verb} …")
+
+
+@app.command("list")
+def list_(
+    proto: str = PROTO,
+    internal: str = INTERNAL,
+    external: str = EXTERNAL,
+    remote: str = REMOTE,
+    state: str = STATE,
+    wan: str = common.WHICH,
+    json: bool = common.JSON,
+) -> None:
+    """List sessions, ordered by protocol and internal endpoint.
+
+    TCP states are seen from the internal host: FIN_WAIT, it has closed; CLOSE_WAIT, the remote has; TIME_WAIT,
+    both have; CLOSE, one has reset. IDLE and LEFT are seconds since the last packet and until the session
+    ends if none comes. The port of ICMP is the query's identifier.
+
+    \b
+    Examples:
+      xdpmasq sessions list --proto udp --remote :53
+      xdpmasq sessions list --internal 192.168.0.0/24 --json
+    """
+    selection = _selection(proto, internal, external, remote, state)
+    common.require_root("sessions")
+    from xdpmasq import sessions  # noqa: PLC0415  heavy
+
+    table = selection(_read(_find(wan))).ordered()
+    if json:
+        sys.stdout.write("[\n")
+        common.print_blocks(sessions.json_objects(table), ",\n")
+        sys.stdout.write("]\n")
+    else:
+        print(sessions.heading(table))
+        common.print_blocks(sessions.lines(table))
+
+
+@app.command()
+def flush(
+    proto: str = PROTO,
+    internal: str = INTERNAL,
+    external: str = EXTERNAL,
+    remote: str = REMOTE,
+    state: str = STATE,
+    every: bool = ALL,
+    wan: str = common.WHICH,
+    json: bool = common.JSON,
+) -> None:
+    """End sessions now. Their hosts get no notice; UDP and ICMP simply open new ones.
+
+    \b
+    Examples:
+      xdpmasq sessions flush --internal 192.168.0.2
+      xdpmasq sessions flush --all
+    """
+    selection = _selection(proto, internal, external, remote, state)
+    if selection.is_everything != every:
+        what = "both --all and a filter are given" if every else "no filter is given"
+        raise UsageError(what, "", "give either filters, or --all to end every session")
+    common.require_root("sessions flush")
+    attached = _find(wan)
+    ended = attached.flush(selection(_read(attached)).slot)
+    if json:
+        common.print_json({"flushed": ended})
+    else:
+        print(f"{common.plural(ended, 'session')} ended")
+
+
+@app.command()
+def watch(
+    proto: str = PROTO,
+    internal: str = INTERNAL,
+    external: str = EXTERNAL,
+    remote: str = REMOTE,
+    state: str = STATE,
+    wan: str = common.WHICH,
+    json: bool = common.JSON,
+) -> None:
+    """Print a line for each session opened or closed, until Ctrl-C.
+
+    The table is read twice a second: a session that comes and goes in between is not seen, and a changed state
+    is no event. With --json each line is one object.
+
+    \b
+    Examples:
+      xdpmasq sessions watch --proto tcp
+      xdpmasq sessions watch --json | jq -c 'select(.event == "closed")'
+    """
+    selection = _selection(proto, internal, external, remote, state)
+    common.require_root("sessions watch")
+    for number, (before, after) in enumerate(_polls(wan)):
+        if number == 0 and not json:
+            _print_heading(after)
+        for line in _events(before, after, selection, json):
+            print(line)
+        sys.stdout.flush()
+
+
+def _selection(proto: str, internal: str, external: str, remote: str, state: str) -> "Selection":
+    from xdpmasq.sessions import Selection  # noqa: PLC0415  numpy takes a tenth of a second
+
+    return Selection.parse(proto, internal, external, remote, state)
+
+
+def _find(wan: str) -> "Attached":
+    from xdpmasq import datapath  # noqa: PLC0415  heavy
+
+    return datapath.find(wan or None)
+
+
+def _read(attached: "Attached") -> "Table":
+    from xdpmasq import sessions  # noqa: PLC0415  heavy
+
+    return sessions.read(attached.sessions, attached.settings, attached.now(), attached.hz)
+
+
+def _polls(wan: str) -> Iterator[tuple["Table", "Table"]]:
+    """Pairs of successive readings, the first pair without a difference."""
+    attached = _find(wan)
+    before = _read(attached)
+    after = before
+    polls = 0
+    while True:
+        yield before, after
+        time.sleep(POLL_S)
+        polls += 1
+        if polls % FIND_EVERY == 0:
+            # Our own descriptors keep the maps of a detached datapath, so ask for it anew.
+            attached = _find(wan)
+        before, after = after, _read(attached)
+
+
+def _events(before: "Table", after: "Table", selection: "Selection", json: bool) -> Iterator[str]:
+    from xdpmasq import sessions  # noqa: PLC0415  heavy
+
+    now = time.time()
+    for event, table in zip(("opened", "closed"), sessions.changes(before, after), strict=True):
+        rows = selection(table)
+        if json:
+            start = f'{{"time": {now:.3f}, "event": "{event}", '
+            # each object begins with a brace of its own
+            yield from (start + text[1:] for block in sessions.json_objects(rows) for text in block)
+        else:
+            start = f"{time.strftime('%H:%M:%S', time.localtime(now))} {event} "
+            yield from (start + text for block in sessions.lines(rows) for text in block)
+
+
+def _print_heading(table: "Table") -> None:
+    from xdpmasq import sessions  # noqa: PLC0415  heavy
+
+    print(f"{'TIME':8} {'EVENT':6} {sessions.heading(table)}")

@@ -1,0 +1,129 @@
+"""``xdpmasq status``: one screen that says whether it works, and what it does."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from xdpmasq.cli import common
+
+if TYPE_CHECKING:
+    from xdpmasq.datapath import Attached
+
+
+def status(wan: str = common.WHICH, json: bool = common.JSON) -> None:
+    """Show whether xdpmasq works here, since when, how, and what it drops.
+
+    \b
+    Examples:
+      xdpmasq status
+      xdpmasq status --json
+    """
+    common.require_root("status")
+    from xdpmasq import datapath, source  # noqa: PLC0415  heavy
+
+    fields = describe(datapath.find(wan or None))
+    if json:
+        common.print_json(fields)
+    else:
+        print("\n".join(_screen(fields, source.counters())))
+
+
+def describe(attached: "Attached") -> dict[str, Any]:
+    """The state of a running datapath; the keys are a contract with scripts."""
+    from xdpmasq import sessions  # noqa: PLC0415  heavy
+
+    manifest, settings, view = attached.manifest, attached.settings, attached.sessions
+    table = sessions.read(view, settings, attached.now(), attached.hz)
+    counters = attached.counters()
+    why_not = _why_not(manifest)
+    return {
+        "version": manifest["version"],
+        "working": not why_not,
+        "why_not": why_not,
+        "attached_at": manifest["attached_at"],
+        "uptime_s": round(time.time() - manifest["attached_at"], 1),
+        "agent": {"alive": attached.agent_alive, "pid": manifest["agent_pid"] if attached.agent_alive else None},
+        "wan": manifest["wan"],
+        "external": manifest["external"],
+        "lans": manifest["lans"],
+        "mode": manifest["mode"],
+        "interfaces": manifest["interfaces"],
+        "sessions": {"total": len(table), **table.counts()},
+        "ports": sessions.port_use(view, settings),
+        "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
+        "drops": {name: count for name, count in counters.items() if name.startswith("drop_") and count},
+        "counters": counters,
+    }
+
+
+def _why_not(manifest: Mapping[str, Any]) -> str:
+    roles = {each["role"] for each in manifest["interfaces"]}
+    if "wan" not in roles:
+        return f"the WAN {manifest['wan']} is not there"
+    if not manifest["external"]:
+        return f"the WAN {manifest['wan']} has no address"
+    return "" if "lan" in roles else f"no interface is there that fits {', '.join(manifest['lans'])}"
+
+
+def _sum(counters: Mapping[str, int], prefix: str) -> int:
+    return sum(count for name, count in counters.items() if name.startswith(prefix))
+
+
+def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str]:
+    yield _headline(fields)
+    yield ""
+    yield _line("agent", _agent(fields["agent"]))
+    yield _line("external", f"{fields['external'] or 'no address yet'} on {fields['wan']}")
+    yield _line("internal", ", ".join(fields["lans"]))
+    yield from _labelled(f"mode {fields['mode']}", common.interface_lines(fields["interfaces"]))
+    yield _line("sessions", _by_protocol(fields["sessions"], fields["sessions"]["total"]))
+    yield from _labelled("ports", list(_ports(fields["ports"])))
+    yield _line("packets", _packets(fields["packets"]))
+    yield from _labelled("drops", list(_drops(fields["drops"], helps)) or ["none"])
+
+
+def _headline(fields: Mapping[str, Any]) -> str:
+    since = f"since {common.moment(fields['attached_at'])} ({common.duration(fields['uptime_s'])})"
+    if fields["working"]:
+        return f"xdpmasq {fields['version']}: {typer.style('working', fg='green')} {since}"
+    state = typer.style("not working", fg="red")
+    return f"xdpmasq {fields['version']}: {state}: {fields['why_not']}; attached {since}"
+
+
+def _line(label: str, text: str) -> str:
+    return f"  {label:10}{text}"
+
+
+def _labelled(label: str, lines: list[str]) -> Iterator[str]:
+    for number, text in enumerate(lines):
+        yield _line("" if number else label, text)
+
+
+def _agent(agent: Mapping[str, Any]) -> str:
+    if agent["alive"]:
+        return f"running, process {agent['pid']}"
+    gone = typer.style("not running", fg="yellow")
+    return f"{gone}: traffic goes on, but nothing follows changes; `xdpmasq attach` starts it again"
+
+
+def _by_protocol(counts: Mapping[str, int], total: int) -> str:
+    return f"{total:,}: " + ", ".join(f"{name.upper()} {counts[name]:,}" for name in ("tcp", "udp", "icmp"))
+
+
+def _ports(ports: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    for name, use in ports.items():
+        resting = f", {use['resting']:,} resting" if use["resting"] else ""
+        yield f"{name.upper():4} {use['used']:,} of {use['available']:,} in use{resting}"
+
+
+def _packets(packets: Mapping[str, int]) -> str:
+    total = sum(packets.values())
+    share = f", {packets['fast'] / total:.1%} on the fast path" if total else ""
+    return f"XDP {packets['fast']:,}, TC {packets['slow']:,}{share}"
+
+
+def _drops(drops: Mapping[str, int], helps: Mapping[str, str]) -> Iterator[str]:
+    for name, count in sorted(drops.items(), key=lambda each: -each[1]):
+        yield f"{count:>10,}  {helps.get(name, name).removeprefix('dropped: ')} ({name})"
