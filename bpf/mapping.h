@@ -3,9 +3,9 @@
  * compare-and-swap on session.life, so packets on several CPUs and the reaper can meet here without a lock.
  */
 #define CLAIM_TRIES 16
-#define CLAIM_WORDS (PORTS / 64)
+#define CLAIM_WORDS 128
 #define LOCAL_TRIES 4
-#define RECLAIM_TRIES 64
+#define RECLAIM_TRIES 16
 
 static __always_inline bool slot_claim(u32 slot)
 {
@@ -41,9 +41,9 @@ static __always_inline u32 lowest_bit(u64 word)
 	return bit;
 }
 
-/* A free slot in the @words words from @first (in slots) on, from a random word round, or NO_SLOT. The loop only finds
- * the word: each branch inside would count a thousand times against the verifier's limit on jumps. Losing the bit to
- * another CPU at the end is as good as finding none: that packet's sender tries again.
+/* A free slot among CLAIM_WORDS words at a random place of the @words words from @first (in slots) on, or NO_SLOT. With
+ * one port in a hundred free a look into 128 words finds one; when it does not, the sender's next packet looks elsewhere.
+ * The loop only finds the word: what stands inside it is paid 128 times over in the verifier's time at attach.
  */
 static __always_inline u32 slot_claim_scan(u32 first, u32 words)
 {
@@ -250,7 +250,7 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
 			return slot;
 		slot_release(slot);
 	}
-	slot = slot_claim_scan(slot_of(0, p->class, 0), CLAIM_WORDS);
+	slot = slot_claim_scan(slot_of(0, p->class, 0), PORTS / 64);
 	if (slot == NO_SLOT)
 		slot = slot_reclaim(cfg, 0, p->class, p->now);
 	if (slot == NO_SLOT || !port_is_local(p, cfg->external[0], bpf_htons(slot % PORTS)))

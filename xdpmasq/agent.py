@@ -196,7 +196,7 @@ class Agent:
     def reconcile(self) -> None:
         """Brings programs, tables and external address in step with the interfaces as they are now."""
         links = netdev.links()
-        wan = next((link for link in links if link.name == self._config.wan), None)
+        wan = wan_of(self._config, links)
         lans = [link for link in netdev.match_links(self._config.lans, links) if link != wan]
         wanted: list[tuple[netdev.Link, Role]] = [(link, "lan") for link in lans]
         if wan:
@@ -462,7 +462,7 @@ def check_host() -> None:
 def check_interfaces(config: Config) -> None:
     """Raises InterfaceError when the interfaces cannot serve as the configuration says."""
     links = netdev.links()
-    wan = next((link for link in links if link.name == config.wan), None)
+    wan = wan_of(config, links)
     if wan is None:
         raise netdev.no_such_interface(config.wan, links)
     for pattern in config.lans:
@@ -512,6 +512,12 @@ def _check_unused(wan: str, links: list[netdev.Link]) -> None:
                 f"by the xdpmasq of WAN {manifest['wan']}",
                 f"xdpmasq detach --wan {manifest['wan']}",
             )
+
+
+def wan_of(config: Config, links: list[netdev.Link]) -> netdev.Link | None:
+    """The WAN: of several that match a wildcard, the first that is up."""
+    matching = netdev.match_links([config.wan], links)
+    return min(matching, key=lambda link: (not link.up, link.index), default=None)
 
 
 # --- verbs -----------------------------------------------------------------------------------------
@@ -636,7 +642,7 @@ def _take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     wan = manifest["wan"]
     mine = {entry["index"] for entry in manifest["interfaces"]} | set(manifest["qdiscs"])
     # The WAN's translation goes last.
-    for link in sorted(netdev.links(), key=lambda link: link.name == wan):
+    for link in sorted(netdev.links(), key=lambda link: bool(netdev.match_links([wan], [link]))):
         if not _belongs(link, manifest, mine):
             continue
         if _clear(link):
@@ -647,7 +653,7 @@ def _take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
 
 
 def _belongs(link: netdev.Link, manifest: dict[str, Any], mine: set[int]) -> bool:
-    return link.index in mine or link.name == manifest["wan"] or bool(netdev.match_links(manifest["lans"], [link]))
+    return link.index in mine or bool(netdev.match_links([manifest["wan"], *manifest["lans"]], [link]))
 
 
 if __name__ == "__main__":

@@ -99,10 +99,11 @@ def from_options(wan: str | None, lans: Sequence[str], mode: str | None, base: C
         UsageError: no WAN or no LAN is named anywhere, or the mode is none.
         ConfigError: the two together are not possible.
     """
-    config = replace(
-        base or Config(wan="", lans=()),
-        **{name: value for name, value in (("wan", wan), ("lans", tuple(lans)), ("mode", mode)) if value},
-    )
+    if mode and mode not in MODES:
+        raise UsageError(f"there is no mode {mode}", "", f"give one of {', '.join(MODES)}")
+    base = base or Config(wan="", lans=())
+    chosen: Mode = mode if mode else base.mode
+    config = replace(base, wan=wan or base.wan, lans=tuple(lans) or base.lans, mode=chosen)
     if not config.wan:
         raise UsageError("no WAN interface named", "", "give --wan NAME, or wan in [interfaces] of --config FILE")
     if not config.lans:

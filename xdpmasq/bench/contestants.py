@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from xdpmasq.bench.generator import Direction, Expectation, Traffic
-from xdpmasq.errors import UsageError
+from xdpmasq.bench.topology import Answer, Topology
+from xdpmasq.errors import MasqError, UsageError
 from xdpmasq.lab import netns
 
 _MASQUERADE = """\
@@ -21,6 +22,10 @@ table ip masq_bench {
 """
 _TIMEOUT_S = 30.0
 _PORTS: dict[Direction, str] = {"out": "lan0", "in": "wan0"}  # where a direction enters the gateway
+
+
+class StillThereError(MasqError):
+    """A contestant did not go away when told to."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Contestant:
         """The gateway is set up inside this context.
 
         Raises:
-            MasqError: it could not be set up, or not be taken down.
+            StillThereError: it could not be taken down; others can not be measured in this network any more.
+            MasqError: it could not be set up.
         """
         with contextlib.ExitStack() as stack:
             topology = traffic.topology
@@ -69,11 +75,24 @@ class Contestant:
                     program = traffic.program(f"{self.programs}_{direction}")
                     topology.attach_xdp("gate", port, program.fd)
                     stack.callback(topology.detach_xdp, "gate", port, program.fd)
-            for command in self.start:
-                topology.run("gate", command.argv, command.stdin, _TIMEOUT_S)
-            for command in reversed(self.stop):
-                stack.callback(topology.run, "gate", command.argv, command.stdin, _TIMEOUT_S)
+            try:
+                for command in self.start:
+                    topology.run("gate", command.argv, command.stdin, _TIMEOUT_S)
+            except MasqError:
+                self._stop(topology)  # whatever half of it is there
+                raise
+            stack.callback(self._stop_surely, topology)
             yield
+
+    def _stop(self, topology: Topology) -> list[Answer]:
+        return [topology.try_run("gate", command.argv, command.stdin, _TIMEOUT_S) for command in self.stop]
+
+    def _stop_surely(self, topology: Topology) -> None:
+        for command, answer in zip(self.stop, self._stop(topology), strict=True):
+            if answer.code != 0:
+                raise StillThereError(
+                    f"{self.name} could not be taken down", f"`{' '.join(command.argv)}` said: {answer.output[-2000:]}"
+                )
 
 
 def _xdpmasq(mode: str) -> Contestant:

@@ -19,7 +19,6 @@ import numpy as np
 from xdpmasq import bpf
 from xdpmasq.bench import measure
 from xdpmasq.bench.topology import REMOTES, Role, Topology, defines, mac_words
-from xdpmasq.errors import MasqError
 
 Direction = Literal["out", "in"]
 DIRECTIONS: tuple[Direction, ...] = ("out", "in")
@@ -199,11 +198,3 @@ class Traffic:
             program.close()
         for map_ in self._maps.values():
             map_.close()
-
-
-def require_frame(frame_bytes: int) -> None:
-    """Raises: MasqError when the generator cannot make frames of that length."""
-    if not SMALLEST_FRAME <= frame_bytes <= BROADEST_FRAME or frame_bytes % 2:
-        raise MasqError(
-            f"no frames of {frame_bytes} bytes", f"even lengths from {SMALLEST_FRAME} to {BROADEST_FRAME} can be made"
-        )

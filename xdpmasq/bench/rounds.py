@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from xdpmasq.bench.contestants import Contestant
+from xdpmasq.bench.contestants import Contestant, StillThereError
 from xdpmasq.bench.generator import (
     BROADEST_FRAME,
     DIRECTIONS,
@@ -121,13 +121,19 @@ def _rotated(contestants: list[Contestant], by: int) -> list[Contestant]:
 
 
 def play_turn(traffic: Traffic, contestant: Contestant, settings: Settings, round_: int = 1) -> Turn:
-    """Sets one contestant up, measures it and takes it down."""
+    """Sets one contestant up, measures it and takes it down.
+
+    Raises:
+        StillThereError: it could not be taken down.
+    """
     traffic.begin_turn()
     try:
         with contestant.running(traffic):
             warm_up = list(_warm_up(traffic, contestant, settings))
             ports = traffic.port_problems() if contestant.expected.translated else []
             tallies = list(_measured(traffic, contestant, settings))
+    except StillThereError:
+        raise
     except MasqError as error:
         return Turn(contestant.name, round_, failure=error)
     problems = [f"warm-up: {problem}" for tally in warm_up for problem in tally.problems]

@@ -53,11 +53,13 @@ def _xdpmasq(ctx: typer.Context, version: bool = VERSION) -> None:
         print(ctx.get_help())
 
 
-for verb in (attach, run, detach, status):
-    app.command()(verb)
-app.add_typer(sessions.app, name="sessions", help="List sessions, end them, watch them come and go.")
-for verb in (doctor, check):
-    app.command()(verb)
+app.command()(attach)
+app.command()(run)
+app.command()(detach)
+app.command()(status)
+app.command()(doctor)
+app.command()(check)
+app.add_typer(sessions.app, name="sessions")
 
 
 def _lab() -> typer.Typer:
@@ -130,7 +132,7 @@ def _explain_usage(error: Any) -> int:
     message = str(error.format_message())
     if "\n" in message:  # the whole help, for want of a command
         print(message, file=sys.stderr)
-    else:
+    elif message:  # else newer typers have printed the help themselves
         _say(message.rstrip("."), f"see `{context.command_path} --help`" if context else "")
     return int(error.exit_code)
 

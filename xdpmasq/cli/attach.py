@@ -4,6 +4,7 @@ from xdpmasq.cli import common
 
 
 def attach(
+    *,
     wan: str = common.WAN,
     lan: list[str] = common.LAN,
     mode: str = common.MODE,

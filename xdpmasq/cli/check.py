@@ -10,7 +10,7 @@ FILE = typer.Argument(..., metavar="FILE", help="TOML file.", show_default=False
 
 
 def check(file: str = FILE) -> None:
-    """Check a configuration file, without touching anything.
+    """Check a configuration file; change nothing.
 
     Exit status 2, with line, value and what is allowed, when `attach` would refuse the file.
 

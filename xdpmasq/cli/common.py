@@ -61,7 +61,8 @@ def plural(count: int, noun: str) -> str:
 
 def duration(seconds: float) -> str:
     """The two largest units: ``3 d 4 h``, ``12 min 5 s``."""
-    rest, parts = int(max(seconds, 0)), []
+    rest = int(max(seconds, 0))
+    parts: list[str] = []
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         count, rest = divmod(rest, size)
         if count or parts or unit == "s":

@@ -6,8 +6,10 @@ from typing import Any
 from xdpmasq.cli import common
 
 
-def detach(wan: str = common.WHICH, json: bool = common.JSON) -> None:
-    """Stop masquerading: removes every program and map, restores sysctls, ends the agent.
+def detach(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
+    """Stop masquerading, and clean up.
+
+    Removes every program and map, restores sysctls, ends the agent.
 
     \b
     Examples:

@@ -18,15 +18,17 @@ COLOURS = {"ok": "green", "warn": "yellow", "block": "red"}
 
 
 def doctor(
+    *,
     wan: str = common.WAN,
     lan: list[str] = common.LAN,
     mode: str = common.MODE,
     config: str = common.CONFIG,
     json: bool = common.JSON,
 ) -> None:
-    """Check this machine: kernel, bcc, drivers, offloads, other people's NAT rules; changes nothing.
+    """Check this machine for what stands in the way.
 
-    Without interfaces named, those of a running xdpmasq are looked at. Exit status 1 if something blocks.
+    Looks at kernel, bcc, drivers, offloads, other people's NAT rules; changes nothing. Without
+    interfaces named, those of a running xdpmasq are looked at. Exit status 1 if something blocks.
 
     \b
     Examples:

@@ -4,14 +4,16 @@ from xdpmasq.cli import common
 
 
 def run(
+    *,
     wan: str = common.WAN,
     lan: list[str] = common.LAN,
     mode: str = common.MODE,
     config: str = common.CONFIG,
 ) -> None:
-    """Start masquerading, with the agent in the foreground (for systemd).
+    """Start masquerading, and stay in the foreground.
 
-    Stopping it leaves the translation running, as the kernel does it; `xdpmasq detach` ends that.
+    This is attach for systemd. Stopping it leaves the translation running, as the kernel does it;
+    `xdpmasq detach` ends that.
 
     \b
     Examples:

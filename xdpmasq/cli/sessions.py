@@ -33,6 +33,7 @@ app = typer.Typer(rich_markup_mode=None)
 @app.callback(invoke_without_command=True)
 def show(
     ctx: typer.Context,
+    *,
     proto: str = PROTO,
     internal: str = INTERNAL,
     external: str = EXTERNAL,
@@ -50,7 +51,7 @@ def show(
       xdpmasq sessions --json | jq '.[].remote.address'
     """
     if ctx.invoked_subcommand is None:
-        list_(proto, internal, external, remote, state, wan, json)
+        list_(proto=proto, internal=internal, external=external, remote=remote, state=state, wan=wan, json=json)
     elif any((proto, internal, external, remote, state, wan, json)):
         verb = ctx.invoked_subcommand
         raise UsageError(f"options stand before {verb}", "", f"write them after it: xdpmasq sessions {verb} …")
@@ -58,6 +59,7 @@ def show(
 
 @app.command("list")
 def list_(
+    *,
     proto: str = PROTO,
     internal: str = INTERNAL,
     external: str = EXTERNAL,
@@ -77,8 +79,8 @@ def list_(
       xdpmasq sessions list --proto udp --remote :53
       xdpmasq sessions list --internal 192.168.0.0/24 --json
     """
-    selection = _selection(proto, internal, external, remote, state)
     common.require_root("sessions")
+    selection = _selection(proto, internal, external, remote, state)
     from xdpmasq import sessions  # noqa: PLC0415  heavy
 
     table = selection(_read(_find(wan))).ordered()
@@ -93,6 +95,7 @@ def list_(
 
 @app.command()
 def flush(
+    *,
     proto: str = PROTO,
     internal: str = INTERNAL,
     external: str = EXTERNAL,
@@ -109,11 +112,11 @@ def flush(
       xdpmasq sessions flush --internal 192.168.0.2
       xdpmasq sessions flush --all
     """
+    common.require_root("sessions flush")
     selection = _selection(proto, internal, external, remote, state)
     if selection.is_everything != every:
         what = "both --all and a filter are given" if every else "no filter is given"
         raise UsageError(what, "", "give either filters, or --all to end every session")
-    common.require_root("sessions flush")
     attached = _find(wan)
     ended = attached.flush(selection(_read(attached)).slot)
     if json:
@@ -124,6 +127,7 @@ def flush(
 
 @app.command()
 def watch(
+    *,
     proto: str = PROTO,
     internal: str = INTERNAL,
     external: str = EXTERNAL,
@@ -142,8 +146,8 @@ def watch(
       xdpmasq sessions watch --proto tcp
       xdpmasq sessions watch --json | jq -c 'select(.event == "closed")'
     """
-    selection = _selection(proto, internal, external, remote, state)
     common.require_root("sessions watch")
+    selection = _selection(proto, internal, external, remote, state)
     for number, (before, after) in enumerate(_polls(wan)):
         if number == 0 and not json:
             _print_heading(after)

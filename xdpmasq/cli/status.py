@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
 
 
-def status(wan: str = common.WHICH, json: bool = common.JSON) -> None:
-    """Show whether xdpmasq works here, since when, how, and what it drops.
+def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
+    """Show whether it works, how, and what is dropped.
 
     \b
     Examples:

@@ -1,0 +1,218 @@
+"""``xdpmasq bench``: what a packet costs, beside the kernel's own masquerade."""
+
+from __future__ import annotations
+
+import json
+import signal
+from enum import StrEnum
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from xdpmasq.bench import Bench, Report, Row, Settings, chosen
+from xdpmasq.bench.contestants import BASE, BEST, RIVAL
+from xdpmasq.bench.generator import DIRECTIONS
+from xdpmasq.bench.generator import Direction as OneWay
+from xdpmasq.bench.report import ENOUGH_ACCOUNTED
+
+_QUICK_ROUNDS, _QUICK_PACKETS = 3, 100_000
+_BAR_CELLS = 48
+_PROBLEMS_SHOWN = 4  # of a contestant; --json has all
+
+
+class Direction(StrEnum):
+    """Seen from the LAN."""
+
+    OUT = "out"
+    IN = "in"
+    BOTH = "both"
+
+
+def bench(
+    flows: Annotated[int, typer.Option(help="UDP flows, one packet of each in turn.")] = 1000,
+    size: Annotated[
+        int, typer.Option(help="Bytes of a frame, from the Ethernet header on, without check sequence; even.")
+    ] = 64,
+    direction: Annotated[Direction, typer.Option(help="Which packets are measured.")] = Direction.BOTH,
+    rounds: Annotated[int | None, typer.Option(help="Each contestant plays once a round.  [default: 7]")] = None,
+    packets: Annotated[
+        int | None, typer.Option(help="For each direction, contestant and round.  [default: 200000]")
+    ] = None,
+    contestant: Annotated[
+        list[str] | None, typer.Option(help="Only this one; may be given several times. Default: all.")
+    ] = None,
+    cpu: Annotated[int | None, typer.Option(help="The core that carries everything; default: the last.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds of {_QUICK_PACKETS:,} packets.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and progress on stderr.")] = False,
+) -> None:
+    """Measure CPU time per packet of xdpmasq and others, in namespaces of its own.
+
+    Every packet is checked behind the gateway; a round with lost or wrongly translated packets does not
+    count. Exit code 1 when a contestant could not be measured or a round was invalid; missed marks alone are 0.
+
+    Example: xdpmasq bench --quick --contestant nftables --contestant xdpmasq-xdp
+    """
+    # As with Ctrl-C, the network is removed on the way out.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    one_ways: dict[Direction, tuple[OneWay, ...]] = {Direction.OUT: ("out",), Direction.IN: ("in",)}
+    settings = Settings(
+        flows=flows,
+        frame_bytes=size,
+        directions=one_ways.get(direction, DIRECTIONS),
+        rounds=rounds if rounds is not None else _QUICK_ROUNDS if quick else Settings.rounds,
+        packets=packets if packets is not None else _QUICK_PACKETS if quick else Settings.packets,
+    )
+    report = _run(Bench(settings, chosen(contestant or []), cpu=cpu))
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        Console().print(_shown(report))
+    if not report.valid:
+        raise typer.Exit(1)
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _run(bench: Bench) -> Report:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("building the network", total=bench.settings.rounds * len(bench.contestants))
+        with bench:
+            for _ in bench.play(lambda name, round_: _announce(progress, task, bench.settings.rounds, name, round_)):
+                progress.advance(task)
+    return bench.report()
+
+
+def _announce(progress: Progress, task: TaskID, rounds: int, name: str, round_: int) -> None:
+    progress.update(task, description=f"round {round_}/{rounds}  {name:12}")
+
+
+# --- what is printed -------------------------------------------------------------------------------
+
+
+def _shown(report: Report) -> Group:
+    parts = [Text(_heading(report)), _table(report), *_problem_lines(report), _bars(report), *_mark_lines(report)]
+    return Group(*parts, *_footer(report))
+
+
+def _heading(report: Report) -> str:
+    settings = report.settings
+    ways = "both directions" if len(settings.directions) > 1 else f"{settings.directions[0]}bound only"
+    return (
+        f"{settings.flows:,} flows, {settings.frame_bytes}-byte frames, {ways}; "
+        f"medians of {settings.rounds} rounds of {settings.packets:,} packets each way"
+    )
+
+
+def _table(report: Report) -> Table:
+    table = Table()
+    table.add_column("gateway")
+    for column in ("ns/packet", "out", "in", "least–most", "Mpps/CPU", "share", f"× {RIVAL}", f"of {BEST}", "rounds"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        table.add_row(row.contestant, *_cells(row), style="" if _is_clean(row) else "red")
+    return table
+
+
+def _is_clean(row: Row) -> bool:
+    return row.failure is None and not row.invalid
+
+
+def _cells(row: Row) -> list[str]:
+    spread = "–" if row.ns_least is None or row.ns_most is None else f"{row.ns_least:,.0f}–{row.ns_most:,.0f}"
+    rounds = f"{row.valid}" if _is_clean(row) else f"{row.valid} ok, {row.invalid} INVALID"
+    return [
+        _figure(row.ns, ",.0f"),
+        _figure(row.ns_out, ",.0f"),
+        _figure(row.ns_in, ",.0f"),
+        spread,
+        _figure(row.mpps, ".2f"),
+        _figure(row.share_ns, ",.0f"),
+        _figure(row.against_rival, ".2f"),
+        _figure(row.against_best, ".2f"),
+        rounds if row.failure is None else "FAILED",
+    ]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _problem_lines(report: Report) -> list[Text]:
+    lines = []
+    for row in report.rows:
+        problems = [f"failed: {row.failure}"] if row.failure else []
+        problems += row.problems[:_PROBLEMS_SHOWN]
+        if len(row.problems) > _PROBLEMS_SHOWN:
+            problems.append(f"and {len(row.problems) - _PROBLEMS_SHOWN} more (--json has all)")
+        lines.extend(Text(f"{row.contestant}: {problem}", style="red") for problem in problems)
+    return lines
+
+
+def _bars(report: Report) -> Text:
+    """Cost as bars: dark what dropping costs too, bright the gateway's share."""
+    most = max((row.ns for row in report.rows if row.ns), default=0.0)
+    base = next((row.ns for row in report.rows if row.contestant == BASE), None) or 0.0
+    text = Text("\nCPU time per packet, ns\n")
+    for row in report.rows:
+        if row.ns is None:
+            continue
+        cells = max(round(row.ns / most * _BAR_CELLS), 1)
+        common = min(round(min(base, row.ns) / most * _BAR_CELLS), cells)
+        text.append(f"{row.contestant:>12} ")
+        text.append("█" * common, style="bright_black")
+        text.append("█" * (cells - common), style="green" if row.contestant.startswith("xdpmasq") else "cyan")
+        text.append(f" {row.ns:,.0f}\n")
+    return text
+
+
+def _mark_lines(report: Report) -> list[Text]:
+    words = {True: ("met", "green"), False: ("MISSED", "red"), None: ("not measured", "yellow")}
+    lines = []
+    for mark in report.marks:
+        said, style = words[mark.met]
+        against = f"{_figure(mark.value, '.2f')} × {mark.against}"
+        lines.append(
+            Text.assemble(f"mark  {mark.contestant:12} {against:18} at least {mark.least:.2f}: ", (said, style))
+        )
+    return lines
+
+
+def _footer(report: Report) -> list[Text]:
+    host, versions = report.host, report.host.versions
+    checked = sum(row.checked for row in report.rows)
+    seen = sum(row.seen for row in report.rows)
+    lines = [
+        Text(f"{host.kernel}, {host.cpu_model}, core {host.cpu} of {host.cpus}", style="dim"),
+        Text(", ".join(f"{name} {version}" for name, version in versions.items()), style="dim"),
+        Text(
+            f"{seen:,} packets seen, ports and checksums of {checked:,} checked; "
+            f"{_figure(report.accounted, '.1%')} of the core's time accounted for; {report.seconds:.0f} s",
+            style="dim",
+        ),
+    ]
+    if report.accounted is not None and report.accounted < ENOUGH_ACCOUNTED:
+        lines.append(
+            Text(
+                "The CPU clocks miss part of the work: the hypervisor steals time, or this kernel accounts "
+                "interrupts apart (CONFIG_IRQ_TIME_ACCOUNTING). Do not trust the figures.",
+                style="yellow",
+            )
+        )
+    return lines
