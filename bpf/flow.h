@@ -18,13 +18,20 @@ static __always_inline u32 slot_class(u32 slot)
 	return slot / PORTS % CLASSES;
 }
 
-/* The slots of the external endpoint (@addr, @port), or NO_SLOT when the address is not ours to masquerade as. */
-static __always_inline u32 slot_of_external(const struct settings *cfg, addr_t addr, u32 class, __be16 port)
+static __always_inline u32 external_of(const struct settings *cfg, addr_t addr)
 {
 	for (u32 i = 0; i < EXTERNALS; i++)
 		if (addr_equal(cfg->external[i], addr))
-			return slot_of(i, class, port);
-	return NO_SLOT;
+			return i;
+	return NO_EXTERNAL;
+}
+
+/* The slot of the external endpoint (@addr, @port), or NO_SLOT when the address is not ours to masquerade as. */
+static __always_inline u32 slot_of_external(const struct settings *cfg, addr_t addr, u32 class, __be16 port)
+{
+	u32 external = external_of(cfg, addr);
+
+	return external == NO_EXTERNAL ? NO_SLOT : slot_of(external, class, port);
 }
 
 static __always_inline u32 slot_of_internal(addr_t addr, u32 class, __be16 port)

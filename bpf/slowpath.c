@@ -185,18 +185,20 @@ static __always_inline enum verdict slow_inbound(struct packet *p)
 
 	if (verdict != CONTINUE || !cfg)
 		return verdict;
+	/* Before anything else: no kind of packet may name an internal host from outside. */
+	if (external_of(cfg, p->dst) == NO_EXTERNAL)
+		return prefix_role(p->dst) == PREFIX_INTERNAL ? drop(COUNT_drop_destination_internal) :
+								 pass(COUNT_own_inbound);
 	if (packet_is_later_fragment(p))
 		return fragment_inbound(cfg, p);
 	if (packet_is_icmp_error(p))
 		return icmp_error_inbound(cfg, p);
 	if (p->proto == IPPROTO_ICMP && p->icmp_type != ICMP_ECHO_REPLY)
 		return pass(COUNT_own_inbound);
-	if (prefix_role(p->dst) == PREFIX_INTERNAL)
-		return drop(COUNT_drop_destination_internal);
 	if (p->class == CLASS_NONE)
 		return pass(COUNT_own_inbound);
 	slot = slot_of_external(cfg, p->dst, p->class, p->dst_port);
-	return slot == NO_SLOT ? pass(COUNT_own_inbound) : translate_inbound(cfg, p, slot);
+	return translate_inbound(cfg, p, slot);
 }
 
 /* LAN egress, in XDP mode only: the translated packet as the kernel delivers it. Changes nothing. */

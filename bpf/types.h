@@ -27,6 +27,7 @@ enum proto_class { CLASS_TCP, CLASS_UDP, CLASS_ICMP, CLASSES, CLASS_NONE = CLASS
 #define FURTHER_BASE (EXTERNALS * CLASSES * PORTS)
 #define SLOTS (FURTHER_BASE + FURTHER)
 #define NO_SLOT (~0U)
+#define NO_EXTERNAL (~0U)
 
 /* One direction of a session as seen on the wire. 56 bytes: with 8 more in struct session it fills
  * one cache line, the only one an accelerated packet touches.

@@ -48,7 +48,8 @@ class Config:
     """One gateway.
 
     Attributes:
-        wan: the interface whose address is shared; empty while neither file nor options have named it.
+        wan: the interface whose address is shared, or a wildcard of which the first that is up counts; empty
+            while neither file nor options have named it.
         lans: interfaces of internal networks; shell wildcards allowed (``lan*``, ``ppp*``).
         mode: where established flows are translated.
         internal: prefixes behind the LANs that no route tells of.
@@ -200,12 +201,11 @@ def _problems(config: Config) -> Iterator[_Problem]:
 def _interface_problems(config: Config) -> Iterator[_Problem]:
     if config.wan:
         yield from _name_problems("interfaces.wan", config.wan)
-        if set(config.wan) & set("*?["):
-            yield _Problem("interfaces.wan", config.wan, "the WAN is one interface, without wildcards")
     for pattern in config.lans:
         yield from _name_problems("interfaces.lan", pattern)
-        if config.wan and fnmatch.fnmatchcase(config.wan, pattern):
-            why = f"the WAN {config.wan} would be a LAN as well; LAN and WAN on one interface (one-armed) do not work"
+        # either may be a wildcard, and a pattern fits narrower patterns, too
+        if fnmatch.fnmatchcase(config.wan, pattern) or fnmatch.fnmatchcase(pattern, config.wan):
+            why = f"it fits the WAN {config.wan} as well; LAN and WAN on one interface (one-armed) do not work"
             yield _Problem("interfaces.lan", pattern, why, "name interfaces other than the WAN")
     if config.mode not in MODES:
         yield _Problem("interfaces.mode", config.mode, f"allowed is {', '.join(MODES)}")

@@ -90,9 +90,8 @@ class Contestant:
     def _stop_surely(self, topology: Topology) -> None:
         for command, answer in zip(self.stop, self._stop(topology), strict=True):
             if answer.code != 0:
-                raise StillThereError(
-                    f"{self.name} could not be taken down", f"`{' '.join(command.argv)}` said: {answer.output[-2000:]}"
-                )
+                said = f"`{' '.join(command.argv)}` said: {answer.output[-2000:]}"
+                raise StillThereError(f"{self.name} could not be taken down", said)
 
 
 def _xdpmasq(mode: str) -> Contestant:

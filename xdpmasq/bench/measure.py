@@ -9,8 +9,8 @@ is charged
 * to ``ksoftirqd`` of the core, when a softirq round took longer than 2 ms or ten repeats; ``/proc/PID/schedstat``
   has its nanoseconds.
 
-So the measure is the CPU clock of the calling thread plus that of ksoftirqd. ``/proc/stat`` would be complete too, but
-counts in ticks of 10 ms; wall-clock time would count whoever else uses the core.
+So the measure is the CPU clock of the calling thread plus that of ksoftirqd. ``/proc/stat`` would be complete too,
+but counts in ticks of 10 ms; wall-clock time would count whoever else uses the core.
 
 That it is complete is checked in every run, against a sum that comes from elsewhere: wall-clock time, less what the
 thread waited in the run queue (second field of its schedstat), plus ksoftirqd's time. A generator that is held in

@@ -1,14 +1,15 @@
 """From turns to figures: medians, shares, quotients and marks. Arithmetic only; cli/bench.py prints.
 
-Words: *cost* is CPU time per packet of the core that carries generator, gateway and sink (ns); the *share* is the part
-of it above dropping the packet at the gateway, so the gateway's own, with one more veth and the sink; a *speed
-against* another contestant is that one's cost divided by this one's.
+Words: *cost* is CPU time per packet of the core that carries generator, gateway and sink (ns); the *share* is the
+part of it above dropping the packet at the gateway: the gateway's own, one more veth, and the sink; a *speed against*
+another contestant is that one's cost divided by this one's.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,13 @@ class Row:
     against_best: float | None = None
     problems: tuple[str, ...] = ()
     failure: str | None = None
+
+    @property
+    def spread(self) -> float | None:
+        """Half the distance from the cheapest to the dearest valid round, as a part of the median."""
+        if not self.ns or self.ns_least is None or self.ns_most is None:
+            return None
+        return (self.ns_most - self.ns_least) / 2 / self.ns
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ def host(cpu: int) -> Host:
         versions={
             "xdpmasq": __version__,
             "python": platform.python_version(),
-            "nftables": _said(["nft", "--version"]),
+            "nft": _said(["nft", "--version"]),
             "iproute2": _said(["ip", "-Version"]),
         },
     )
@@ -224,4 +232,5 @@ def _said(argv: list[str]) -> str:
         answer = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return "not there"
-    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else "unknown"
+    number = re.search(r"\d+\.\d+(\.\d+)*", answer.stdout)
+    return number[0] if number else "unknown"

@@ -128,6 +128,7 @@ def play_turn(traffic: Traffic, contestant: Contestant, settings: Settings, roun
     """
     traffic.begin_turn()
     try:
+        traffic.topology.forget_connections()
         with contestant.running(traffic):
             warm_up = list(_warm_up(traffic, contestant, settings))
             ports = traffic.port_problems() if contestant.expected.translated else []

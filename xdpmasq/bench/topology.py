@@ -15,9 +15,11 @@ traffic: it only holds the generators' programs (see generator.py).
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,14 @@ MACS: dict[tuple[Role, str], str] = {
     ("gate", "wan0"): "02:6d:61:73:71:03",
     ("wan", "wan0"): "02:6d:61:73:71:04",
 }
+
+# The ends of the veths that are not the gateway's; there they have the same names.
+_OUTER: tuple[tuple[Role, str], ...] = (("lan", "lan0"), ("wan", "wan0"))
+
+
+_NETLINK_NETFILTER = 12
+_CT_DELETE = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE
+_REQUEST_AND_ACK = 0x5
 
 
 @dataclass(frozen=True)
@@ -164,8 +174,8 @@ class Topology:
         netns.ip_batch(
             f"link add {port} netns {self.namespace(outer)} address {MACS[outer, port]} numtxqueues 1 numrxqueues 1 "
             f"type veth peer name {port} netns {gate} address {MACS['gate', port]} numtxqueues 1 numrxqueues 1"
-            for outer, port in (("lan", "lan0"), ("wan", "wan0"))
-        )  # fmt: skip
+            for outer, port in _OUTER
+        )
         netns.ip_batch(["link set lan0 up", "link add held0 type veth peer name held1"], self.namespace("lan"))
         netns.ip_batch(["link set wan0 up"], self.namespace("wan"))
         netns.ip_batch(self._gate_commands(), gate)
@@ -184,6 +194,18 @@ class Topology:
             f"neigh add 203.0.113.2 lladdr {MACS['wan', 'wan0']} dev wan0 nud permanent",
             *(f"neigh add {host} lladdr {MACS['lan', 'lan0']} dev lan0 nud permanent" for host in hosts),
         ]
+
+    def forget_connections(self) -> None:
+        """Empties the gateway's connection tracking, which outlives the rules that filled it.
+
+        An nfnetlink IPCTNL_MSG_CT_DELETE that names no connection means all of the namespace.
+        """
+        header = struct.pack("=IHHII", 20, _CT_DELETE, _REQUEST_AND_ACK, 1, 0)
+        with self.inside("gate"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+            netlink.send(header + struct.pack("=BBH", socket.AF_UNSPEC, 0, 0))
+            code = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
+        if code not in (0, errno.EINVAL):  # EINVAL: a kernel without connection tracking
+            raise HostError("the gateway's connections cannot be forgotten", os.strerror(code))
 
     def attach_xdp(self, role: Role, interface: str, program_fd: int) -> None:
         with self.inside(role):

@@ -9,7 +9,8 @@ from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console, Group
+from rich import box
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -33,7 +34,7 @@ class Direction(StrEnum):
     BOTH = "both"
 
 
-def bench(
+def bench(  # noqa: PLR0917  these are the command line
     flows: Annotated[int, typer.Option(help="UDP flows, one packet of each in turn.")] = 1000,
     size: Annotated[
         int, typer.Option(help="Bytes of a frame, from the Ethernet header on, without check sequence; even.")
@@ -57,7 +58,9 @@ def bench(
     Every packet is checked behind the gateway; a round with lost or wrongly translated packets does not
     count. Exit code 1 when a contestant could not be measured or a round was invalid; missed marks alone are 0.
 
-    Example: xdpmasq bench --quick --contestant nftables --contestant xdpmasq-xdp
+    \b
+    Example:
+      xdpmasq bench --quick --contestant nftables --contestant xdpmasq-xdp
     """
     # As with Ctrl-C, the network is removed on the way out.
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -107,24 +110,24 @@ def _announce(progress: Progress, task: TaskID, rounds: int, name: str, round_: 
 
 
 def _shown(report: Report) -> Group:
-    parts = [Text(_heading(report)), _table(report), *_problem_lines(report), _bars(report), *_mark_lines(report)]
-    return Group(*parts, *_footer(report))
+    parts: list[RenderableType] = [Text(_heading(report)), _table(report), *_problem_lines(report), _bars(report)]
+    return Group(*parts, *_mark_lines(report), *_footer(report))
 
 
 def _heading(report: Report) -> str:
     settings = report.settings
     ways = "both directions" if len(settings.directions) > 1 else f"{settings.directions[0]}bound only"
     return (
-        f"{settings.flows:,} flows, {settings.frame_bytes}-byte frames, {ways}; "
-        f"medians of {settings.rounds} rounds of {settings.packets:,} packets each way"
+        f"{settings.flows:,} flows, {settings.frame_bytes}-byte frames, {ways}\n"
+        f"medians of {settings.rounds} rounds of {settings.packets:,} packets each way; CPU time of one core"
     )
 
 
 def _table(report: Report) -> Table:
-    table = Table()
-    table.add_column("gateway")
-    for column in ("ns/packet", "out", "in", "least–most", "Mpps/CPU", "share", f"× {RIVAL}", f"of {BEST}", "rounds"):
-        table.add_column(column, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("gateway", no_wrap=True)
+    for column in ("ns/pkt", "±", "out", "in", "Mpps", "share", f"× {RIVAL}", f"of {BEST}", "rounds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(row.contestant, *_cells(row), style="" if _is_clean(row) else "red")
     return table
@@ -135,18 +138,16 @@ def _is_clean(row: Row) -> bool:
 
 
 def _cells(row: Row) -> list[str]:
-    spread = "–" if row.ns_least is None or row.ns_most is None else f"{row.ns_least:,.0f}–{row.ns_most:,.0f}"
-    rounds = f"{row.valid}" if _is_clean(row) else f"{row.valid} ok, {row.invalid} INVALID"
     return [
         _figure(row.ns, ",.0f"),
+        _figure(row.spread, ".0%"),
         _figure(row.ns_out, ",.0f"),
         _figure(row.ns_in, ",.0f"),
-        spread,
         _figure(row.mpps, ".2f"),
         _figure(row.share_ns, ",.0f"),
         _figure(row.against_rival, ".2f"),
         _figure(row.against_best, ".2f"),
-        rounds if row.failure is None else "FAILED",
+        str(row.valid) if _is_clean(row) else f"{row.valid} !",
     ]
 
 
@@ -155,9 +156,11 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def _problem_lines(report: Report) -> list[Text]:
-    lines = []
+    lines: list[Text] = []
     for row in report.rows:
-        problems = [f"failed: {row.failure}"] if row.failure else []
+        problems = [f"FAILED: {row.failure}"] if row.failure else []
+        if row.invalid:
+            problems.append(f"{row.invalid} of {row.invalid + row.valid} rounds INVALID, and not counted:")
         problems += row.problems[:_PROBLEMS_SHOWN]
         if len(row.problems) > _PROBLEMS_SHOWN:
             problems.append(f"and {len(row.problems) - _PROBLEMS_SHOWN} more (--json has all)")
@@ -184,13 +187,12 @@ def _bars(report: Report) -> Text:
 
 def _mark_lines(report: Report) -> list[Text]:
     words = {True: ("met", "green"), False: ("MISSED", "red"), None: ("not measured", "yellow")}
-    lines = []
+    lines: list[Text] = []
     for mark in report.marks:
         said, style = words[mark.met]
         against = f"{_figure(mark.value, '.2f')} × {mark.against}"
-        lines.append(
-            Text.assemble(f"mark  {mark.contestant:12} {against:18} at least {mark.least:.2f}: ", (said, style))
-        )
+        wanted = f"mark  {mark.contestant:12} {against:18} at least {mark.least:.2f}: "
+        lines.append(Text.assemble(wanted, (said, style)))
     return lines
 
 
@@ -201,11 +203,8 @@ def _footer(report: Report) -> list[Text]:
     lines = [
         Text(f"{host.kernel}, {host.cpu_model}, core {host.cpu} of {host.cpus}", style="dim"),
         Text(", ".join(f"{name} {version}" for name, version in versions.items()), style="dim"),
-        Text(
-            f"{seen:,} packets seen, ports and checksums of {checked:,} checked; "
-            f"{_figure(report.accounted, '.1%')} of the core's time accounted for; {report.seconds:.0f} s",
-            style="dim",
-        ),
+        Text(f"{seen:,} packets seen, ports and checksums of {checked:,} of them checked", style="dim"),
+        Text(f"{_figure(report.accounted, '.1%')} of the time accounted for; {report.seconds:.0f} s", style="dim"),
     ]
     if report.accounted is not None and report.accounted < ENOUGH_ACCOUNTED:
         lines.append(

@@ -42,7 +42,7 @@ def doctor(
     if json:
         common.print_json([asdict(each) for each in findings])
     else:
-        print("\n".join(_lines(findings)))
+        typer.echo("\n".join(_lines(findings)))
     if any(each.level == "block" for each in findings):
         raise typer.Exit(1)
 

@@ -27,7 +27,7 @@ def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     if json:
         common.print_json(fields)
     else:
-        print("\n".join(_screen(fields, source.counters())))
+        typer.echo("\n".join(_screen(fields, source.counters())))
 
 
 def describe(attached: "Attached") -> dict[str, Any]:

@@ -1,0 +1,380 @@
+"""What the end-to-end tests share: xdpmasq in a lab's masq-gate, sockets in the boxes, the wire looked over.
+
+The gateway is driven through its command line, as a user does; tables and counters are read in this process,
+because starting a program for each look would make the suite slow.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from xdpmasq import datapath, presence
+from xdpmasq.config import Config
+from xdpmasq.lab import Capture, Lab, netns
+from xdpmasq.lab.errors import wait_until
+from xdpmasq.lab.servers import ECHO_PORT
+from xdpmasq.lab.topology import HOSTS, INTERNET
+
+GATE = "masq-gate"
+ECHO = (INTERNET, ECHO_PORT)
+CURL = ["curl", "-sS", "--fail", "--connect-timeout", "4", "--max-time", "25"]
+
+_numbers = itertools.count()
+_BIG_DATAGRAM = 65535
+
+
+def new_prefix() -> str:
+    return f"e{os.getpid()}-{next(_numbers)}"
+
+
+# --- the gateway -----------------------------------------------------------------------------------
+
+
+class Gateway:
+    """xdpmasq in masq-gate.
+
+    Args:
+        mode: "tc" or "xdp"; the lab is to be built for it.
+    """
+
+    def __init__(self, lab: Lab, mode: str) -> None:
+        self.lab, self.mode = lab, mode
+
+    @classmethod
+    @contextlib.contextmanager
+    def in_new_lab(cls, mode: str, *, attach: bool = True, **topology: Any) -> Iterator[Self]:
+        with Lab(new_prefix(), offloads=mode != "xdp", **topology) as lab:
+            gateway = cls(lab, mode)
+            if attach:
+                gateway.attach()
+            yield gateway
+
+    # the command line
+
+    def masq(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """``xdpmasq …`` in masq-gate."""
+        return self.lab.exec(GATE, [sys.executable, "-m", "xdpmasq", *words], check=check)
+
+    def attach(self, *options: str, lans: Sequence[str] | None = None, check: bool = True) -> str:
+        """``xdpmasq attach``; returns what it said, on stderr where it failed."""
+        wanted = [word for lan in lans or self.lab.topology.lan_interfaces for word in ("--lan", lan)]
+        mode = () if "--mode" in options else ("--mode", self.mode)
+        done = self.masq("attach", "--wan", "wan0", *wanted, *mode, *options, check=check)
+        return done.stdout or done.stderr
+
+    def attach_with(self, **settings: Any) -> None:
+        """Attach with settings that no option and no file can name, as ``rearm_s``."""
+        config = Config("wan0", self.lab.topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
+        program = "import json, sys; from xdpmasq import agent; agent.start_background(agent._config_of(json.load(sys.stdin)))"
+        fields = {**asdict(config), "internal": list(map(str, config.internal))}
+        self.lab.exec(GATE, [sys.executable, "-c", program], input=json.dumps(fields))
+
+    def detach(self) -> str:
+        return self.masq("detach").stdout
+
+    def status(self) -> dict[str, Any]:
+        return dict(json.loads(self.masq("status", "--json").stdout))
+
+    def sessions(self, *filters: str) -> list[dict[str, Any]]:
+        return list(json.loads(self.masq("sessions", "list", "--json", *filters).stdout))
+
+    # looking inside
+
+    def inside(self) -> contextlib.AbstractContextManager[None]:
+        """This process works in masq-gate."""
+        return netns.entered(self.lab.namespace(GATE))
+
+    @property
+    def tables(self) -> datapath.Attached:
+        """The running datapath."""
+        with self.inside():
+            return datapath.find()
+
+    @property
+    def is_attached(self) -> bool:
+        with self.inside():
+            return bool(datapath.find_all())
+
+    @property
+    def agent_pid(self) -> int | None:
+        with self.inside():
+            return presence.agent_pid("wan0")
+
+    def kill_agent(self) -> None:
+        """kill -9, and until it is gone."""
+        pid = self.agent_pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: self.agent_pid is None, "the agent is dead")
+
+    def counters(self) -> dict[str, int]:
+        return self.tables.counters()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[dict[str, int]]:
+        """Fills the dictionary with what each counter grew by inside the block."""
+        grown: dict[str, int] = {}
+        before = self.counters()
+        yield grown
+        grown |= {name: count - before[name] for name, count in self.counters().items()}
+
+    def mappings(self) -> dict[str, str]:
+        """Internal endpoint → external endpoint of every session, "192.168.0.2:1" → "203.0.113.1:2"."""
+        with self.inside():
+            attached = datapath.find()
+        rows = attached.sessions[attached.live_slots()]
+        return {
+            _endpoint(row["in"]["new_addr"], row["in"]["new_port"]): _endpoint(
+                row["out"]["new_addr"], row["out"]["new_port"]
+            )
+            for row in rows
+        }
+
+    def hooks(self) -> dict[str, str]:
+        """Interface → hook, by the manifest."""
+        return {each["name"]: each["hook"] for each in self.tables.manifest["interfaces"]}
+
+    # masq-gate and its neighbours
+
+    def gate(self, *argv: str, check: bool = True) -> str:
+        """A program in masq-gate; its output."""
+        return self.lab.exec(GATE, argv, check=check).stdout
+
+    def sysctl(self, name: str, value: object = None) -> str:
+        """A sysctl of masq-gate, after setting it when a value is given."""
+        if value is not None:
+            self.gate("sysctl", "-qw", f"{name}={value}")
+        return self.gate("sysctl", "-n", name).strip()
+
+    # sockets
+
+    def udp(self, role: str, port: int = 0, *, timeout_s: float = 2) -> socket.socket:
+        """A UDP socket in a box, bound to a port; the caller closes it."""
+        made = self.lab.socket(role, socket.SOCK_DGRAM)
+        made.settimeout(timeout_s)
+        made.bind(("0.0.0.0", port))
+        return made
+
+    def seen_as(self, role: str, port: int = 0, server: tuple[str, int] = ECHO) -> str:
+        """The endpoint as which a box's new UDP socket appears at an echo server."""
+        with self.udp(role, port) as client:
+            return who(client, server)
+
+    def tcp(self, role: str, server: tuple[str, int], *, timeout_s: float = 5) -> socket.socket:
+        """A connected TCP socket in a box."""
+        made = self.lab.socket(role, socket.SOCK_STREAM)
+        made.settimeout(timeout_s)
+        made.connect(server)
+        return made
+
+    def listen(self, role: str, port: int = 0, address: str = "0.0.0.0") -> socket.socket:
+        """A listening TCP socket in a box."""
+        made = self.lab.socket(role, socket.SOCK_STREAM)
+        made.settimeout(5)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, port))
+        made.listen(16)
+        return made
+
+    def opens(self, role: str = "a-box", server: tuple[str, int] = ECHO) -> bool:
+        """Whether a new UDP session gets through, at the first try."""
+        with self.udp(role, timeout_s=0.3) as client:
+            try:
+                return bool(ask(client, b"?", server))
+            except OSError:
+                return False
+
+    def connection(self, role: str = "a-box") -> "Connection":
+        """An established TCP connection to a socket of our own in internet."""
+        with self.listen("internet", address=INTERNET) as listener:
+            near = self.tcp(role, (INTERNET, listener.getsockname()[1]))
+            far, peer = listener.accept()
+        far.settimeout(5)
+        return Connection(near, far, f"{peer[0]}:{peer[1]}")
+
+
+class Connection:
+    """Both ends of a TCP connection through the gateway; ``public`` is the near end as seen from outside."""
+
+    def __init__(self, near: socket.socket, far: socket.socket, public: str) -> None:
+        self.near, self.far, self.public = near, far, public
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.near.close()
+        self.far.close()
+
+    def talk(self, times: int = 1, size: int = 1000) -> None:
+        """Bytes to and fro; raises when any is lost or changed."""
+        for number in range(times):
+            for source, sink in ((self.near, self.far), (self.far, self.near)):
+                text = bytes([number % 256]) * size
+                source.sendall(text)
+                assert read(sink, size) == text
+
+
+def read(stream: socket.socket, size: int) -> bytes:
+    """Exactly that many bytes, or fewer at the end of the stream."""
+    parts = b""
+    while len(parts) < size and (part := stream.recv(size - len(parts))):
+        parts += part
+    return parts
+
+
+def ask(client: socket.socket, text: bytes, server: tuple[str, int] = ECHO) -> bytes:
+    client.sendto(text, server)
+    answer, source = client.recvfrom(_BIG_DATAGRAM)
+    assert source == server
+    return answer
+
+
+def who(client: socket.socket, server: tuple[str, int] = ECHO) -> str:
+    """The endpoint as which the server saw the client."""
+    return ask(client, b"who", server).decode()
+
+
+def internal(role: str, client: socket.socket) -> str:
+    return f"{HOSTS[role]}:{client.getsockname()[1]}"
+
+
+def _endpoint(addr: Any, port: Any) -> str:
+    return f"{IPv4Address(np.asarray(addr['word'])[:1].tobytes())}:{socket.ntohs(int(port))}"
+
+
+class Stream:
+    """Sequence-numbered datagrams from a box to the echo server and back, in the background of a test.
+
+    Args:
+        gap_s: between two datagrams.
+    """
+
+    def __init__(self, gateway: Gateway, role: str = "a-box", *, gap_s: float = 0.002) -> None:
+        self._lab = gateway.lab
+        self._process = gateway.lab.popen(
+            role,
+            [sys.executable, "-c", _STREAM, INTERNET, str(ECHO_PORT), str(gap_s)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.stdout
+        assert self._process.stdout.readline() == b"flowing\n"
+
+    def stop(self) -> tuple[int, int]:
+        """Ends it; returns how many datagrams were sent and how many came back."""
+        self._process.terminate()
+        output, complaint = self._process.communicate(timeout=10)
+        assert output, complaint.decode()
+        sent, received = output.split()
+        return int(sent), int(received)
+
+
+_STREAM = """
+import selectors, signal, socket, sys, time
+host, port, gap = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+stopping = []
+signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.connect((host, port))
+s.settimeout(gap)
+seen, sent = set(), 0
+def receive(until):
+    while time.monotonic() < until:
+        try:
+            seen.add(int(s.recv(100)))
+        except TimeoutError:
+            pass
+        if len(seen) == sent and stopping:
+            break
+while not stopping:
+    s.send(b"%d" % sent)
+    sent += 1
+    receive(time.monotonic() + gap)
+    if sent == 10:
+        print("flowing", flush=True)
+receive(time.monotonic() + 1)
+print(sent, len(seen))
+"""
+
+
+# --- the wire --------------------------------------------------------------------------------------
+
+PRIVATE = [IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
+# What the kernel is to sort out; quotes, whose headers may have options, are looked at by leaks().
+_SUSPECT = "net 10.0.0.0/8 or net 172.16.0.0/12 or net 192.168.0.0/16 or icmp"
+
+
+class Wire:
+    """A watch over the public wire; :meth:`check` raises when a private address was on it."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._capture: Capture = lab.capture(*lab.topology.wan_wire, _SUSPECT)
+        self._ethernet = lab.topology.wan == "veth"
+
+    def check(self) -> None:
+        frames = self._capture.stop()
+        leaking = [frame.hex(" ") for frame in frames if leaks(frame, self._ethernet)]
+        assert not leaking, f"{len(leaking)} frames with private addresses: {leaking[0]}"
+
+
+def leaks(frame: bytes, ethernet: bool = True) -> bool:
+    """Whether a private address stands in a frame: ARP's, IP's own or those of a packet quoted by ICMP."""
+    kind, packet = (frame[12:14], frame[14:]) if ethernet else (b"\x08\x00", frame)
+    if kind == b"\x08\x06":
+        return _is_private(packet[14:18]) or _is_private(packet[24:28])
+    return kind == b"\x08\x00" and _ip_leaks(packet)
+
+
+def _ip_leaks(packet: bytes) -> bool:
+    if _is_private(packet[12:16]) or _is_private(packet[16:20]):
+        return True
+    icmp = packet[(packet[0] & 15) * 4 :]
+    is_error = packet[9] == socket.IPPROTO_ICMP and icmp[:1] in (b"\x03", b"\x0b", b"\x0c", b"\x05")
+    return is_error and len(icmp) >= 28 and _ip_leaks(icmp[8:])
+
+
+def _is_private(address: bytes) -> bool:
+    return any(IPv4Address(address) in network for network in PRIVATE)
+
+
+# --- odds and ends ---------------------------------------------------------------------------------
+
+
+def soon(question: Callable[[], bool], what: str, timeout_s: float = 3) -> None:
+    """Waits until it is so; looks less often than :func:`wait_until`, as the looks are dear."""
+    deadline = time.monotonic() + timeout_s
+    while not question():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain until {what}"
+        time.sleep(0.05)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rss_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def ip_checksum(header: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(header) // 2}H", header))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF

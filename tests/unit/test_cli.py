@@ -1,0 +1,635 @@
+"""The command line, with agent and datapath replaced: words, JSON, exit status."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+import xdpmasq
+from xdpmasq import __version__, cli
+from xdpmasq.cli import common
+from xdpmasq.cli import sessions as sessions_cli
+from xdpmasq.config import Config
+from xdpmasq.errors import DatapathError, NotAttachedError
+
+EXAMPLE = str(Path(__file__).parents[2] / "docs" / "config.example.toml")
+VERBS = ("attach", "run", "detach", "status", "sessions", "doctor", "check", "lab", "bench")
+
+# The fields that the command line reads; their true layout is the business of test_sessions.py.
+ADDR = [("word", "u4", (1,))]
+FLOW = [
+    *(("remote_addr", ADDR), ("new_addr", ADDR), ("remote_port", "u2"), ("new_port", "u2")),
+    *(("last_seen", "u4"), ("tcp_seen", "u1"), ("packets", "u8"), ("bytes", "u8")),
+]
+SESSION = np.dtype([("out", FLOW), ("life", "u8"), ("in", FLOW), ("opened_at", "u4"), ("mapping", "u4")])
+SETTINGS = np.dtype(
+    [
+        *(("external", ADDR, (1,)), ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,))),
+        *((name, "u4") for name in ("tcp_established", "tcp_transitory", "udp", "icmp")),
+        ("inbound_refresh", "u1"),
+    ]
+)
+NOW, HZ = 500_000, 100
+
+
+def table() -> Any:
+    """One session each of TCP and UDP."""
+    array = np.zeros(3 * 65536 + 64, SESSION)
+    for slot, host in ((2000, 2), (65536 + 3000, 3)):
+        row = array[slot]
+        for flow in (row["out"], row["in"]):
+            flow["remote_addr"]["word"] = int.from_bytes(bytes([198, 51, 100, 10]), sys.byteorder)
+            flow["new_addr"]["word"] = int.from_bytes(bytes([192, 168, 0, host]), sys.byteorder)
+            flow["last_seen"], flow["packets"], flow["tcp_seen"] = NOW, 1, 0x12
+        row["life"], row["mapping"], row["opened_at"] = 5, slot, NOW
+    return array
+
+
+def settings() -> Any:
+    values = np.zeros(1, SETTINGS)
+    for name in ("tcp_established", "tcp_transitory", "udp", "icmp"):
+        values[name] = 100 * HZ
+    values["pool"]["count"] = 30000
+    return values[0]
+
+
+def manifest() -> dict[str, Any]:
+    return {
+        "version": "0.1.0",
+        "wan": "eth0",
+        "lans": ["eth1", "ppp*"],
+        "mode": "auto",
+        "interfaces": [
+            {"name": "eth0", "index": 2, "role": "wan", "hook": "xdp", "why": "driver ixgbe has native XDP"},
+            {"name": "eth1", "index": 3, "role": "lan", "hook": "tc", "why": "a veth"},
+        ],
+        "external": "203.0.113.1",
+        "hz": HZ,
+        "attached_at": time.time() - 3725,
+        "agent_pid": 4711,
+        "config": {},
+    }
+
+
+@dataclass
+class Running:
+    """Stands for datapath.Attached."""
+
+    manifest: dict[str, Any] = field(default_factory=manifest)
+    sessions: Any = field(default_factory=table)
+    settings: Any = field(default_factory=settings)
+    hz: int = HZ
+    agent_alive: bool = True
+    flushed: list[int] = field(default_factory=list)
+
+    def now(self) -> int:
+        return NOW
+
+    def counters(self) -> dict[str, int]:
+        return {"fast_outbound": 900, "slow_outbound": 90, "slow_inbound": 10, "drop_rewrite": 0, "drop_protocol": 7}
+
+    def flush(self, slots: Any) -> int:
+        self.flushed = slots.tolist()
+        return len(slots)
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(args)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+Replace = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def replace_module(monkeypatch: pytest.MonkeyPatch) -> Replace:
+    """Puts a made-up module in the place of xdpmasq.NAME."""
+
+    def replace(name: str, **attributes: Any) -> SimpleNamespace:
+        module = SimpleNamespace(**attributes)
+        monkeypatch.setitem(sys.modules, f"xdpmasq.{name}", module)
+        monkeypatch.setattr(xdpmasq, name, module, raising=False)
+        return module
+
+    return replace
+
+
+@pytest.fixture(autouse=True)
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.delenv("XDPMASQ_DEBUG", raising=False)
+
+
+@pytest.fixture
+def running(replace_module: Replace) -> Running:
+    attached = Running()
+    replace_module("datapath", find=lambda wan=None: attached)
+    return attached
+
+
+@pytest.fixture
+def asked(replace_module: Replace) -> list[Any]:
+    """What the agent was called with."""
+    calls: list[Any] = []
+
+    def start_background(config: Config) -> dict[str, Any]:
+        calls.append(config)
+        return manifest()
+
+    def detach(wan: str | None) -> dict[str, Any]:
+        calls.append(wan)
+        return {"interfaces": ["eth0", "eth1"], "sessions": 1, "sysctls": {"net.ipv4.ip_forward": "0"}}
+
+    replace_module("agent", start_background=start_background, run=calls.append, detach=detach)
+    return calls
+
+
+# --- as a whole ------------------------------------------------------------------------------------
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"xdpmasq {__version__}\n"
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]], ids=["bare", "--help"])
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
+    assert run(*args) == 0
+    out = capsys.readouterr().out
+    assert [verb for verb in VERBS if not re.search(rf"\b{verb}\b", out)] == []
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["", "attach", "run", "detach", "status", "doctor", "check", "sessions", "sessions list", "sessions flush",
+     "sessions watch"],
+)  # fmt: skip
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert run(*verb.split(), "--help") == 0
+    assert re.search(rf"Examples?:\s+xdpmasq {verb.removesuffix(' list')}", capsys.readouterr().out)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom xdpmasq.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print({'numpy', 'bcc', 'pyroute2', 'prometheus_client', 'xdpmasq.lab'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param(["frob"], "xdpmasq: No such command 'frob'\n  → see `xdpmasq --help`\n", id="verb"),
+        pytest.param(
+            ["status", "--x"], "xdpmasq: No such option: --x\n  → see `xdpmasq status --help`\n", id="option"
+        ),
+        pytest.param(["check"], "xdpmasq: Missing argument 'FILE'\n  → see `xdpmasq check --help`\n", id="argument"),
+        pytest.param(
+            ["attach", "--lan", "eth1"],
+            "xdpmasq: no WAN interface named\n  → give --wan NAME, or wan in [interfaces] of --config FILE\n",
+            id="no WAN",
+        ),
+        pytest.param(
+            ["attach", "--wan", "a", "--lan", "b", "--mode", "q"],
+            "xdpmasq: there is no mode q\n  → give one of auto, xdp, tc\n",
+            id="mode",
+        ),
+    ],
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+    assert run(*args) == 2
+    assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize(
+    "verb", ["attach", "run", "detach", "status", "sessions", "sessions list", "sessions flush", "sessions watch"]
+)
+def test_root_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert run(*verb.split()) == 1
+    out, err = capsys.readouterr()
+    assert (out, re.fullmatch(r"xdpmasq: .*must be run as root.*\n  → .*sudo\n", err) is not None) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        pytest.param(
+            DatapathError("what", "why", "do"), 1, "xdpmasq: what: why\n  → do\n", id="error with what to do"
+        ),
+        pytest.param(DatapathError("what"), 1, "xdpmasq: what\n", id="error alone"),
+        pytest.param(KeyboardInterrupt(), 130, "", id="Ctrl-C"),
+        pytest.param(typer.Abort(), 130, "", id="abort"),
+        pytest.param(
+            KeyError("x"),
+            1,
+            "xdpmasq: unexpected error: KeyError: 'x'\n  → XDPMASQ_DEBUG=1 shows where; please report it\n",
+            id="bug",
+        ),
+    ],
+)
+def test_errors(
+    capsys: pytest.CaptureFixture[str], replace_module: Replace, raised: BaseException, code: int, said: str
+) -> None:
+    def find(wan: str | None = None) -> None:
+        raise raised
+
+    replace_module("datapath", find=find)
+    assert run("status") == code
+    out, err = capsys.readouterr()
+    # older clicks go to a new line after ^C
+    assert (out, err.removeprefix("\n") if code == 130 else err) == ("", said)
+
+
+def test_debug_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, replace_module: Replace
+) -> None:
+    monkeypatch.setenv("XDPMASQ_DEBUG", "1")
+    replace_module("datapath", find=lambda wan=None: json.loads("?"))
+    assert run("status") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_broken_pipe_is_quiet() -> None:
+    """The output is shorter than a buffer, so that only flushing it meets the broken pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        command = [sys.executable, "-m", "xdpmasq", "--help"]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_lab_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    lab = typer.Typer(rich_markup_mode=None)
+
+    @lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+    def execute(ctx: typer.Context, role: str, command: list[str], name: str = "n") -> None:
+        seen.append((ctx.command_path, role, command, name))
+        raise typer.Exit(3)
+
+    @lab.command()
+    def other() -> None:
+        pass
+
+    monkeypatch.setitem(sys.modules, "xdpmasq.cli.lab", SimpleNamespace(app=lab))
+    monkeypatch.setattr(cli, "lab", SimpleNamespace(app=lab), raising=False)
+    assert run("lab", "exec", "--name", "x", "a-box", "--", "curl", "-I", "--help") == 3
+    assert seen == [("xdpmasq lab exec", "a-box", ["--", "curl", "-I", "--help"], "x")]
+
+
+# --- verbs -----------------------------------------------------------------------------------------
+
+
+def test_attach(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
+    assert run("attach", "--wan", "eth0", "--lan", "eth1", "--lan", "ppp*", "--mode", "tc") == 0
+    assert asked == [Config(wan="eth0", lans=("eth1", "ppp*"), mode="tc")]
+    assert capsys.readouterr().out == (
+        "masquerading eth1, ppp* out of eth0 as 203.0.113.1\n"
+        "  eth0  wan  xdp  driver ixgbe has native XDP\n"
+        "  eth1  lan  tc   a veth\n"
+    )
+
+
+def test_attach_json(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
+    assert run("attach", "--config", EXAMPLE, "--json") == 0
+    assert asked == [Config(wan="eth0", lans=("eth1",))]
+    assert json.loads(capsys.readouterr().out)["external"] == "203.0.113.1"
+
+
+def test_run_with_a_file_and_an_option(asked: list[Any]) -> None:
+    assert run("run", "--config", EXAMPLE, "--lan", "br0") == 0
+    assert asked == [Config(wan="eth0", lans=("br0",))]
+
+
+def test_nothing_is_started_with_a_bad_file(
+    capsys: pytest.CaptureFixture[str], asked: list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("[timeouts]\nudp_s = 1\n")
+    assert run("attach", "--config", str(path), "--wan", "eth0", "--lan", "eth1") == 2
+    assert (asked, f"{path}, line 2: timeouts.udp_s = 1" in capsys.readouterr().err) == ([], True)
+
+
+@pytest.mark.parametrize(("args", "wan"), [([], None), (["--wan", "eth0"], "eth0")], ids=["the one", "by WAN"])
+def test_detach(capsys: pytest.CaptureFixture[str], asked: list[Any], args: list[str], wan: str | None) -> None:
+    assert run("detach", *args) == 0
+    assert asked == [wan]
+    expected = "detached from eth0, eth1; 1 session ended\n  net.ipv4.ip_forward is 0 again\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        pytest.param('[interfaces]\nwan = "a"\nlan = ["b"]', 0, "OK", id="good"),
+        pytest.param(
+            '[interfaces]\nwan = "a"\nlan = ["b"]\n[timeouts]\nudp_s = 60', 0, "note: .*RFC 4787", id="below an RFC"
+        ),
+        pytest.param('[interfaces]\nwan = "a"\nlam = ["b"]', 2, "line 3: .*\n.*mean lan", id="bad"),
+        pytest.param('[interfaces]\nwan = "a"', 2, "no LAN", id="incomplete"),
+    ],
+)
+def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, code: int, said: str) -> None:
+    path = tmp_path / "masq.toml"
+    path.write_text(text)
+    assert run("check", str(path)) == code
+    printed = capsys.readouterr()
+    assert re.search(said, printed.err if code else printed.out)
+
+
+def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
+    assert run("status") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("xdpmasq 0.1.0: working since ")
+    assert out.splitlines()[0].endswith("(1 h 2 min)")
+    assert [" ".join(line.split()) for line in out.splitlines()[2:]] == [
+        "agent running, process 4711",
+        "external 203.0.113.1 on eth0",
+        "internal eth1, ppp*",
+        "mode auto eth0 wan xdp driver ixgbe has native XDP",
+        "eth1 lan tc a veth",
+        "sessions 2: TCP 1, UDP 1, ICMP 0",
+        "ports TCP 1 of 60,000 in use",
+        "UDP 1 of 60,000 in use",
+        "ICMP 0 of 60,000 in use",
+        "packets XDP 900, TC 100, 90.0% on the fast path",
+        "drops 7 a protocol that cannot be translated, from inside (drop_protocol)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        pytest.param({"external": None}, "not working: the WAN eth0 has no address", id="no address"),
+        pytest.param({"interfaces": []}, "not working: the WAN eth0 is not there", id="no WAN"),
+        pytest.param(
+            {"interfaces": manifest()["interfaces"][:1]},
+            "not working: no interface is there that fits eth1, ppp*",
+            id="no LAN",
+        ),
+    ],
+)
+def test_status_of_what_does_not_work(
+    capsys: pytest.CaptureFixture[str], running: Running, changed: dict[str, Any], said: str
+) -> None:
+    running.manifest |= changed
+    assert run("status") == 0
+    assert said in capsys.readouterr().out
+
+
+def test_status_with_the_agent_dead(capsys: pytest.CaptureFixture[str], running: Running) -> None:
+    running.agent_alive = False
+    assert run("status") == 0
+    out = capsys.readouterr().out
+    assert ": working since" in out
+    assert "agent     not running" in out
+
+
+def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> None:
+    assert run("status", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [
+        *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "lans", "mode"),
+        *("interfaces", "sessions", "ports", "packets", "drops", "counters"),
+    ]
+    assert found["working"] is True
+    assert found["agent"] == {"alive": True, "pid": 4711}
+    assert found["sessions"] == {"total": 2, "tcp": 1, "udp": 1, "icmp": 0}
+    assert found["packets"] == {"fast": 900, "slow": 100}
+    assert found["drops"] == {"drop_protocol": 7}
+    assert found["counters"]["drop_rewrite"] == 0
+
+
+def test_status_of_nothing(capsys: pytest.CaptureFixture[str], replace_module: Replace) -> None:
+    def find(wan: str | None = None) -> None:
+        raise NotAttachedError("not attached", f"to {wan}")
+
+    replace_module("datapath", find=find)
+    assert run("status", "--wan", "eth7") == 1
+    assert capsys.readouterr().err == "xdpmasq: not attached: to eth7\n"
+
+
+@pytest.mark.parametrize("args", [["sessions"], ["sessions", "list"]], ids=["bare", "list"])
+@pytest.mark.parametrize(
+    ("filters", "protocols"),
+    [
+        pytest.param([], ["tcp", "udp"], id="all"),
+        pytest.param(["--proto", "udp"], ["udp"], id="one"),
+        pytest.param(["--internal", "192.168.0.2", "--state", "established"], ["tcp"], id="two filters"),
+        pytest.param(["--remote", "9.9.9.9", "--external", ":1"], [], id="none"),
+    ],
+)
+def test_sessions(
+    capsys: pytest.CaptureFixture[str], running: Running, args: list[str], filters: list[str], protocols: list[str]
+) -> None:
+    assert run(*args, *filters) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["PROTO", *protocols]
+    assert run(*args, *filters, "--json") == 0
+    assert [each["protocol"] for each in json.loads(capsys.readouterr().out)] == protocols
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param(["--proto", "sctp"], "there is no protocol sctp", id="protocol"),
+        pytest.param(["--internal", "box"], "box is not an endpoint", id="endpoint"),
+        pytest.param(["--proto", "tcp", "flush"], "options stand before flush", id="filter before flush"),
+        pytest.param(["--json", "watch"], "options stand before watch", id="option before watch"),
+        pytest.param(["flush"], "no filter is given", id="flush of nothing in particular"),
+        pytest.param(["flush", "--all", "--proto", "tcp"], "both --all and a filter", id="flush of all and some"),
+    ],
+)
+def test_sessions_refused(capsys: pytest.CaptureFixture[str], running: Running, args: list[str], said: str) -> None:
+    assert run("sessions", *args) == 2
+    assert (said in capsys.readouterr().err, running.flushed) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("args", "slots", "said"),
+    [
+        pytest.param(["--all"], [2000, 68536], "2 sessions ended\n", id="all"),
+        pytest.param(["--proto", "tcp"], [2000], "1 session ended\n", id="some"),
+        pytest.param(["--proto", "tcp", "--json"], [2000], '{\n  "flushed": 1\n}\n', id="JSON"),
+        pytest.param(["--proto", "icmp"], [], "0 sessions ended\n", id="none that fits"),
+    ],
+)
+def test_flush(
+    capsys: pytest.CaptureFixture[str], running: Running, args: list[str], slots: list[int], said: str
+) -> None:
+    assert run("sessions", "flush", *args) == 0
+    assert (running.flushed, capsys.readouterr().out) == (slots, said)
+
+
+@pytest.fixture
+def three_polls(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between polls a session closes and another opens; then nothing; then Ctrl-C."""
+    sleeps = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal sleeps
+        assert seconds == sessions_cli.POLL_S
+        sleeps += 1
+        if sleeps == 1:
+            running.sessions["life"][2000] = 2
+            running.sessions[2 * 65536 + 9] = running.sessions[65536 + 3000]
+            running.sessions["mapping"][2 * 65536 + 9] = 2 * 65536 + 9
+        if sleeps == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+
+
+@pytest.mark.usefixtures("three_polls")
+def test_watch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sessions", "watch") == 130
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1:3] for line in lines] == [["EVENT", "PROTO"], ["opened", "icmp"], ["closed", "tcp"]]
+
+
+@pytest.mark.usefixtures("three_polls")
+@pytest.mark.parametrize(
+    ("args", "events"),
+    [
+        pytest.param([], [("opened", "icmp", 3), ("closed", "tcp", 2)], id="all"),
+        pytest.param(["--proto", "tcp"], [("closed", "tcp", 2)], id="filtered"),
+    ],
+)
+def test_watch_json(capsys: pytest.CaptureFixture[str], args: list[str], events: list[Any]) -> None:
+    assert run("sessions", "watch", "--json", *args) == 130
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    shown = [(each["event"], each["protocol"], int(each["internal"]["address"][-1])) for each in found]
+    assert shown == events
+    assert all(abs(each["time"] - time.time()) < 60 for each in found)
+
+
+def test_watch_ends_with_the_datapath(
+    capsys: pytest.CaptureFixture[str], replace_module: Replace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([Running()])
+
+    def find(wan: str | None = None) -> Running:
+        if (attached := next(found, None)) is None:
+            raise NotAttachedError("gone")
+        return attached
+
+    replace_module("datapath", find=find)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert run("sessions", "watch") == 1
+    assert capsys.readouterr().err == "xdpmasq: gone\n"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """As doctor.Finding."""
+
+    check: str
+    level: str
+    message: str
+    do: str = ""
+
+
+@pytest.fixture
+def doctor(replace_module: Replace) -> SimpleNamespace:
+    """A doctor that notes what it was called with; ``findings`` can be set."""
+    module = replace_module("doctor", findings=[Finding("jit", "ok", "on")], calls=[])
+
+    def examine(wan: str | None, lans: Any, mode: str, ours: Any) -> list[Finding]:
+        module.calls.append((wan, tuple(lans), mode, set(ours)))
+        return list(module.findings)
+
+    module.run = examine
+    names = {1: "masq_wan_xdp", 2: "somebody"}
+
+    class Program:
+        def __init__(self, number: int) -> None:
+            self.name = names[number]
+
+        def __enter__(self) -> "Program":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        @staticmethod
+        def by_id(number: int) -> "Program":
+            return Program(number)
+
+    replace_module("bpf", Program=Program)
+    replace_module("netdev", links=lambda: ["a link"])
+    replace_module("datapath", find=lambda wan=None: Running(), program_ids=lambda link: [1, 2], PROGRAM="masq_")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("args", "call"),
+    [
+        pytest.param(["--wan", "eth0", "--lan", "a", "--lan", "b"], ("eth0", ("a", "b"), "auto", {1}), id="options"),
+        pytest.param(["--config", EXAMPLE, "--mode", "xdp"], ("eth0", ("eth1",), "xdp", {1}), id="file"),
+        pytest.param([], ("eth0", ("eth1", "ppp*"), "auto", {1}), id="what runs"),
+    ],
+)
+def test_doctor_looks_at(doctor: SimpleNamespace, args: list[str], call: tuple[Any, ...]) -> None:
+    assert run("doctor", *args) == 0
+    assert doctor.calls == [call]
+
+
+def test_doctor_without_anything_running(doctor: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(wan: str | None = None) -> None:
+        raise NotAttachedError("nothing")
+
+    monkeypatch.setattr(sys.modules["xdpmasq.datapath"], "find", find)
+    assert run("doctor") == 0
+    assert doctor.calls == [(None, (), "auto", {1})]
+
+
+def test_doctor_says_what_to_do(capsys: pytest.CaptureFixture[str], doctor: SimpleNamespace) -> None:
+    doctor.findings = [
+        Finding("jit", "ok", "on"),
+        Finding("offloads", "warn", "LRO is on", "ethtool -K eth0 lro off"),
+        Finding("kernel", "block", "too old", "use 5.15"),
+    ]
+    assert run("doctor") == 1
+    assert capsys.readouterr().out == (
+        "ok     jit       on\n"
+        "warn   offloads  LRO is on\n"
+        "                 → ethtool -K eth0 lro off\n"
+        "block  kernel    too old\n"
+        "                 → use 5.15\n"
+        "1 blocking, 1 warning\n"
+    )
+    assert run("doctor", "--json") == 1
+    expected = {"check": "kernel", "level": "block", "message": "too old", "do": "use 5.15"}
+    assert json.loads(capsys.readouterr().out)[2] == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        pytest.param(-1, "0 s", id="clock set back"),
+        pytest.param(59.9, "59 s", id="seconds"),
+        pytest.param(61, "1 min 1 s", id="minutes"),
+        pytest.param(7199, "1 h 59 min", id="hours"),
+        pytest.param(90000, "1 d 1 h", id="days"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert common.duration(seconds) == text

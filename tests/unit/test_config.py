@@ -1,0 +1,220 @@
+"""Reading, checking and combining settings."""
+
+import re
+import tomllib
+from dataclasses import fields, replace
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xdpmasq.config import Config, Ports, Timeouts, advice, from_options, load, validate
+from xdpmasq.errors import ConfigError, UsageError
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "config.example.toml"
+HOME = Config(wan="eth0", lans=("eth1",))
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Any:
+    """Writes a text to a file and returns its path."""
+
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "masq.toml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def test_example_is_at_the_defaults() -> None:
+    assert load(EXAMPLE) == HOME
+
+
+def test_example_has_every_key() -> None:
+    tables = tomllib.loads(EXAMPLE.read_text())
+    assert {name: set(table) for name, table in tables.items()} == {
+        "interfaces": {"wan", "lan", "mode", "internal"},
+        "timeouts": {each.name for each in fields(Timeouts)},
+        "ports": {each.name for each in fields(Ports)},
+        "sessions": {"further", "inbound_refresh"},
+    }
+
+
+def test_everything_is_read(written: Any) -> None:
+    path = written(
+        """
+        [interfaces]
+        wan = "wan0"
+        lan = ["lan*", "ppp?"]
+        mode = "tc"
+        internal = ["10.20.0.0/16", "10.30.1.0/24"]
+        [timeouts]
+        tcp_established_s = 7441
+        tcp_transitory_s = 241
+        udp_s = 301
+        icmp_s = 61
+        fragment_s = 29
+        port_rest_s = 0
+        [ports]
+        first = 2000
+        last = 3000
+        [sessions]
+        further = 1024
+        inbound_refresh = false
+        """
+    )
+    assert load(path) == Config(
+        wan="wan0",
+        lans=("lan*", "ppp?"),
+        mode="tc",
+        internal=(IPv4Network("10.20.0.0/16"), IPv4Network("10.30.1.0/24")),
+        timeouts=Timeouts(7441, 241, 301, 61, 29, 0),
+        ports=Ports(2000, 3000),
+        further_sessions=1024,
+        inbound_refresh=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        pytest.param("", Config(wan="", lans=()), id="empty"),
+        pytest.param("[timeouts]\nudp_s = 60", Config("", (), timeouts=Timeouts(udp_s=60)), id="lowest"),
+        pytest.param("timeouts.udp_s = 90", Config("", (), timeouts=Timeouts(udp_s=90)), id="dotted"),
+        pytest.param('[interfaces]\nwan = "ppp*"', Config("ppp*", ()), id="wildcard WAN"),
+    ],
+)
+def test_parts_may_be_missing(written: Any, text: str, wanted: Config) -> None:
+    assert load(written(text)) == wanted
+
+
+# text, line, words that must be in the error
+BAD = [
+    pytest.param("[timeouts]\n\nudp_s = 59", 3, ["timeouts.udp_s = 59", "60 to 1000000"], id="too low"),
+    pytest.param("[timeouts]\nudp_s = 1000001", 2, ["timeouts.udp_s = 1000001", "60 to"], id="too high"),
+    pytest.param("[timeouts]\nicmp_s = 20", 2, ["icmp_s = 20", "RFC 5508"], id="icmp"),
+    pytest.param("[timeouts]\nfragment_s = 31", 2, ["fragment_s = 31", "1 to 30"], id="fragments"),
+    pytest.param("[timeouts]\nport_rest_s = -1", 2, ["port_rest_s = -1", "0 to 3600"], id="negative"),
+    pytest.param('[timeouts]\nudp_s = "300"', 2, ['udp_s = "300"', "a whole number"], id="text for a number"),
+    pytest.param("[timeouts]\nudp_s = 300.0", 2, ["udp_s = 300.0", "a whole number"], id="fraction"),
+    pytest.param("[timeouts]\nudp_s = true", 2, ["udp_s = true", "a whole number"], id="switch for a number"),
+    pytest.param("[timeouts]\nudp_s = 1979-05-27", 2, ["1979-05-27", "a whole number"], id="date"),
+    pytest.param(
+        "[timeouts]\ntcp_established_s = 100", 2, ["tcp_established_s = 100", "tcp_transitory_s = 240"], id="order"
+    ),
+    pytest.param("[sessions]\nfurther = 3000", 2, ["further = 3000", "2048 and 4096"], id="no power of two"),
+    pytest.param("[sessions]\nfurther = 512", 2, ["further = 512", "1024 to 4194304"], id="too small"),
+    pytest.param("[sessions]\nfurther = 8388608", 2, ["further = 8388608", "4194304"], id="too big"),
+    pytest.param("[sessions]\ninbound_refresh = 1", 2, ["= 1", "true or false"], id="number for a switch"),
+    pytest.param("[ports]\nfirst = 80", 2, ["ports.first = 80", "1024 to 65535"], id="privileged port"),
+    pytest.param("[ports]\nlast = 65536", 2, ["ports.last = 65536", "1024 to 65535"], id="no port"),
+    pytest.param("[ports]\nfirst = 5000\nlast = 5010", 3, ["last = 5010", "64 ports"], id="too few ports"),
+    pytest.param("[ports]\nlast = 5000\nfirst = 6000", 2, ["ports.last = 5000", "6000"], id="ports reversed"),
+    pytest.param('[interfaces]\nmode = "fast"', 2, ['mode = "fast"', "auto, xdp, tc"], id="mode"),
+    pytest.param('[interfaces]\nlan = "eth1"', 2, ['lan = "eth1"', "a list of texts"], id="text for a list"),
+    pytest.param("[interfaces]\nlan = [1]", 2, ["a list of texts"], id="list of numbers"),
+    pytest.param('[interfaces]\nwan = "a/b"', 2, ['wan = "a/b"', "ip link"], id="slash in a name"),
+    pytest.param('[interfaces]\nwan = "sixteen-letters0"', 2, ["sixteen-letters0", "15 bytes"], id="long name"),
+    pytest.param('[interfaces]\nlan = ["eth1", ""]', 2, ['lan = ""', "15 bytes"], id="empty name"),
+    pytest.param(
+        '[interfaces]\nwan = "eth0"\nlan = [\n "eth1",\n "eth0",\n]', 5, ['lan = "eth0"', "one-armed"], id="one-armed"
+    ),
+    pytest.param('[interfaces]\nwan = "eth0"\nlan = ["eth*"]', 3, ["eth*", "one-armed"], id="by wildcard"),
+    pytest.param('[interfaces]\nwan = "ppp*"\nlan = ["ppp1"]', 3, ["ppp1", "one-armed"], id="by the WAN's wildcard"),
+    pytest.param(
+        '[interfaces]\ninternal = [\n"10.0.0.0/8",\n"10.1.2.3/16"]', 4, ["10.1.2.3/16", "host bits"], id="host bits"
+    ),
+    pytest.param('[interfaces]\ninternal = ["fd00::/8"]', 2, ["fd00::/8", "IPv4 prefix"], id="not IPv4"),
+    pytest.param('[interfaces]\ninternal = ["0.0.0.0/0"]', 2, ["0.0.0.0/0"], id="everything internal"),
+    pytest.param("# c\n[timeout]\nudp_s = 300", 2, ["[timeout]", "did you mean [timeouts]?"], id="unknown table"),
+    pytest.param("[x]", 1, ["[x]", "[interfaces], [timeouts], [ports], [sessions]"], id="unlike any table"),
+    pytest.param("[timeouts]\n\nudp = 300", 3, ["udp in [timeouts]", "did you mean udp_s?"], id="unknown key"),
+    pytest.param("[ports]\nudp_s = 300", 2, ["udp_s belongs in [timeouts]"], id="key of another table"),
+    pytest.param("[ports]\nzz = 300", 2, ["zz in [ports]", "first, last"], id="unlike any key"),
+    pytest.param('wan = "eth0"', 1, ["wan belongs in [interfaces]"], id="key before any table"),
+    pytest.param("ports = 5", 1, ["ports = 5", "[ports]"], id="value for a table"),
+    pytest.param("[timeouts]\nudp_s = 90\nudp_s = 95", 3, ["not valid TOML"], id="twice"),
+    pytest.param("[ports]\nfirst 1024\nlast = 9", 2, ["not valid TOML", "first 1024"], id="syntax"),
+    pytest.param('[interfaces]\nlan = ["eth1"', 2, ["not valid TOML"], id="not closed"),
+    pytest.param("timeouts.udp_s = 5", 1, ["timeouts.udp_s = 5"], id="dotted key"),
+    pytest.param("\ntimeouts = { udp_s = 5 }", 2, ["timeouts.udp_s = 5"], id="inline table"),
+    pytest.param('[ports]\nfirst = 1024\n[timeouts]\n"udp_s" = 5', 4, ["timeouts.udp_s = 5"], id="quoted key"),
+    pytest.param("[ports]\n#last = 1\nlast = 1", 3, ["ports.last = 1"], id="comment before"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "words"), BAD)
+def test_errors_name_file_line_value_and_what_is_allowed(
+    written: Any, text: str, line: int, words: list[str]
+) -> None:
+    path = written(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert caught.value.what.startswith(f"{path}, line {line}: ")
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [pytest.param(b"\xff\xfe", "UTF-8", id="not text"), pytest.param(None, "No such file", id="missing")],
+)
+def test_unreadable(written: Any, tmp_path: Path, content: bytes | None, why: str) -> None:
+    path = tmp_path / "absent.toml" if content is None else written(content)
+    with pytest.raises(ConfigError, match=re.escape(str(path))) as caught:
+        load(path)
+    assert why in caught.value.why
+
+
+BASE = Config(wan="ppp0", lans=("br0", "br1"), mode="tc", ports=Ports(2000, 3000))
+
+
+@pytest.mark.parametrize(
+    ("wan", "lans", "mode", "base", "wanted"),
+    [
+        pytest.param("eth0", ["eth1"], None, None, HOME, id="options only"),
+        pytest.param(None, [], None, BASE, BASE, id="file only"),
+        pytest.param("eth0", [], None, BASE, replace(BASE, wan="eth0"), id="other WAN"),
+        pytest.param(None, ["lan*"], None, BASE, replace(BASE, lans=("lan*",)), id="other LANs"),
+        pytest.param(None, [], "xdp", BASE, replace(BASE, mode="xdp"), id="other mode"),
+    ],
+)
+def test_options_win_over_the_file(
+    wan: str | None, lans: list[str], mode: str | None, base: Config | None, wanted: Config
+) -> None:
+    assert from_options(wan, lans, mode, base) == wanted
+
+
+@pytest.mark.parametrize(
+    ("wan", "lans", "mode", "kind", "words"),
+    [
+        pytest.param(None, ["eth1"], None, UsageError, "--wan", id="no WAN"),
+        pytest.param("eth0", [], None, UsageError, "--lan", id="no LAN"),
+        pytest.param("eth0", ["eth1"], "fast", UsageError, "auto, xdp, tc", id="no mode"),
+        pytest.param("eth0", ["eth1", "eth0"], None, ConfigError, "one-armed", id="one-armed"),
+        pytest.param("eth0", ["*"], None, ConfigError, "one-armed", id="any interface"),
+    ],
+)
+def test_options_refused(
+    wan: str | None, lans: list[str], mode: str | None, kind: type[ConfigError], words: str
+) -> None:
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        from_options(wan, lans, mode, None)
+    assert caught.value.exit_code == 2
+
+
+def test_validate_refuses_what_no_file_said() -> None:
+    validate(HOME)
+    with pytest.raises(ConfigError, match=re.escape("timeouts.udp_s = 5: allowed is 60")):
+        validate(replace(HOME, timeouts=Timeouts(udp_s=5)))
+
+
+def test_advice_names_the_rfc() -> None:
+    assert advice(HOME) == []
+    short = replace(HOME, timeouts=Timeouts(udp_s=90, port_rest_s=0))
+    assert advice(short) == [
+        "timeouts.udp_s = 90 is less than the 120 s of RFC 4787 REQ-5",
+        "timeouts.port_rest_s = 0 is less than the 120 s of RFC 6888 REQ-8",
+    ]
