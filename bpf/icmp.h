@@ -8,7 +8,15 @@ struct quote {
 	bool has_check;
 };
 
-/* False for what is no quote of TCP, UDP or an ICMP query; 8 bytes of its transport are enough. */
+/* Only within the packet as its IP header tells it: what lies behind (Ethernet padding) is no part of the quote. */
+static __always_inline bool quote_load(const struct packet *p, u32 offset, void *to, u32 len)
+{
+	return offset + len <= p->l4 + p->l4_len && !bpf_skb_load_bytes(p->skb, offset, to, len);
+}
+
+/* False for what is no quote of TCP, UDP or an ICMP query; 8 bytes of its transport are enough. The addresses are set
+ * even then, when there are any.
+ */
 static __always_inline bool quote_parse(const struct packet *p, struct quote *q)
 {
 	u32 l3 = p->l4 + sizeof(struct icmp_header), header, check;
@@ -18,19 +26,19 @@ static __always_inline bool quote_parse(const struct packet *p, struct quote *q)
 		struct icmp_header icmp;
 	} l4;
 
-	if (bpf_skb_load_bytes(p->skb, l3, &ip, sizeof(ip)))
+	if (!quote_load(p, l3, &ip, sizeof(ip)))
 		return false;
+	q->inner.src = ip.src;
+	q->inner.dst = ip.dst;
 	header = (ip.version_ihl & 0xf) * 4;
 	if (ip.version_ihl >> 4 != 4 || header < sizeof(ip) || ip.frag_off & bpf_htons(IP_OFFSET_UNITS))
 		return false;
-	if (bpf_skb_load_bytes(p->skb, l3 + header, &l4, sizeof(l4)))
+	if (!quote_load(p, l3 + header, &l4, sizeof(l4)))
 		return false;
 	q->inner.skb = p->skb;
 	q->inner.now = p->now;
 	q->inner.l3 = l3;
 	q->inner.l4 = l3 + header;
-	q->inner.src = ip.src;
-	q->inner.dst = ip.dst;
 	q->inner.proto = ip.proto;
 	q->inner.class = class_of(ip.proto);
 	if (q->inner.class == CLASS_NONE)
@@ -45,7 +53,7 @@ static __always_inline bool quote_parse(const struct packet *p, struct quote *q)
 		q->inner.dst_port = l4.port.dst;
 	}
 	check = q->inner.l4 + l4_check_offset(ip.proto);
-	q->has_check = !bpf_skb_load_bytes(p->skb, check, &q->check, sizeof(q->check));
+	q->has_check = quote_load(p, check, &q->check, sizeof(q->check));
 	return true;
 }
 
@@ -83,13 +91,11 @@ static __always_inline long quote_rewrite(const struct packet *p, const struct q
 static __always_inline enum verdict icmp_error_outbound(const struct settings *cfg, const struct packet *p, bool own)
 {
 	struct quote q = {};
-	struct session *s;
-	u32 slot;
+	struct session *s = NULL;
 
-	if (!quote_parse(p, &q))
-		return own ? pass(COUNT_own_outbound) : drop(COUNT_drop_icmp_error_no_session);
-	slot = slot_of_internal(q.inner.dst, q.inner.class, q.inner.dst_port);
-	s = session_find(slot, q.inner.src, q.inner.src_port, OUTBOUND);
+	if (quote_parse(p, &q))
+		s = session_find(slot_of_internal(q.inner.dst, q.inner.class, q.inner.dst_port), q.inner.src,
+				 q.inner.src_port, OUTBOUND);
 	if (!s || !session_is_alive(cfg, s, p->now)) {
 		if (!own)
 			return drop(COUNT_drop_icmp_error_no_session);

@@ -41,20 +41,27 @@ static __always_inline u32 lowest_bit(u64 word)
 	return bit;
 }
 
-/* A free slot among CLAIM_WORDS words at a random place of the @words words from @first (in slots) on, or NO_SLOT. With
- * one port in a hundred free a look into 128 words finds one; when it does not, the sender's next packet looks elsewhere.
+/* A free slot among CLAIM_WORDS words of the pool's two ranges (ports counted from slot @base), from a random word round,
+ * or NO_SLOT. With one port in a hundred free that finds one, and a small pool is looked through whole; when it does not,
+ * the sender's next packet looks elsewhere. Words at the edges of the pool hold foreign ports too, but those are claimed.
  * The loop only finds the word: what stands inside it is paid 128 times over in the verifier's time at attach.
  */
-static __always_inline u32 slot_claim_scan(u32 first, u32 words)
+static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool)
 {
+	u32 low = (base + pool->first[0]) / 64, high = (base + pool->first[1]) / 64;
+	u32 low_words = (pool->first[0] % 64 + pool->count[0] + 63) / 64;
+	u32 words = low_words + (pool->first[1] % 64 + pool->count[1] + 63) / 64;
 	u32 start = bpf_get_prandom_u32(), word = 0, slot;
 	u64 free = 0;
 
+	if (!words)
+		return NO_SLOT;
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < CLAIM_WORDS; i++) {
+		u32 nth = (start + i) % words;
 		u64 *claim;
 
-		word = first / 64 + (start + i) % words;
+		word = nth < low_words ? low + nth : high + nth - low_words;
 		claim = claims.lookup(&word);
 		if (!claim)
 			return NO_SLOT;
@@ -93,6 +100,8 @@ static __always_inline u32 slot_claim_random(const struct settings *cfg, u32 ext
 
 static __always_inline u32 slot_claim_further(void)
 {
+	const struct pool all = { .count = { FURTHER } };
+
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < CLAIM_TRIES; i++) {
 		u32 slot = FURTHER_BASE + random_below(FURTHER);
@@ -100,7 +109,7 @@ static __always_inline u32 slot_claim_further(void)
 		if (slot_claim(slot))
 			return slot;
 	}
-	return slot_claim_scan(FURTHER_BASE, FURTHER / 64);
+	return slot_claim_scan(FURTHER_BASE, &all);
 }
 
 static __always_inline void session_init(const struct settings *cfg, struct session *s, const struct packet *p,
@@ -250,7 +259,7 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
 			return slot;
 		slot_release(slot);
 	}
-	slot = slot_claim_scan(slot_of(0, p->class, 0), PORTS / 64);
+	slot = slot_claim_scan(slot_of(0, p->class, 0), &cfg->pool[p->class]);
 	if (slot == NO_SLOT)
 		slot = slot_reclaim(cfg, 0, p->class, p->now);
 	if (slot == NO_SLOT || !port_is_local(p, cfg->external[0], bpf_htons(slot % PORTS)))

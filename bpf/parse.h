@@ -1,5 +1,5 @@
-/* From an skb to struct packet: every header read once, by its true length, before anything is changed.
- * Bytes are copied out with bpf_skb_load_bytes, which also reaches the paged part of an skb.
+/* From an skb to struct packet: every header read once, by its true length, before anything is changed. Headers are
+ * read and written in place; they are pulled into the linear part of the skb first, should they lie beyond it.
  */
 struct ip_header {
 	u8 version_ihl;
@@ -76,52 +76,88 @@ static __always_inline bool packet_is_later_fragment(const struct packet *p)
 	return p->fragment_offset > 0;
 }
 
+#define IP_HEADER_MAX 60
+#define HEADERS_MAX 256 /* no header of ours lies further out; the verifier insists on a bound */
+
+/* @len bytes at @offset of the packet, or NULL. Good until the next helper that changes the packet. */
+static __always_inline void *packet_at(const struct packet *p, u32 offset, u32 len)
+{
+	void *at = (void *)(long)p->skb->data + offset;
+
+	if (offset > HEADERS_MAX)
+		return NULL;
+	/* Else LLVM may compute the sum twice, and the verifier not see that the checked one is the one used. */
+	asm volatile("" : "+r"(at));
+	return at + len > (void *)(long)p->skb->data_end ? NULL : at;
+}
+
+/* Makes IP and transport header at @l3 reachable by packet_at(), as far as the packet goes. */
+static __always_inline void headers_pull(const struct packet *p, u32 l3)
+{
+	u32 wanted = l3 + IP_HEADER_MAX + sizeof(struct tcp_header);
+
+	if (!packet_at(p, 0, wanted))
+		bpf_skb_pull_data(p->skb, p->skb->len < wanted ? p->skb->len : wanted);
+}
+
 /* RFC 1858: a first fragment too short for its transport header hides it from every check. */
 static __always_inline enum verdict too_short(const struct packet *p)
 {
 	return drop(p->more_fragments ? COUNT_drop_fragment_tiny : COUNT_drop_malformed);
 }
 
+/* RFC 3128: a fragment that would overwrite the ports and flags that were looked at in the first; and one that ends
+ * beyond the longest packet there can be.
+ */
+static __always_inline enum verdict parse_later_fragment(const struct packet *p)
+{
+	u32 end = p->l4 - p->l3 + p->fragment_offset + p->l4_len;
+
+	if ((p->class == CLASS_TCP && p->fragment_offset < sizeof(struct tcp_header)) || end > 65535)
+		return drop(COUNT_drop_malformed);
+	return CONTINUE;
+}
+
 static __always_inline enum verdict parse_tcp(struct packet *p)
 {
-	struct tcp_header tcp;
+	struct tcp_header *tcp = packet_at(p, p->l4, sizeof(*tcp));
 	u32 header;
 
-	if (p->l4_len < sizeof(tcp) || bpf_skb_load_bytes(p->skb, p->l4, &tcp, sizeof(tcp)))
+	if (!tcp || p->l4_len < sizeof(*tcp))
 		return too_short(p);
-	header = (tcp.data_offset >> 4) * 4;
-	if (header < sizeof(tcp) || header > p->l4_len)
+	header = (tcp->data_offset >> 4) * 4;
+	if (header < sizeof(*tcp) || header > p->l4_len)
 		return too_short(p);
-	p->src_port = tcp.port.src;
-	p->dst_port = tcp.port.dst;
-	p->seq = tcp.seq;
-	p->ack = tcp.ack;
-	p->tcp_flags = tcp.flags;
+	p->src_port = tcp->port.src;
+	p->dst_port = tcp->port.dst;
+	p->seq = tcp->seq;
+	p->ack = tcp->ack;
+	p->tcp_flags = tcp->flags;
 	return CONTINUE;
 }
 
 static __always_inline enum verdict parse_udp(struct packet *p)
 {
-	struct udp_header udp;
+	struct udp_header *udp = packet_at(p, p->l4, sizeof(*udp));
 
-	if (p->l4_len < sizeof(udp) || bpf_skb_load_bytes(p->skb, p->l4, &udp, sizeof(udp)))
+	if (!udp || p->l4_len < sizeof(*udp))
 		return too_short(p);
-	p->src_port = udp.port.src;
-	p->dst_port = udp.port.dst;
+	p->src_port = udp->port.src;
+	p->dst_port = udp->port.dst;
 	return CONTINUE;
 }
 
 static __always_inline enum verdict parse_icmp(struct packet *p)
 {
-	struct icmp_header icmp;
+	struct icmp_header *icmp = packet_at(p, p->l4, sizeof(*icmp));
 
-	if (p->l4_len < sizeof(icmp) || bpf_skb_load_bytes(p->skb, p->l4, &icmp, sizeof(icmp)))
+	if (!icmp || p->l4_len < sizeof(*icmp))
 		return too_short(p);
-	p->icmp_type = icmp.type;
-	if (icmp.type == ICMP_ECHO)
-		p->src_port = icmp.id;
-	else if (icmp.type == ICMP_ECHO_REPLY)
-		p->dst_port = icmp.id;
+	p->icmp_type = icmp->type;
+	if (icmp->type == ICMP_ECHO)
+		p->src_port = icmp->id;
+	else if (icmp->type == ICMP_ECHO_REPLY)
+		p->dst_port = icmp->id;
 	else
 		p->class = CLASS_NONE;
 	return CONTINUE;
@@ -130,33 +166,35 @@ static __always_inline enum verdict parse_icmp(struct packet *p)
 static __always_inline enum verdict parse(struct packet *p)
 {
 	struct __sk_buff *skb = p->skb;
-	struct ip_header ip;
+	struct ip_header *ip;
 	u32 header, total;
 
 	/* A tag that the device took off belongs to a VLAN interface, not to this one. */
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present)
 		return pass(COUNT_own_not_ip);
-	if (bpf_skb_load_bytes(skb, p->l3, &ip, sizeof(ip)))
+	headers_pull(p, p->l3);
+	ip = packet_at(p, p->l3, sizeof(*ip));
+	if (!ip)
 		return drop(COUNT_drop_malformed);
-	header = (ip.version_ihl & 0xf) * 4;
-	total = bpf_ntohs(ip.tot_len);
+	header = (ip->version_ihl & 0xf) * 4;
+	total = bpf_ntohs(ip->tot_len);
 	if (!total && skb->gso_segs > 1) /* a super-packet beyond 64 kB (BIG TCP) */
 		total = skb->len - p->l3;
-	if (ip.version_ihl >> 4 != 4 || header < sizeof(ip) || total < header || p->l3 + total > skb->len)
+	if (ip->version_ihl >> 4 != 4 || header < sizeof(*ip) || total < header || p->l3 + total > skb->len)
 		return drop(COUNT_drop_malformed);
 
 	p->l4 = p->l3 + header;
 	p->l4_len = total - header;
-	p->options = header > sizeof(ip);
-	p->src = ip.src;
-	p->dst = ip.dst;
-	p->proto = ip.proto;
-	p->class = class_of(ip.proto);
-	p->fragment_id = ip.id;
-	p->fragment_offset = (bpf_ntohs(ip.frag_off) & IP_OFFSET_UNITS) * 8;
-	p->more_fragments = ip.frag_off & bpf_htons(IP_MORE_FRAGMENTS);
+	p->options = header > sizeof(*ip);
+	p->src = ip->src;
+	p->dst = ip->dst;
+	p->proto = ip->proto;
+	p->class = class_of(ip->proto);
+	p->fragment_id = ip->id;
+	p->fragment_offset = (bpf_ntohs(ip->frag_off) & IP_OFFSET_UNITS) * 8;
+	p->more_fragments = ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS);
 	if (packet_is_later_fragment(p))
-		return CONTINUE;
+		return parse_later_fragment(p);
 	switch (p->class) {
 	case CLASS_TCP:
 		return parse_tcp(p);

@@ -1,5 +1,7 @@
-/* One "old → new" rewrite of an endpoint for both directions. The skb helpers keep partial checksums
- * (offloaded skbs) and super-packets right; `delta` arguments are sums, see csum.h.
+/* One "old → new" rewrite of an endpoint for both directions. Transport checksums go through the skb helper, which
+ * alone knows whether one is partial (offloaded skbs, super-packets); its `to` is a sum, see csum.h. An IP header's
+ * checksum never is, so it is written in place. Where the device has summed the whole packet (CHECKSUM_COMPLETE), that
+ * sum stays right, because every change here is cancelled by that of a checksum.
  */
 static __always_inline u32 l4_check_offset(u8 proto)
 {
@@ -15,11 +17,6 @@ static __always_inline u32 l4_port_offset(u8 proto, enum side side)
 	return side == SOURCE ? offsetof(struct port_header, src) : offsetof(struct port_header, dst);
 }
 
-static __always_inline u32 ip_addr_offset(enum side side)
-{
-	return side == SOURCE ? offsetof(struct ip_header, src) : offsetof(struct ip_header, dst);
-}
-
 static __always_inline addr_t packet_addr(const struct packet *p, enum side side)
 {
 	return side == SOURCE ? p->src : p->dst;
@@ -32,25 +29,36 @@ static __always_inline __be16 packet_port(const struct packet *p, enum side side
 
 static __always_inline long rewrite_addr(const struct packet *p, enum side side, addr_t new)
 {
-	u32 delta = csum_delta_addr(packet_addr(p, side), new);
+	struct ip_header *ip = packet_at(p, p->l3, sizeof(*ip));
 
-	return bpf_l3_csum_replace(p->skb, p->l3 + offsetof(struct ip_header, check), 0, delta, 0) ?:
-	       bpf_skb_store_bytes(p->skb, p->l3 + ip_addr_offset(side), &new, sizeof(new), 0);
+	if (!ip)
+		return -1;
+	ip->check = csum_apply(ip->check, csum_delta_addr(packet_addr(p, side), new));
+	if (side == SOURCE)
+		ip->src = new;
+	else
+		ip->dst = new;
+	return 0;
 }
 
 static __always_inline long rewrite_transport(const struct packet *p, enum side side, addr_t new, __be16 new_port)
 {
 	u32 check = p->l4 + l4_check_offset(p->proto);
 	u64 zero_stays = p->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
-	long failed = 0;
+	__be16 *port;
 
 	/* The ICMP checksum has no pseudo header. */
-	if (p->proto != IPPROTO_ICMP)
-		failed = bpf_l4_csum_replace(p->skb, check, 0, csum_delta_addr(packet_addr(p, side), new),
-					     BPF_F_PSEUDO_HDR | zero_stays);
-	return failed ?:
-	       bpf_l4_csum_replace(p->skb, check, 0, csum_delta_port(packet_port(p, side), new_port), zero_stays) ?:
-	       bpf_skb_store_bytes(p->skb, p->l4 + l4_port_offset(p->proto, side), &new_port, sizeof(new_port), 0);
+	if (p->proto != IPPROTO_ICMP &&
+	    bpf_l4_csum_replace(p->skb, check, 0, csum_delta_addr(packet_addr(p, side), new),
+				BPF_F_PSEUDO_HDR | zero_stays))
+		return -1;
+	if (bpf_l4_csum_replace(p->skb, check, 0, csum_delta_port(packet_port(p, side), new_port), zero_stays))
+		return -1;
+	port = packet_at(p, p->l4 + l4_port_offset(p->proto, side), sizeof(*port));
+	if (!port)
+		return -1;
+	*port = new_port;
+	return 0;
 }
 
 /* A packet half rewritten must not go on, hence DROP. */

@@ -4,18 +4,6 @@
  * The hooks' suffix _l3 is for interfaces without Ethernet header (tun, ppp).
  */
 
-/* TCP opens a session with SYN; in the middle of a connection (the gateway was restarted) also with a plain ACK,
- * so that the other side can answer and both learn. FIN and RST open nothing.
- */
-static __always_inline enum verdict tcp_may_open(const struct packet *p)
-{
-	u8 flags = p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK);
-
-	if (flags == TCP_SYN || flags == TCP_ACK)
-		return CONTINUE;
-	return drop(COUNT_drop_tcp_no_session);
-}
-
 /* RFC 793 has no segment with none of SYN, ACK, RST, nor with two of SYN, FIN, RST. */
 static __always_inline bool tcp_flags_are_sane(u8 flags)
 {
@@ -24,15 +12,16 @@ static __always_inline bool tcp_flags_are_sane(u8 flags)
 	return flags & (TCP_SYN | TCP_ACK | TCP_RST) && !(kind & (kind - 1));
 }
 
-static __always_inline enum verdict may_translate(const struct packet *p)
+/* TCP opens a session with SYN; in the middle of a connection (the gateway was restarted) also with a plain ACK,
+ * so that the other side can answer and both learn. FIN and RST open nothing.
+ */
+static __always_inline enum verdict may_open(const struct packet *p)
 {
-	if (p->class == CLASS_TCP && !tcp_flags_are_sane(p->tcp_flags))
-		return drop(COUNT_drop_tcp_flags);
-	if (p->proto == IPPROTO_ICMP && p->icmp_type != ICMP_ECHO)
-		return drop(COUNT_drop_icmp_type);
-	if (p->class == CLASS_NONE)
-		return drop(COUNT_drop_protocol);
-	return CONTINUE;
+	u8 flags = p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK);
+
+	if (p->class != CLASS_TCP || flags == TCP_SYN || flags == TCP_ACK)
+		return CONTINUE;
+	return drop(tcp_flags_are_sane(p->tcp_flags) ? COUNT_drop_tcp_no_session : COUNT_drop_tcp_flags);
 }
 
 /* Whose packet is it? CONTINUE: an internal host's, to be translated. */
@@ -62,30 +51,22 @@ static __always_inline enum verdict source_policy(const struct packet *p)
 static __always_inline bool own_needs_translation(const struct settings *cfg, const struct packet *p)
 {
 	struct session *s;
-	u32 slot;
 
-	if (p->class == CLASS_NONE)
-		return false;
-	slot = slot_of_external(cfg, p->src, p->class, p->src_port);
-	if (slot == NO_SLOT || p->class == CLASS_ICMP)
-		return slot != NO_SLOT && p->icmp_type == ICMP_ECHO;
-	s = session_find(slot, p->dst, p->dst_port, INBOUND);
+	if (p->class == CLASS_ICMP)
+		return true;
+	s = session_find(slot_of_external(cfg, p->src, p->class, p->src_port), p->dst, p->dst_port, INBOUND);
 	return s && session_is_alive(cfg, s, p->now);
 }
 
-static __always_inline struct session *session_for_outbound(const struct settings *cfg, const struct packet *p,
-							    bool own, enum verdict *verdict)
+/* A new session for @p, or NULL with the reason in @verdict. @s is the expired session over the same endpoints, if any. */
+static __always_inline struct session *session_open(const struct settings *cfg, const struct packet *p, bool own,
+						    u32 slot, struct session *s, enum verdict *verdict)
 {
-	u32 slot = slot_of_internal(p->src, p->class, p->src_port);
-	struct session *s = session_find(slot, p->dst, p->dst_port, OUTBOUND);
-
-	if (s && session_is_alive(cfg, s, p->now))
-		return s;
-	if (p->class == CLASS_TCP) {
-		*verdict = tcp_may_open(p);
-		if (*verdict != CONTINUE)
-			return NULL;
-	}
+	*verdict = own ? CONTINUE : source_policy(p);
+	if (*verdict == CONTINUE)
+		*verdict = may_open(p);
+	if (*verdict != CONTINUE)
+		return NULL;
 	if (addr_is_unset(cfg->external[0])) {
 		*verdict = drop(COUNT_drop_no_external);
 		return NULL;
@@ -100,18 +81,23 @@ static __always_inline struct session *session_for_outbound(const struct setting
 	return session_join(cfg, p, slot, verdict);
 }
 
+/* The session is looked for first: of an established flow nothing else needs to be asked. */
 static __always_inline enum verdict translate_outbound(const struct settings *cfg, const struct packet *p, bool own)
 {
-	enum verdict verdict = may_translate(p);
-	struct session *s;
+	u32 slot = slot_of_internal(p->src, p->class, p->src_port);
+	struct session *s = session_find(slot, p->dst, p->dst_port, OUTBOUND);
+	enum verdict verdict;
 
-	if (verdict != CONTINUE)
-		return verdict;
-	s = session_for_outbound(cfg, p, own, &verdict);
-	if (!s)
-		return verdict;
-	if (p->class == CLASS_TCP)
+	if (!s || !session_is_alive(cfg, s, p->now)) {
+		s = session_open(cfg, p, own, slot, s, &verdict);
+		if (!s)
+			return verdict;
+	}
+	if (p->class == CLASS_TCP) {
+		if (!tcp_flags_are_sane(p->tcp_flags))
+			return drop(COUNT_drop_tcp_flags);
 		tcp_track(cfg, s, &s->out, &s->in, p);
+	}
 	flow_touch(&s->out, p->now, p->l4 - p->l3 + p->l4_len);
 	if (session_may_fly(cfg, s))
 		flow_arm(cfg, p, &s->out, p->src, p->src_port, p->dst);
@@ -131,6 +117,21 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 	return verdict == CONTINUE ? drop(COUNT_drop_fragment_orphan) : verdict;
 }
 
+/* What has no endpoint of its own, from whoever it is. */
+static __always_inline enum verdict other_outbound(const struct settings *cfg, const struct packet *p)
+{
+	bool error = packet_is_icmp_error(p);
+	u32 role = prefix_role(p->src);
+	enum verdict verdict;
+
+	if (error && (role == PREFIX_OWN || role == PREFIX_INTERNAL))
+		return icmp_error_outbound(cfg, p, role == PREFIX_OWN);
+	verdict = source_policy(p);
+	if (verdict != CONTINUE)
+		return verdict;
+	return drop(p->proto == IPPROTO_ICMP ? COUNT_drop_icmp_type : COUNT_drop_protocol);
+}
+
 static __always_inline enum verdict slow_outbound(struct packet *p)
 {
 	struct settings *cfg = settings_get();
@@ -141,14 +142,11 @@ static __always_inline enum verdict slow_outbound(struct packet *p)
 		return verdict;
 	if (packet_is_later_fragment(p))
 		return fragment_outbound(cfg, p);
-	own = prefix_role(p->src) == PREFIX_OWN;
-	if (packet_is_icmp_error(p) && (own || prefix_role(p->src) == PREFIX_INTERNAL))
-		return icmp_error_outbound(cfg, p, own);
-	if (!own || !own_needs_translation(cfg, p)) {
-		verdict = source_policy(p);
-		if (verdict != CONTINUE)
-			return verdict;
-	}
+	if (p->class == CLASS_NONE || (p->class == CLASS_ICMP && p->icmp_type != ICMP_ECHO))
+		return other_outbound(cfg, p);
+	own = external_of(cfg, p->src) != NO_EXTERNAL;
+	if (own && !own_needs_translation(cfg, p))
+		return pass(COUNT_own_outbound);
 	return translate_outbound(cfg, p, own);
 }
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ TICK_S = 1.0
 SETTLE_S = 0.02  # netlink messages come in bursts: let one burst end before looking
 DISARM_ALL_S = 3600  # keeps settings.disarmed_at within reach of 32-bit jiffies
 START_S = 60  # what a start may take on a slow machine
+RETRY_S = (1, 60)  # after something went wrong: first, and at most
+BUSY_S = 0.5  # the longest rest between two looks while changes rain down
+FORWARDING, LIBERAL = "net.ipv4.ip_forward", "net.netfilter.nf_conntrack_tcp_be_liberal"
+SET = "1"  # what both of them are set to
 OLDEST_KERNEL = (5, 15)
 MAIN_TABLE = 254
 
@@ -108,9 +113,17 @@ class Agent:
             "agent_pid": os.getpid(),
             "version": __version__,
         }
+        self._leftover = {**self._manifest} if adopted else None
+        self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": _config_fields(config)}
         self._hz: int = self._manifest["hz"]
         self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
-        self._external: IPv4Address | None = _ip(self._manifest["external"])
+        self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
+        self._troubled = False
+        self._served: IPv4Address | None = None  # the address that all sessions are of
+        self._sysctls_done: set[str] = set()
+        self._serving = False
+        self._retry_at, self._retry_s = float("inf"), 0.0
+        self._settle_s = SETTLE_S
         self._neighbours: dict[tuple[int, str], bytes] = {}
         self._reserved = self._pool(fresh=adopted is None)
         timeouts = config.timeouts
@@ -138,6 +151,7 @@ class Agent:
             "layouts": _through_json(self._programs.layouts),
             "qdiscs": [],
             "sysctls": {},
+            "side_effects": {},
         }
 
     def _save(self) -> None:
@@ -201,20 +215,42 @@ class Agent:
         wanted: list[tuple[netdev.Link, Role]] = [(link, "lan") for link in lans]
         if wan:
             wanted.insert(0, (wan, "wan"))
-        reports = []
-        self._forget_gone({link.name: link.index for link, _ in wanted})
+        self._leave_unwanted([link for link, _ in wanted], links)
         addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
-        self._follow_addresses(wan, lans, addresses)
-        for link, role in wanted:
-            hook, why = self._choose(link, wan)
-            self._attach(link, role, hook)
-            if self._tell(link, role, hook):
-                why += "; but it takes no frames from XDP (a veth needs GRO or an XDP program at its peer)"
-            reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})
-        self._manifest |= {"interfaces": reports, "external": str(self._external) if self._external else None}
+        external = self._follow_addresses(wan, lans, addresses)
+        self._troubled = False
+        chosen = [(link, role, *self._bring_in(link, role, wan)) for link, role in wanted]
+        reports = self._tell(chosen)
+        self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
         self.tables.set_settings(accelerate=accelerate, disarmed_at=bpf.jiffies())
         self._save()
+
+    def _bring_in(self, link: netdev.Link, role: Role, wan: netdev.Link | None) -> tuple[str, str]:
+        """Attaches to a link.
+
+        In service, one that refuses XDP is left on TC until anything about it changes, and one that refuses that
+        as well does not keep the others from being served.
+
+        Returns:
+            The hook ("none" after trouble) and why that one.
+        """
+        hook, why = "tc", self._refused.get(link, "")
+        try:
+            if not why:
+                hook, why = self._choose(link, wan)
+            self._attach(link, role, hook)
+        except InterfaceError as error:
+            if not self._serving:
+                raise
+            log.warning("%s", error)
+            if hook == "tc":
+                self._troubled = True
+                return "none", str(error)
+            others = {known: words for known, words in self._refused.items() if known.index != link.index}
+            self._refused = {**others, link: str(error)}
+            return self._bring_in(link, role, wan)
+        return hook, why
 
     def _choose(self, link: netdev.Link, wan: netdev.Link | None) -> tuple[str, str]:
         """The hook for a link, "xdp" or "tc", and why."""
@@ -239,6 +275,7 @@ class Agent:
         before = self._attached.get(link.name)
         if before and before[1] == hooks and before[0].index == link.index and self._is_whole(link, hooks):
             return
+        self._check_free(link)
         if any(each.kind != "xdp" for each in hooks) and not netdev.clsact_present(link.index):
             self._manifest["qdiscs"] = sorted({*self._manifest["qdiscs"], link.index})
             self._save()
@@ -249,52 +286,70 @@ class Agent:
         self._attached[link.name] = (link, hooks)
         log.info("attached to %s as %s by %s", link.name, role, hook)
 
-    @staticmethod
-    def _is_whole(link: netdev.Link, hooks: tuple[Hook, ...]) -> bool:
-        """Nobody took our programs away meanwhile."""
-        present = {each.direction for each in netdev.tc_programs(link.index) if each.name == datapath.FILTER}
-        if link.xdp_prog_id:
-            present.add("xdp")  # type: ignore[arg-type]
-        return all(hook.kind in present for hook in hooks)
+    def _check_free(self, link: netdev.Link) -> None:
+        """Raises InterfaceError when another xdpmasq has the link: two would take it from each other for ever."""
+        for other in datapath.on_link(link):
+            if other.maps["manifest"].id != self.tables.maps["manifest"].id:
+                raise _in_use(link.name, other.manifest["wan"])
 
-    def _tell(self, link: netdev.Link, role: Role, hook: str) -> bool:
-        """Writes the interface's row, by the link's features as they are with our programs attached.
+    def _is_whole(self, link: netdev.Link, hooks: tuple[Hook, ...]) -> bool:
+        """Nobody took our programs away, or put another in their place, meanwhile."""
+        present = {(each.direction, each.prog_id) for each in netdev.tc_programs(link.index)}
+        present.add(("xdp", link.xdp_prog_id))  # type: ignore[arg-type]
+        return all((hook.kind, self._programs[hook.function].id) in present for hook in hooks)
+
+    def _tell(self, chosen: list[tuple[netdev.Link, Role, str, str]]) -> list[dict[str, Any]]:
+        """Writes the interfaces' rows, by the links' features as they are with our programs attached.
 
         Returns:
-            True when it is on XDP, but cannot be redirected to: its flows go through the kernel.
+            What the manifest and `status` say of them.
         """
-        if link.index >= datapath.PORTS:
-            return False
-        fresh = next((each for each in netdev.links() if each.index == link.index), link)
-        xdp, takes = hook == "xdp", drivers.takes_frames(fresh)
-        self.tables.set_interface(fresh, role, xdp_from=xdp, xdp_to=xdp and takes)
-        return xdp and not takes
+        fresh = {link.index: link for link in netdev.links()}
+        reports = []
+        for attached, role, hook, reason in chosen:
+            link, why = fresh.get(attached.index, attached), reason
+            xdp, takes = hook == "xdp", drivers.takes_frames(link)
+            if link.index < datapath.PORTS:
+                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes)
+            if xdp and not takes:
+                why += "; but it takes no frames from XDP (a veth needs GRO or an XDP program at its peer)"
+            reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})
+        return reports
 
-    def _forget_gone(self, present: dict[str, int]) -> None:
-        for name, (link, _) in list(self._attached.items()):
-            if present.get(name) != link.index:
-                log.info("%s is gone", name)
-                del self._attached[name]
-                if link.index < datapath.PORTS:
-                    self.tables.unset_interface(link.index)
-                with contextlib.suppress(MasqError):
-                    _clear(link)
+    def _leave_unwanted(self, wanted: list[netdev.Link], links: list[netdev.Link]) -> None:
+        """Forgets interfaces that are gone, and leaves those that are no LAN or WAN any more."""
+        keep, there = {link.index: link.name for link in wanted}, {link.index: link for link in links}
+        known = {entry["index"]: entry["name"] for entry in self._manifest["interfaces"]}
+        if self._leftover:
+            # What an agent killed while it attached has left may not be in its manifest yet.
+            known |= {link.index: link.name for link in links if _belongs(link, self._leftover)}
+            self._leftover = None
+        for index, name in known.items():
+            if keep.get(index) == name:
+                continue
+            log.info("%s is gone, or no longer one of ours", name)
+            self._attached.pop(name, None)
+            if index < datapath.PORTS:
+                self.tables.unset_interface(index)
+            if index in there:
+                _leave(there[index], self._manifest)
+        self._manifest["qdiscs"] = [index for index in self._manifest["qdiscs"] if index in there]
 
     def _follow_addresses(
         self, wan: netdev.Link | None, lans: list[netdev.Link], addresses: list[netdev.Address]
-    ) -> None:
+    ) -> IPv4Address | None:
+        """Makes the tables know the addresses; returns the one to masquerade as."""
         own = [each for each in addresses if wan and each.index == wan.index]
         primary = next((each for each in own if not each.secondary), None)
         external = IPv4Address(primary.ip.ip) if primary else None
         self.tables.set_prefixes(self._prefixes(own, lans, addresses))
-        if external == self._external and self._manifest["interfaces"]:
-            return
         # Without an address nothing opens; the sessions stay, should the same address come back.
         self.tables.set_settings(external=[datapath.addr(external)])
-        if external and self._external and external != self._external:
-            self._flush_external(self._external)
-        self._external = external or self._external
-        log.info("external address: %s", external or "none")
+        if external and external != self._served:
+            self._end_stale(external)
+            self._served = external
+            log.info("external address: %s", external)
+        return external
 
     def _prefixes(
         self, own: list[netdev.Address], lans: list[netdev.Link], addresses: list[netdev.Address]
@@ -304,38 +359,51 @@ class Agent:
         roles = dict.fromkeys(datapath.PRIVATE, datapath.PREFIX_PRIVATE)
         routed = [route.prefix for route in netdev.routes(4) if route.oif in inside and route.prefix.prefixlen]
         connected = [each.network for each in addresses if each.index in inside]
-        for network in (*routed, *connected, *self._config.internal):
-            roles[IPv4Network(network)] = datapath.PREFIX_INTERNAL
+        networks = map(IPv4Network, (*routed, *connected, *self._config.internal))
+        roles |= dict.fromkeys(collapse_addresses(networks), datapath.PREFIX_INTERNAL)
         for each in own:
             roles[IPv4Network(each.ip.ip)] = datapath.PREFIX_OWN
         return roles
 
-    def _flush_external(self, address: IPv4Address) -> None:
-        """Ends the sessions of an external address that is no longer ours."""
-        slots = self.tables.live_slots()
-        old = datapath.addr(address)[0][0]
-        stale = slots[self.tables.sessions["out"]["new_addr"]["word"][slots, 0] == old]
+    def _end_stale(self, external: IPv4Address) -> None:
+        """Ends the sessions and mappings of external addresses that are no longer ours."""
+        ours, ended = datapath.addr(external)[0][0], 0
+        for _ in range(10):  # packets may join a stale mapping until it is closed
+            slots = self.tables.open_slots()
+            stale = slots[self.tables.sessions["out"]["new_addr"]["word"][slots, 0] != ours]
+            if not len(stale):
+                break
+            ended += len(stale)
+            # Further sessions first: a mapping closes with its last session.
+            for each in (stale[stale >= datapath.FURTHER_BASE], stale[stale < datapath.FURTHER_BASE]):
+                self.tables.reap(self._programs["masq_reap"], each, datapath.REAP_FORCED)
         self.tables.disarm()
-        # Further sessions first: a mapping closes with its last session.
-        for each in (stale[stale >= datapath.FURTHER_BASE], stale[stale < datapath.FURTHER_BASE]):
-            self.tables.reap(self._programs["masq_reap"], each, datapath.REAP_FORCED)
-        log.info("the WAN address changed: %d sessions of %s ended", len(stale), address)
+        if ended:
+            log.info("the WAN address changed to %s: %d sessions ended", external, ended)
 
     # --- sysctls
 
     def _set_sysctls(self) -> None:
-        """Turns the host into a router; what it was before goes to the manifest first."""
-        wanted = {"net.ipv4.ip_forward": "1"}
+        """Turns the host into a router; what it was before goes to the manifest first.
+
+        Each is set once, as soon as it is there (conntrack may be loaded later): what is made of it then stays.
+        """
+        wanted = {FORWARDING}
         if any(each["hook"] == "xdp" for each in self._manifest["interfaces"]):
             # conntrack, where a firewall uses it, sees only a packet now and then of accelerated connections.
-            wanted["net.netfilter.nf_conntrack_tcp_be_liberal"] = "1"
-        for name, value in wanted.items():
+            wanted.add(LIBERAL)
+        for name in wanted - self._sysctls_done:
             before = netdev.sysctl_get(name)
-            if before is None or before == value:
+            if before is None:
+                continue
+            self._sysctls_done.add(name)
+            if before == SET:
                 continue
             self._manifest["sysctls"].setdefault(name, before)
+            if name == FORWARDING:
+                self._manifest["side_effects"] = _forwarding_side_effects()
             self._save()
-            netdev.sysctl_set(name, value)
+            netdev.sysctl_set(name, SET)
 
     # --- life
 
@@ -350,10 +418,11 @@ class Agent:
         try:
             self.reconcile()
             self._set_sysctls()
-        except MasqError:
+        except BaseException:
             if not adopted:
                 _take_down(self._manifest)
             raise
+        self._serving = True
 
     def serve(self, ready: Callable[[], None]) -> None:
         """Follows the machine until SIGTERM or SIGINT; the datapath stays."""
@@ -369,8 +438,8 @@ class Agent:
         with netdev.Watch() as watch, selectors.DefaultSelector() as selector:
             selector.register(watch, selectors.EVENT_READ)
             selector.register(wake, selectors.EVENT_READ)
-            self.reconcile()  # what changed between start() and Watch()
-            self._neighbours = self._next_hops()
+            self._safely(self.reconcile)  # what changed between start() and Watch()
+            self._safely(self._follow_neighbours)
             ready()
             next_tick = next_disarm = time.monotonic()
             while not stopping:
@@ -380,25 +449,49 @@ class Agent:
                 self._follow(watch)
                 now = time.monotonic()
                 if now >= next_disarm:
-                    self.tables.disarm()
+                    self._safely(self.tables.disarm)
                     next_disarm = now + DISARM_ALL_S
                 if now >= next_tick:
-                    self._expiry.run()
+                    self._safely(self._expiry.run)
+                    self._safely(self._set_sysctls)
                     next_tick = now + TICK_S
+
+    def stop(self) -> None:
+        """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
+        if not any(each.manifest["wan"] == self._config.wan for each in datapath.find_all()):
+            _take_down(self._manifest)
+
+    def _safely(self, step: Callable[[], None]) -> bool:
+        """Whatever goes wrong in service is said and tried again: an agent that ends helps nobody."""
+        try:
+            step()
+        except MasqError as error:
+            # An interface may vanish under our hands.
+            log.warning("%s", error)
+        except Exception:
+            log.exception("unexpected; going on")
+        else:
+            return True
+        return False
 
     def _follow(self, watch: netdev.Watch) -> None:
         changes = watch.drain()
-        if not changes:
+        again = time.monotonic() >= self._retry_at
+        if not changes and not again:
             return
-        time.sleep(SETTLE_S)
+        time.sleep(self._settle_s)
         more = watch.drain()
-        try:
-            if any(c.links or c.addresses or c.routes or c.lost or c.filters for c in (changes, more)):
-                self.reconcile()
-            self._follow_neighbours()
-        except MasqError as error:
-            # An interface may vanish under our hands; the next message, or tick, brings us here again.
-            log.warning("%s", error)
+        if again or any(c.links or c.addresses or c.routes or c.lost or c.filters for c in (changes, more)):
+            started = time.monotonic()
+            self._plan_retry(self._safely(self.reconcile) and not self._troubled)
+            # A third of the time at most goes into looks, however fast changes come.
+            self._settle_s = min(max(SETTLE_S, 2 * (time.monotonic() - started)), BUSY_S)
+        self._safely(self._follow_neighbours)
+
+    def _plan_retry(self, done: bool) -> None:
+        first, last = RETRY_S
+        self._retry_s = 0 if done else min(max(first, 2 * self._retry_s), last)
+        self._retry_at = time.monotonic() + self._retry_s if self._retry_s else float("inf")
 
     def _follow_neighbours(self) -> None:
         present = self._next_hops()
@@ -438,10 +531,6 @@ def _config_of(fields: dict[str, Any]) -> Config:
             "ports": Ports(**fields["ports"]),
         }
     )
-
-
-def _ip(text: str | None) -> IPv4Address | None:
-    return IPv4Address(text) if text else None
 
 
 # --- checks before anything changes ----------------------------------------------------------------
@@ -507,11 +596,11 @@ def _check_unused(wan: str, links: list[netdev.Link]) -> None:
             continue
         taken = {entry["name"] for entry in manifest["interfaces"]} & {link.name for link in links}
         if taken:
-            raise InterfaceError(
-                f"{', '.join(sorted(taken))} is in use",
-                f"by the xdpmasq of WAN {manifest['wan']}",
-                f"xdpmasq detach --wan {manifest['wan']}",
-            )
+            raise _in_use(", ".join(sorted(taken)), manifest["wan"])
+
+
+def _in_use(what: str, wan: str) -> InterfaceError:
+    return InterfaceError(f"{what} is in use", f"by the xdpmasq of WAN {wan}", f"xdpmasq detach --wan {wan}")
 
 
 def wan_of(config: Config, links: list[netdev.Link]) -> netdev.Link | None:
@@ -537,6 +626,8 @@ def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
             agent = Agent(config, running[0] if running else None)
             agent.start()
         agent.serve(ready)
+        with presence.changing():
+            agent.stop()
 
 
 def status(wan: str) -> dict[str, Any]:
@@ -566,6 +657,9 @@ def start_background(config: Config) -> dict[str, Any]:
         assert child.stdout
         child.stdin.write(json.dumps(_config_fields(config)))
         child.stdin.close()
+        if not select.select([child.stdout], [], [], START_S)[0]:
+            child.kill()
+            raise DatapathError("the agent did not start", f"nothing for {START_S} s", "xdpmasq run … shows more")
         answer = child.stdout.readline()
         if not answer:
             raise DatapathError(
@@ -586,6 +680,8 @@ def _background() -> None:
     os.dup2(null, 1)
 
     def say(report: dict[str, Any]) -> None:
+        if answer.closed:  # it was healthy at first, and nobody listens any more
+            return
         with contextlib.suppress(BrokenPipeError):
             answer.write(json.dumps(report) + "\n")
             answer.close()
@@ -610,14 +706,24 @@ def detach(wan: str | None = None) -> dict[str, Any]:
         NotAttachedError: nothing is attached.
     """
     check_host()
+    if (waiting := _agent_without_interfaces(wan)) is not None:
+        _end_agent(waiting)
+        return {"interfaces": [], "sessions": 0, "sysctls": {}}
     attached = datapath.find(wan)
-    manifest = attached.manifest
     sessions = len(attached.live_slots())
-    _end_agent(manifest["wan"])
+    _end_agent(attached.manifest["wan"])
     with presence.changing():
+        manifest = attached.manifest  # as the agent left it
         interfaces, sysctls = _take_down(manifest)
     presence.forget_agent(manifest["wan"])
     return {"interfaces": interfaces, "sessions": sessions, "sysctls": sysctls}
+
+
+def _agent_without_interfaces(wan: str | None) -> str | None:
+    """The WAN of an agent that waits for its interfaces to come back, and so has no programs to be found by."""
+    attached = {each.manifest["wan"] for each in datapath.find_all()}
+    waiting = [each for each in presence.agents() if each not in attached and wan in (None, each)]
+    return waiting[0] if len(waiting) == 1 and (wan or not attached) else None
 
 
 def _end_agent(wan: str, patience_s: float = 10) -> None:
@@ -633,27 +739,45 @@ def _end_agent(wan: str, patience_s: float = 10) -> None:
 
 def _take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Puts sysctls back first, so that no packet is forwarded untranslated; then removes programs."""
-    put_back = {}
-    for name, value in manifest["sysctls"].items():
-        if netdev.sysctl_get(name) is not None:
-            netdev.sysctl_set(name, value)
-            put_back[name] = value
+    put_back = _restore_sysctls(manifest)
     cleared = []
-    wan = manifest["wan"]
-    mine = {entry["index"] for entry in manifest["interfaces"]} | set(manifest["qdiscs"])
     # The WAN's translation goes last.
-    for link in sorted(netdev.links(), key=lambda link: bool(netdev.match_links([wan], [link]))):
-        if not _belongs(link, manifest, mine):
-            continue
-        if _clear(link):
+    for link in sorted(netdev.links(), key=lambda link: bool(netdev.match_links([manifest["wan"]], [link]))):
+        if _belongs(link, manifest) and _leave(link, manifest):
             cleared.append(link.name)
-        if link.index in manifest["qdiscs"] and not netdev.tc_programs(link.index):
-            netdev.clsact_del(link.index)
     return cleared, put_back
 
 
-def _belongs(link: netdev.Link, manifest: dict[str, Any], mine: set[int]) -> bool:
+def _leave(link: netdev.Link, manifest: dict[str, Any]) -> bool:
+    """Takes everything of ours off a link; True when there were programs."""
+    found = _clear(link)
+    if link.index in manifest["qdiscs"] and not netdev.tc_programs(link.index):
+        netdev.clsact_del(link.index)
+        manifest["qdiscs"].remove(link.index)
+    return found
+
+
+def _belongs(link: netdev.Link, manifest: dict[str, Any]) -> bool:
+    mine = {entry["index"] for entry in manifest["interfaces"]} | set(manifest["qdiscs"])
     return link.index in mine or bool(netdev.match_links([manifest["wan"], *manifest["lans"]], [link]))
+
+
+def _forwarding_side_effects() -> dict[str, str]:
+    """Sysctls that ip_forward overwrites, and that do not come back with it (inet_forward_change in the kernel)."""
+    names = ["default", *(link.name for link in netdev.links())]
+    come_back = {"net/ipv4/conf/all/accept_redirects": "1"}
+    come_back |= {f"net/ipv4/conf/{name}/forwarding": "0" for name in names}
+    now = {name: netdev.sysctl_get(name) for name in come_back}
+    return {name: value for name, value in now.items() if value is not None and value != come_back[name]}
+
+
+def _restore_sysctls(manifest: dict[str, Any]) -> dict[str, str]:
+    """Puts back what is still as we set it; what somebody has changed since is theirs."""
+    ours = {name: value for name, value in manifest["sysctls"].items() if netdev.sysctl_get(name) == SET}
+    for name, value in {**ours, **(manifest.get("side_effects", {}) if FORWARDING in ours else {})}.items():
+        with contextlib.suppress(HostError):  # gone with its interface
+            netdev.sysctl_set(name, value)
+    return ours
 
 
 if __name__ == "__main__":

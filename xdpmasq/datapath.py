@@ -7,6 +7,7 @@ What that process must know (layouts, settings, what to put back) stands as JSON
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,6 +139,12 @@ class Tables:
         live: Slots = slots[(life & LIFE_STATE == LIFE_LIVE) & (life & LIFE_SESSION != 0)]
         return live
 
+    def open_slots(self) -> Slots:
+        """Slots of :meth:`live_slots`, and of mappings that only further sessions use."""
+        slots = self.used_slots()
+        opened: Slots = slots[self.sessions["life"][slots] & LIFE_STATE == LIFE_LIVE]
+        return opened
+
     def disarm(self) -> None:
         """Sends every accelerated flow once through the kernel, to learn its next hop anew."""
         self.set_settings(disarmed_at=bpf.jiffies())
@@ -259,8 +266,10 @@ class Attached(Tables):
     def flush(self, slots: Slots) -> int:
         """Ends the sessions in ``slots`` now; returns how many of them were there."""
         before = len(np.intersect1d(self.live_slots(), slots))
-        self.disarm()
         self.reap(self._reaper(), slots, REAP_FORCED)
+        # Each flow by itself: settings are the agent's to write.
+        for side in ("out", "in"):
+            self.sessions[side]["armed_at"][slots] = self.settings["disarmed_at"]
         return before - len(np.intersect1d(self.live_slots(), slots))
 
     def _reaper(self) -> bpf.Program:
@@ -281,15 +290,21 @@ def program_ids(link: netdev.Link) -> list[int]:
     return ids + ([link.xdp_prog_id] if link.xdp_prog_id else [])
 
 
-def find_all() -> list[Attached]:
-    """Every datapath in this network namespace."""
+def on_link(link: netdev.Link) -> list[Attached]:
+    """The datapaths that have programs on a link; more than one only when something went wrong."""
     found: dict[int, Attached] = {}
-    for link in netdev.links():
-        for number in program_ids(link):
-            with bpf.Program.by_id(number) as program:
-                attached = Attached.from_program(program) if program.name.startswith(PROGRAM) else None
+    for number in program_ids(link):
+        # A program, or a map of its, may go while we look.
+        with contextlib.suppress(FileNotFoundError), bpf.Program.by_id(number) as program:
+            attached = Attached.from_program(program) if program.name.startswith(PROGRAM) else None
             if attached:
                 found.setdefault(attached.maps["manifest"].id, attached)
+    return list(found.values())
+
+
+def find_all() -> list[Attached]:
+    """Every datapath in this network namespace."""
+    found = {each.maps["manifest"].id: each for link in netdev.links() for each in on_link(link)}
     for attached in found.values():
         attached.agent_pid = presence.agent_pid(attached.manifest["wan"])
     return list(found.values())

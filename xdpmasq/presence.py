@@ -79,6 +79,10 @@ def being_agent(wan: str) -> Iterator[None]:
     """
     path = _path(f"agent-{wan}")
     fd = _try_lock(path)
+    for _ in range(5):  # others only ask, by a shared lock of a moment: see agent_pid()
+        if fd is None:
+            time.sleep(0.02)
+            fd = _try_lock(path)
     if fd is None:
         raise MasqError(
             f"xdpmasq already runs on {wan}",
@@ -104,6 +108,13 @@ def agent_pid(wan: str) -> int | None:
     finally:
         os.close(fd)
     return None
+
+
+def agents() -> list[str]:
+    """The WANs of all running agents of this network namespace."""
+    start, end = str(_path("agent-")).removesuffix(".lock"), ".lock"
+    names = [str(path)[len(start) : -len(end)] for path in RUN.glob(f"{Path(start).name}*{end}")]
+    return [name for name in names if agent_pid(name) is not None]
 
 
 def forget_agent(wan: str) -> None:

@@ -22,12 +22,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from xdpmasq import datapath, presence
+from xdpmasq import bpf, datapath, presence
 from xdpmasq.config import Config
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import wait_until
 from xdpmasq.lab.servers import ECHO_PORT
-from xdpmasq.lab.topology import HOSTS, INTERNET
+from xdpmasq.lab.topology import HOSTS, INTERNET, TRANSIT
 
 GATE = "masq-gate"
 ECHO = (INTERNET, ECHO_PORT)
@@ -50,6 +50,8 @@ class Gateway:
     Args:
         mode: "tc" or "xdp"; the lab is to be built for it.
     """
+
+    python = sys.executable
 
     def __init__(self, lab: Lab, mode: str) -> None:
         self.lab, self.mode = lab, mode
@@ -79,7 +81,8 @@ class Gateway:
     def attach_with(self, **settings: Any) -> None:
         """Attach with settings that no option and no file can name, as ``rearm_s``."""
         config = Config("wan0", self.lab.topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
-        program = "import json, sys; from xdpmasq import agent; agent.start_background(agent._config_of(json.load(sys.stdin)))"
+        start = "agent.start_background(agent._config_of(json.load(sys.stdin)))"
+        program = f"import json, sys; from xdpmasq import agent; {start}"
         fields = {**asdict(config), "internal": list(map(str, config.internal))}
         self.lab.exec(GATE, [sys.executable, "-c", program], input=json.dumps(fields))
 
@@ -94,9 +97,9 @@ class Gateway:
 
     # looking inside
 
-    def inside(self) -> contextlib.AbstractContextManager[None]:
-        """This process works in masq-gate."""
-        return netns.entered(self.lab.namespace(GATE))
+    def inside(self, role: str = GATE) -> contextlib.AbstractContextManager[None]:
+        """This process works in a box."""
+        return netns.entered(self.lab.namespace(role))
 
     @property
     def tables(self) -> datapath.Attached:
@@ -192,11 +195,8 @@ class Gateway:
 
     def opens(self, role: str = "a-box", server: tuple[str, int] = ECHO) -> bool:
         """Whether a new UDP session gets through, at the first try."""
-        with self.udp(role, timeout_s=0.3) as client:
-            try:
-                return bool(ask(client, b"?", server))
-            except OSError:
-                return False
+        with self.udp(role) as client:
+            return answers(client, server)
 
     def connection(self, role: str = "a-box") -> "Connection":
         """An established TCP connection to a socket of our own in internet."""
@@ -205,6 +205,31 @@ class Gateway:
             far, peer = listener.accept()
         far.settimeout(5)
         return Connection(near, far, f"{peer[0]}:{peer[1]}")
+
+
+    # the network changes
+
+    def readdress(self, *addresses: str) -> None:
+        """wan0 gets these addresses in place of what it had, and its route again, as a DHCP client does it."""
+        lines = ["address flush dev wan0", *(f"address add {each} dev wan0" for each in addresses)]
+        lines += [f"route add default via {TRANSIT} dev wan0"] if addresses else []
+        netns.ip_batch(lines, self.lab.namespace(GATE))
+
+    def set_mac(self, role: str, mac: str) -> None:
+        """A box's eth0 gets another MAC, as by a new network card; nobody is told. Routes are kept."""
+        default = self.lab.exec(role, ["ip", "route", "show", "default"]).stdout.split()
+        self.lab.exec(role, ["ip", "link", "set", "eth0", "down"])
+        self.lab.exec(role, ["ip", "link", "set", "eth0", "address", mac, "up"])
+        if default:
+            self.lab.exec(role, ["ip", "route", "replace", *default])
+
+    def announce(self, role: str, address: str, mac: str) -> None:
+        """Gratuitous ARP, as a box sends it that has a new MAC or has taken over an address."""
+        own, ip = bytes.fromhex(mac.replace(":", "")), socket.inet_aton(address)
+        arp = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + own + ip + bytes(6) + ip
+        with self.lab.socket(role, socket.SOCK_RAW, socket.AF_PACKET) as wire, self.inside(role):
+            wire.bind(("eth0", 0))
+            wire.send(b"\xff" * 6 + own + b"\x08\x06" + arp)
 
 
 class Connection:
@@ -244,6 +269,21 @@ def ask(client: socket.socket, text: bytes, server: tuple[str, int] = ECHO) -> b
     return answer
 
 
+def answers(client: socket.socket, server: tuple[str, int] = ECHO) -> bool:
+    """Whether one datagram comes back soon."""
+    patience, text = client.gettimeout(), os.urandom(8)
+    client.settimeout(0.2)
+    try:
+        client.sendto(text, server)
+        while client.recv(_BIG_DATAGRAM) != text:  # a late answer to an earlier call
+            pass
+        return True
+    except OSError:
+        return False
+    finally:
+        client.settimeout(patience)
+
+
 def who(client: socket.socket, server: tuple[str, int] = ECHO) -> str:
     """The endpoint as which the server saw the client."""
     return ask(client, b"who", server).decode()
@@ -275,13 +315,13 @@ class Stream:
         assert self._process.stdout
         assert self._process.stdout.readline() == b"flowing\n"
 
-    def stop(self) -> tuple[int, int]:
-        """Ends it; returns how many datagrams were sent and how many came back."""
+    def stop(self) -> int:
+        """Ends it; returns how many datagrams were lost."""
         self._process.terminate()
         output, complaint = self._process.communicate(timeout=10)
         assert output, complaint.decode()
-        sent, received = output.split()
-        return int(sent), int(received)
+        sent, received = map(int, output.split())
+        return sent - received
 
 
 _STREAM = """
@@ -361,6 +401,12 @@ def soon(question: Callable[[], bool], what: str, timeout_s: float = 3) -> None:
     while not question():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain until {what}"
         time.sleep(0.05)
+
+
+def strangers_program(kind: str, verdict: int) -> bpf.Program:
+    """``return verdict;``"""
+    return_verdict = struct.pack("<BBhiBBhi", 0xB7, 0, 0, verdict, 0x95, 0, 0, 0)
+    return bpf.Program(bpf._load(return_verdict, bpf.PROG_TYPES[kind], "somebody"))
 
 
 def cpu_seconds(pid: int) -> float:

@@ -40,7 +40,7 @@ def traffic() -> Iterator[Traffic]:
     assert namespaces(name) == []
 
 
-@pytest.mark.parametrize("name", ["drop", "redirect", "forward", "nftables"])
+@pytest.mark.parametrize("name", ["drop", "redirect", "forward", "nftables", "xdpmasq-xdp", "xdpmasq-tc"])
 def test_what_is_right_is_valid(traffic: Traffic, name: str) -> None:
     turn = play_turn(traffic, chosen([name])[0], TINY)
     assert turn.failure is None
@@ -105,7 +105,8 @@ def test_what_is_wrong_is_invalid(traffic: Traffic, contestant: Contestant, said
     turn = play_turn(traffic, contestant, TINY)
     assert turn.failure is None
     assert not turn.valid
-    assert any(said in problem for problem in turn.problems), turn.problems
+    # Also in the measured passes, where only samples are checked whole.
+    assert any(said in problem for problem in turn.problems if not problem.startswith("warm-up")), turn.problems
 
 
 def test_a_gateway_that_cannot_be_set_up_is_told_and_left_out() -> None:
@@ -126,7 +127,7 @@ def test_contestants_leave_the_gateway_as_they_found_it(traffic: Traffic) -> Non
         return traffic.topology.run("gate", ["sh", "-c", show])
 
     before = gate()
-    for contestant in chosen(["drop", "redirect", "forward", "nftables"]):
+    for contestant in chosen([]):
         assert play_turn(traffic, contestant, replace(TINY, packets=100)).valid
     assert gate() == before
 

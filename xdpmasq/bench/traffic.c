@@ -208,7 +208,7 @@ static __always_inline void endpoints_write(struct frame *f, const struct pass *
 	}
 	learned = learned_of(flow);
 	f->ip->dst = bpf_htonl(PUBLIC_ADDR);
-	f->udp->dst = learned ? learned->port : 0;
+	f->udp->dst = learned && learned->turn == pass->turn ? learned->port : 0;
 }
 
 /* Live frames come back as their last user left them: all of the header and the mark are written each time.

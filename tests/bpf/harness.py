@@ -1,0 +1,433 @@
+"""One gateway on one bench: packets go in one by one, and what the programs made of each is looked at.
+
+::
+
+    192.168.0.0/24 ── lan0 [ 192.168.0.1 | 203.0.113.1 ] wan0 ── 203.0.113.10 ── everywhere
+
+The interfaces are veths in a namespace of the bench's own; no packet travels on them: the kernel runs the
+programs on packets of ours (BPF_PROG_TEST_RUN) as if they had come by there. Every run is held against the
+rules that no packet may break, whatever a test asks beside them; see :meth:`Gateway._judge`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import numpy as np
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.packet import Packet, Raw
+
+from xdpmasq import bpf, datapath, netdev, source
+
+GATEWAY = "203.0.113.1"
+GATEWAY_INSIDE = "192.168.0.1"
+HOST, OTHER_HOST = "192.168.0.2", "192.168.0.3"
+SERVER, OTHER_SERVER, ROUTER = "203.0.113.10", "198.51.100.7", "198.51.100.254"
+INTERNAL = IPv4Network("192.168.0.0/24")
+NEXT_HOP_MAC, HOST_MAC = "02:00:00:00:10:10", "02:00:00:00:00:02"
+LAN_MAC, WAN_MAC = "02:00:00:00:00:01", "02:00:00:00:01:01"
+
+TICKS = 1000  # the bench's jiffies to its second; the kernel's own rate does not matter
+FURTHER = 256
+POOL = ((1024, 31744), (61000, 4536))  # (first, count) below and above Linux's ephemeral ports
+EVERY_IDENTIFIER = ((0, 65536), (0, 0))
+LIFE_FURTHER = 1 << 8
+FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
+
+ENDINGS = ("fast", "slow", "up", "own", "drop")
+TC_VERDICTS = {2: "drop", 0xFFFFFFFF: "pass"}
+XDP_VERDICTS = {2: "pass", 4: "redirect"}
+PROTOCOLS = {1: ICMP, 6: TCP, 17: UDP}
+CHECK_AT = {1: 2, 6: 16, 17: 6}  # the checksum within the transport header
+ICMP_ERRORS = (3, 11, 12)
+
+
+# --- packets ---------------------------------------------------------------------------------------
+
+
+def udp(src: str, sport: int, dst: str, dport: int, payload: bytes = b"how do you do", **ip: Any) -> Packet:
+    return IP(src=src, dst=dst, **ip) / UDP(sport=sport, dport=dport) / Raw(payload)
+
+
+def tcp(
+    src: str,
+    sport: int,
+    dst: str,
+    dport: int,
+    flags: int = ACK,
+    *,
+    seq: int = 0,
+    ack: int = 0,
+    payload: bytes = b"",
+    **ip: Any,
+) -> Packet:
+    return IP(src=src, dst=dst, **ip) / TCP(sport=sport, dport=dport, flags=flags, seq=seq, ack=ack) / Raw(payload)
+
+
+def echo(src: str, dst: str, number: int, payload: bytes = b"are you there", **ip: Any) -> Packet:
+    return IP(src=src, dst=dst, **ip) / ICMP(type=8, id=number, seq=7) / Raw(payload)
+
+
+def echo_reply(src: str, dst: str, number: int, payload: bytes = b"are you there", **ip: Any) -> Packet:
+    return IP(src=src, dst=dst, **ip) / ICMP(type=0, id=number, seq=7) / Raw(payload)
+
+
+def wire(packet: Packet | bytes) -> bytes:
+    return packet if isinstance(packet, bytes) else bytes(packet)
+
+
+def rebuilt(packet: Packet, **changes: Any) -> Packet:
+    """The packet with other addresses, ports, ttl, and all checksums counted anew by scapy.
+
+    Args:
+        changes: src, dst, ttl of the IP header, sport, dport of TCP and UDP, id of an ICMP query.
+    """
+    new = IP(wire(packet))
+    for name, value in changes.items():
+        layer = new if name in ("src", "dst", "ttl") else new.payload
+        setattr(layer, name, value)
+    none_stays_none = UDP in new and new.frag == 0 and new[UDP].chksum == 0
+    for layer in (new, new.payload):
+        if hasattr(layer, "chksum"):
+            layer.chksum = None
+    if none_stays_none:
+        new[UDP].chksum = 0
+    return IP(wire(new))
+
+
+def full_sum(data: bytes) -> int:
+    """One's complement sum of the 16-bit words, as a number below 0xFFFF: 0 where a checksum inside is right."""
+    if len(data) % 2:
+        data += b"\0"
+    return sum(struct.unpack(f"!{len(data) // 2}H", data)) % 0xFFFF
+
+
+def sums(packet: bytes, quoted: bool = False) -> dict[str, int | None]:
+    """What every checksum of an IPv4 packet covers, summed up: translation must leave each as it was.
+
+    None stands for a UDP checksum of 0, which means none.
+    """
+    header = (packet[0] & 15) * 4
+    total = min(int.from_bytes(packet[2:4], "big"), len(packet)) if not quoted else len(packet)
+    proto, fragment = packet[9], int.from_bytes(packet[6:8], "big")
+    found: dict[str, int | None] = {"ip": full_sum(packet[:header])}
+    segment = packet[header:total]
+    check = CHECK_AT.get(proto)
+    if check is None or fragment & 0x1FFF or len(segment) < check + 2:
+        return found
+    pseudo = b"" if proto == 1 else packet[12:20] + bytes([0, proto]) + len(segment).to_bytes(2, "big")
+    has_none = proto == 17 and segment[check : check + 2] == b"\0\0"
+    found["transport"] = None if has_none else full_sum(pseudo + segment)
+    if proto == 1 and segment[0] in ICMP_ERRORS and not quoted and len(segment) >= 36:
+        found |= {f"quoted {name}": value for name, value in sums(segment[8:], quoted=True).items()}
+    return found
+
+
+def quote(packet: bytes) -> bytes | None:
+    """The packet quoted by an ICMP error, or None when it is no such error."""
+    header = (packet[0] & 15) * 4
+    if packet[9] != 1 or packet[6] & 0x1F or packet[7] or len(packet) < header + 28:
+        return None
+    return packet[header + 8 :] if packet[header] in ICMP_ERRORS else None
+
+
+# --- the bench -------------------------------------------------------------------------------------
+
+NETWORK = (
+    "link set lo up",
+    f"link add lan0 address {LAN_MAC} type veth peer name lan1",
+    f"link add wan0 address {WAN_MAC} type veth peer name wan1",
+    *(f"link set {name} arp off" for name in ("lan1", "wan1")),
+    *(f"link set {name} up" for name in ("lan0", "lan1", "wan0", "wan1")),
+    f"addr add {GATEWAY_INSIDE}/24 dev lan0",
+    f"addr add {GATEWAY}/24 dev wan0",
+    f"neigh add {SERVER} lladdr {NEXT_HOP_MAC} dev wan0 nud permanent",
+    f"neigh add {HOST} lladdr {HOST_MAC} dev lan0 nud permanent",
+    f"route add default via {SERVER} dev wan0",
+)
+
+PREFIXES = {
+    **dict.fromkeys(datapath.PRIVATE, datapath.PREFIX_PRIVATE),
+    INTERNAL: datapath.PREFIX_INTERNAL,
+    IPv4Network(GATEWAY): datapath.PREFIX_OWN,
+}
+
+
+class Bench:
+    """The programs, compiled once, and their tables. To be made, and used, inside the bench's namespace."""
+
+    def __init__(self) -> None:
+        self.programs = datapath.Programs(FURTHER)
+        self.tables = datapath.Tables(self.programs.maps)
+        self.lan, self.wan = netdev.link("lan0"), netdev.link("wan0")
+        # Only a device with a program on its XDP hook can be named as the one a test packet came by.
+        netdev.xdp_attach(self.lan.index, self.programs["masq_lan_xdp"].fd, "native")
+        netdev.xdp_attach(self.wan.index, self.programs["masq_wan_xdp"].fd, "native")
+        self.counter_names = list(source.counters())
+        self._counters = np.zeros((len(self.counter_names), bpf.possible_cpus()), np.uint64)
+        self._indices = np.zeros(len(self.counter_names), np.uint32)
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def counters(self) -> np.ndarray[Any, Any]:
+        """All counters over CPUs, by one system call: it is done twice a packet."""
+        token = np.zeros(1, np.uint32)
+        map_fd = self.tables.maps["counters"].fd
+        attr = struct.pack(
+            "<QQQQIIQQ",
+            *(0, token.ctypes.data, self._indices.ctypes.data, self._counters.ctypes.data),
+            *(len(self._counters), map_fd, 0, 0),
+        )
+        self._libc.syscall(bpf.SYSCALL["x86_64"], 24, attr, len(attr))
+        return self._counters.sum(axis=1)
+
+    def clear(self) -> None:
+        """Everything as after attaching."""
+        tables = self.tables
+        tables.sessions.view(np.uint8)[:] = 0
+        for name in ("mappings", "remotes", "fragments"):
+            for keys, _ in tables.maps[name].items(chunk=max(FURTHER, 16384)):
+                for key in keys:
+                    tables.maps[name].delete(key)
+        tables.set_settings(
+            external=[datapath.addr(IPv4Address(GATEWAY))],
+            tcp_established=7440 * TICKS,
+            tcp_transitory=240 * TICKS,
+            udp=300 * TICKS,
+            icmp=60 * TICKS,
+            fragment=30 * TICKS,
+            rearm=60 * TICKS,
+            disarmed_at=bpf.jiffies() - TICKS,
+            accelerate=0,
+            inbound_refresh=1,
+        )
+        tables.set_prefixes(PREFIXES)
+        tables.set_interface(self.lan, "lan", xdp_from=True, xdp_to=True)
+        tables.set_interface(self.wan, "wan", xdp_from=True, xdp_to=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one packet.
+
+    Attributes:
+        verdict: pass, drop or redirect.
+        frame: the packet afterwards, from its Ethernet header on.
+        ended: the one counter that says how it ended.
+        counted: every other counter that changed, by how much.
+    """
+
+    verdict: str
+    frame: bytes
+    ended: str
+    counted: dict[str, int]
+
+    @property
+    def bytes(self) -> bytes:
+        """From the IP header on."""
+        return self.frame[14:]
+
+    @property
+    def ip(self) -> Packet:
+        return IP(self.bytes)
+
+    @property
+    def port(self) -> int:
+        """The source port, or a query's identifier."""
+        at = (self.bytes[0] & 15) * 4 + (4 if self.bytes[9] == 1 else 0)
+        return int.from_bytes(self.bytes[at : at + 2], "big")
+
+
+class Gateway:
+    """A gateway with empty tables. Packets are scapy's, from IP on, or whole frames as bytes."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.tables = bench.tables
+        self.lan, self.wan = bench.lan.index, bench.wan.index
+        bench.clear()
+        self.pool(tcp=POOL, udp=POOL, icmp=EVERY_IDENTIFIER)
+        self._before = bench.counters()
+
+    # --- settings
+
+    def pool(self, **ranges: Sequence[tuple[int, int]]) -> None:
+        """Sets (first, count) of both ranges for these protocols; for an idle gateway only."""
+        pools = self.tables.settings["pool"].copy()
+        for name, two in ranges.items():
+            class_ = datapath.CLASSES.index(name)
+            taken = np.ones(datapath.PORTS, np.uint8)
+            for first, count in two:
+                taken[first : first + count] = 0
+            word = class_ * datapath.PORTS // 64
+            bits = np.packbits(taken, bitorder="little").view(np.uint64)
+            self.tables.claims[word : word + len(bits)] = bits
+            first, count = zip(*(*two, (0, 0)), strict=True)
+            pools[class_] = (first[:2], count[:2])
+        self.tables.claims[datapath.FURTHER_BASE // 64 :] = 0
+        self.tables.set_settings(pool=pools)
+
+    def accelerate(self) -> None:
+        self.tables.set_settings(accelerate=1)
+
+    # --- packets
+
+    def outbound(self, packet: Packet | bytes, *, local: bool = False, **context: int) -> Result:
+        """At the WAN's egress, come from the LAN, or with ``local`` from the gateway itself."""
+        frame = packet if isinstance(packet, bytes) else wan_frame(packet)
+        context = {"ingress_ifindex": 0 if local else self.lan, "ifindex": self.wan, **context}
+        return self._tc("masq_wan_out", frame, context)
+
+    def inbound(self, packet: Packet | bytes, **context: int) -> Result:
+        """At the WAN's ingress."""
+        frame = packet if isinstance(packet, bytes) else _frame(packet, WAN_MAC, NEXT_HOP_MAC)
+        return self._tc("masq_wan_in", frame, {"ingress_ifindex": self.wan, "ifindex": self.wan, **context})
+
+    def learn(self, packet: Packet | bytes, *, came_by: int | None = None, **context: int) -> Result:
+        """At the LAN's egress, where the gateway learns how the kernel delivers."""
+        frame = packet if isinstance(packet, bytes) else _frame(packet, HOST_MAC, LAN_MAC)
+        came_by = self.wan if came_by is None else came_by
+        return self._tc("masq_lan_learn", frame, {"ingress_ifindex": came_by, "ifindex": self.lan, **context})
+
+    def fast_outbound(self, packet: Packet | bytes) -> Result:
+        """At the LAN's XDP hook."""
+        frame = packet if isinstance(packet, bytes) else _frame(packet, LAN_MAC, HOST_MAC)
+        return self._xdp("masq_lan_xdp", frame, self.lan)
+
+    def fast_inbound(self, packet: Packet | bytes) -> Result:
+        """At the WAN's XDP hook."""
+        frame = packet if isinstance(packet, bytes) else _frame(packet, WAN_MAC, NEXT_HOP_MAC)
+        return self._xdp("masq_wan_xdp", frame, self.wan)
+
+    def reap(self, slots: Iterable[int], order: int = datapath.REAP_EXPIRED) -> dict[str, int]:
+        """Returns the counters that changed."""
+        self.tables.reap(self.bench.programs["masq_reap"], np.array(list(slots), np.uint32), order)
+        return self._counted()
+
+    def _tc(self, function: str, frame: bytes, context: dict[str, int]) -> Result:
+        skb = bytearray(192)  # struct __sk_buff
+        struct.pack_into("<II", skb, 36, context["ingress_ifindex"], context["ifindex"])
+        struct.pack_into("<I", skb, 164, context.get("gso_segs", 0))
+        struct.pack_into("<I", skb, 176, context.get("gso_size", 0))
+        run = self.bench.programs[function].test_run(frame, context=bytes(skb))
+        return self._judge(function, frame, TC_VERDICTS[run.verdict], run.data)
+
+    def _xdp(self, function: str, frame: bytes, ifindex: int) -> Result:
+        md = struct.pack("<6I", 0, len(frame), 0, ifindex, 0, 0)  # struct xdp_md
+        run = self.bench.programs[function].test_run(frame, context=md)
+        return self._judge(function, frame, XDP_VERDICTS[run.verdict], run.data)
+
+    def _counted(self) -> dict[str, int]:
+        now = self.bench.counters()
+        changed = np.flatnonzero(now != self._before)
+        counted = {self.bench.counter_names[i]: int(now[i] - self._before[i]) for i in changed}
+        self._before = now
+        return counted
+
+    def _judge(self, function: str, before: bytes, verdict: str, after: bytes) -> Result:
+        """No unaccounted exit; unmodified or translated whole; nothing internal on the WAN."""
+        counted = self._counted()
+        ends = [name for name in counted if name.split("_")[0] in ENDINGS]
+        if function == "masq_lan_learn":
+            assert not counted
+            assert verdict == "pass"
+            assert after == before
+            return Result(verdict, after, "", counted)
+        assert len(ends) == 1, f"not one way to end: {counted}"
+        (ended,) = ends
+        assert counted.pop(ended) == 1
+        kind = ended.split("_")[0]
+        expected = {"fast": "redirect", "drop": "drop"}
+        assert verdict == expected.get(kind, "pass"), f"{ended}, but {verdict}"
+        if verdict == "pass" and kind in ("own", "up"):
+            assert after == before, f"{ended}, but modified"
+        elif kind in ("fast", "slow"):
+            old, new = before[14:], after[14:]
+            assert len(old) == len(new)
+            assert sums(new) == sums(old)
+            assert old[8] - new[8] == (kind == "fast"), "TTL"
+            if function in ("masq_wan_out", "masq_lan_xdp"):
+                _assert_nothing_internal(new)
+        return Result(verdict, after, ended, counted)
+
+    # --- the tables
+
+    def slot(self, host: str, port: int, class_: str) -> int | None:
+        """The slot of the mapping of an internal endpoint."""
+        key = (datapath.addr(IPv4Address(host)), socket_order(port), datapath.CLASSES.index(class_), 0)
+        found = self.tables.maps["mappings"].get(key)
+        return None if found is None else int(found)
+
+    def session(self, host: str, port: int, class_: str, remote: str, remote_port: int = 0) -> Any:
+        """The session as a writable row of the table, or None."""
+        slot = self.slot(host, port, class_)
+        if slot is None:
+            return None
+        remote_word = datapath.addr(IPv4Address(remote))
+        row = self.tables.sessions[slot]
+        if (row["out"]["remote_addr"]["word"][0], row["out"]["remote_port"]) != (
+            remote_word[0][0],
+            socket_order(remote_port),
+        ):
+            further = self.tables.maps["remotes"].get((slot, remote_word, socket_order(remote_port), 0))
+            row = None if further is None else self.tables.sessions[int(further)]
+        return row
+
+    def slots(self) -> list[int]:
+        """All slots that are not free."""
+        return [int(slot) for slot in np.flatnonzero(self.tables.sessions["life"])]
+
+    def is_claimed(self, slot: int) -> bool:
+        return bool(int(self.tables.claims[slot // 64]) >> (slot % 64) & 1)
+
+    @property
+    def mappings(self) -> int:
+        return sum(len(keys) for keys, _ in self.tables.maps["mappings"].items(chunk=16384))
+
+    # --- what tests often need first
+
+    def open(self, packet: Packet | bytes) -> int:
+        """Sends the packet out; returns the external port."""
+        result = self.outbound(packet)
+        assert result.ended == "slow_outbound"
+        return result.port
+
+    def connect(self, host: str, port: int, remote: str, remote_port: int) -> int:
+        """A TCP handshake: the host's next sequence number is 101, the server's 501. Returns the external port."""
+        external = self.open(tcp(host, port, remote, remote_port, SYN, seq=100))
+        answer = self.inbound(tcp(remote, remote_port, GATEWAY, external, SYN | ACK, seq=500, ack=101))
+        assert answer.ended == "slow_inbound"
+        assert self.open(tcp(host, port, remote, remote_port, ACK, seq=101, ack=501)) == external
+        return external
+
+
+def age(session: Any, seconds: float) -> None:
+    """Makes both flows of a session last seen so long ago."""
+    for name in ("out", "in"):
+        session[name]["last_seen"] = (bpf.jiffies() - int(seconds * TICKS)) % 2**32
+
+
+def socket_order(port: int) -> int:
+    """A port as numpy reads a ``__be16``."""
+    return int.from_bytes(port.to_bytes(2, "big"), "little")
+
+
+def wan_frame(packet: Packet) -> bytes:
+    """The packet as it leaves through the WAN."""
+    return _frame(packet, NEXT_HOP_MAC, WAN_MAC)
+
+
+def _frame(packet: Packet, dst: str, src: str) -> bytes:
+    macs = bytes.fromhex(dst.replace(":", "") + src.replace(":", ""))
+    return macs + b"\x08\x00" + wire(packet)
+
+
+def _assert_nothing_internal(packet: bytes) -> None:
+    quoted = quote(packet)
+    assert IPv4Address(packet[12:16]) not in INTERNAL, "internal source on the WAN"
+    if quoted:
+        assert IPv4Address(quoted[16:20]) not in INTERNAL, "internal address quoted on the WAN"
