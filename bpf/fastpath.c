@@ -21,6 +21,7 @@ static __always_inline enum verdict fast_parse(struct xdp_md *ctx, struct fast *
 	struct udp_header *udp = (void *)(ip + 1);
 	struct tcp_header *tcp = (void *)(ip + 1);
 	struct interface *here = interface_at(ctx->ingress_ifindex);
+	u32 header;
 
 	/* The shortest packet that flies is a UDP header without payload. */
 	if ((void *)(udp + 1) > end || eth->proto != bpf_htons(ETH_P_IP))
@@ -41,7 +42,10 @@ static __always_inline enum verdict fast_parse(struct xdp_md *ctx, struct fast *
 		f->check = &udp->check;
 		return CONTINUE;
 	}
-	if (f->class != CLASS_TCP || (void *)(tcp + 1) > end || f->total < sizeof(*ip) + sizeof(*tcp))
+	if (f->class != CLASS_TCP || (void *)(tcp + 1) > end)
+		return pass(COUNT_up_protocol);
+	header = (tcp->data_offset >> 4) * 4;
+	if (header < sizeof(*tcp) || sizeof(*ip) + header > f->total)
 		return pass(COUNT_up_protocol);
 	if (tcp->flags & (TCP_SYN | TCP_FIN | TCP_RST) || !(tcp->flags & TCP_ACK))
 		return pass(COUNT_up_tcp_flags);

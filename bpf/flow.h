@@ -122,6 +122,12 @@ static __always_inline void flow_disarm(const struct settings *cfg, struct flow 
 	flow->armed_at = cfg->disarmed_at;
 }
 
+static __always_inline void session_disarm(const struct settings *cfg, struct session *s)
+{
+	flow_disarm(cfg, &s->out);
+	flow_disarm(cfg, &s->in);
+}
+
 static __always_inline void flow_touch(struct flow *flow, u32 now, u32 bytes)
 {
 	flow->last_seen = now;
@@ -140,8 +146,7 @@ static __always_inline void tcp_track(const struct settings *cfg, struct session
 		if (p->seq != to->last_ack)
 			return;
 		from->tcp_seen |= TCP_RST;
-		flow_disarm(cfg, from);
-		flow_disarm(cfg, to);
+		session_disarm(cfg, s);
 		return;
 	}
 	if (p->tcp_flags & TCP_SYN && !tcp_is_established(s)) {

@@ -147,23 +147,27 @@ static __always_inline void remote_forget(const struct session *s)
 	remotes.delete(&key);
 }
 
-/* Ends the mapping in @slot when no session uses it; @life is what was read before. The port then rests. */
-static __always_inline bool mapping_close(struct session *s, u64 life, u32 now)
+/* Ends the mapping in @slot when no session uses it; @life is what was read before. The port then rests. What is closed
+ * is disarmed too: XDP looks at no life.
+ */
+static __always_inline bool mapping_close(const struct settings *cfg, struct session *s, u64 life, u32 now)
 {
 	if (!life_swap(s, life, (life & ~(LIFE_STATE | LIFE_SESSION)) | LIFE_RESTING))
 		return false;
+	session_disarm(cfg, s);
 	mapping_forget(s);
 	s->out.last_seen = now;
 	count(COUNT_mapping_closed);
 	return true;
 }
 
-static __always_inline void further_close(struct session *s, u32 slot, u64 life, u32 now)
+static __always_inline void further_close(const struct settings *cfg, struct session *s, u64 life, u32 now)
 {
 	struct session *mapping = session_at(s->mapping);
 
 	if (!life_swap(s, life, (life & ~(LIFE_STATE | LIFE_SESSION)) | LIFE_RESTING))
 		return;
+	session_disarm(cfg, s);
 	remote_forget(s);
 	s->out.last_seen = now;
 	count(COUNT_session_closed);
@@ -185,11 +189,12 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 	if (life & LIFE_SESSION && !force && !session_is_expired(cfg, s, now))
 		return;
 	if (slot >= FURTHER_BASE) {
-		further_close(s, slot, life, now);
+		further_close(cfg, s, life, now);
 	} else if (!(life & LIFE_FURTHER_MASK)) {
-		if (mapping_close(s, life, now) && life & LIFE_SESSION)
+		if (mapping_close(cfg, s, life, now) && life & LIFE_SESSION)
 			count(COUNT_session_closed);
 	} else if (life & LIFE_SESSION && life_swap(s, life, life & ~LIFE_SESSION)) {
+		session_disarm(cfg, s);
 		count(COUNT_session_closed);
 	}
 }

@@ -55,6 +55,10 @@ static __always_inline bool own_needs_translation(const struct settings *cfg, co
 	if (p->class == CLASS_ICMP)
 		return true;
 	s = session_find(slot_of_external(cfg, p->src, p->class, p->src_port), p->dst, p->dst_port, INBOUND);
+	if (s && session_is_alive(cfg, s, p->now))
+		return true;
+	/* Once translated it stays so, when the other session ends too: the remote must not see its port change. */
+	s = session_find(slot_of_internal(p->src, p->class, p->src_port), p->dst, p->dst_port, OUTBOUND);
 	return s && session_is_alive(cfg, s, p->now);
 }
 
@@ -206,8 +210,9 @@ static __always_inline void learn_inbound(struct packet *p)
 	struct settings *cfg = settings_get();
 	struct session *s;
 
-	if (!cfg || !from || from->role != ROLE_WAN || parse(p) != CONTINUE || packet_is_later_fragment(p) ||
-	    p->class == CLASS_NONE)
+	/* What parse() would count has been counted where it came in; of that only other protocols get here. */
+	if (!cfg || !from || from->role != ROLE_WAN || p->skb->protocol != bpf_htons(ETH_P_IP) || parse(p) != CONTINUE ||
+	    packet_is_later_fragment(p) || p->class == CLASS_NONE)
 		return;
 	s = session_find(slot_of_internal(p->dst, p->class, p->dst_port), p->src, p->src_port, OUTBOUND);
 	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,11 @@ from xdpmasq.expiry import Expiry
 log = logging.getLogger("xdpmasq")
 
 TICK_S = 1.0
-SETTLE_S = 0.02  # netlink messages come in bursts: let one burst end before looking
+SETTLE_S = 0.02  # netlink messages come in bursts: the least rest between two looks
 DISARM_ALL_S = 3600  # keeps settings.disarmed_at within reach of 32-bit jiffies
 START_S = 60  # what a start may take on a slow machine
 RETRY_S = (1, 60)  # after something went wrong: first, and at most
-BUSY_S = 0.5  # the longest rest between two looks while changes rain down
+BUSY_S = 0.5  # the longest one, while changes rain down
 FORWARDING, LIBERAL = "net.ipv4.ip_forward", "net.netfilter.nf_conntrack_tcp_be_liberal"
 SET = "1"  # what both of them are set to
 OLDEST_KERNEL = (5, 15)
@@ -123,7 +123,7 @@ class Agent:
         self._sysctls_done: set[str] = set()
         self._serving = False
         self._retry_at, self._retry_s = float("inf"), 0.0
-        self._settle_s = SETTLE_S
+        self._rested_at = 0.0
         self._neighbours: dict[tuple[int, str], bytes] = {}
         self._reserved = self._pool(fresh=adopted is None)
         timeouts = config.timeouts
@@ -343,9 +343,10 @@ class Agent:
         primary = next((each for each in own if not each.secondary), None)
         external = IPv4Address(primary.ip.ip) if primary else None
         self.tables.set_prefixes(self._prefixes(own, lans, addresses))
-        # Without an address nothing opens; the sessions stay, should the same address come back.
-        self.tables.set_settings(external=[datapath.addr(external)])
+        # While there is none, the last address stays: it often comes back, and in the moment before we see that,
+        # our own stack would answer its sessions with resets.
         if external and external != self._served:
+            self.tables.set_settings(external=[datapath.addr(external)])
             self._end_stale(external)
             self._served = external
             log.info("external address: %s", external)
@@ -479,13 +480,15 @@ class Agent:
         again = time.monotonic() >= self._retry_at
         if not changes and not again:
             return
-        time.sleep(self._settle_s)
+        # The first change is followed at once, as a new WAN lets packets out untranslated until we are on it.
+        time.sleep(max(0.0, self._rested_at - time.monotonic()))
         more = watch.drain()
         if again or any(c.links or c.addresses or c.routes or c.lost or c.filters for c in (changes, more)):
             started = time.monotonic()
             self._plan_retry(self._safely(self.reconcile) and not self._troubled)
+            ended = time.monotonic()
             # A third of the time at most goes into looks, however fast changes come.
-            self._settle_s = min(max(SETTLE_S, 2 * (time.monotonic() - started)), BUSY_S)
+            self._rested_at = ended + min(max(SETTLE_S, 2 * (ended - started)), BUSY_S)
         self._safely(self._follow_neighbours)
 
     def _plan_retry(self, done: bool) -> None:
@@ -619,6 +622,7 @@ def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
         MasqError: before anything has changed, or with everything put back.
     """
     check_host()
+    signal.signal(signal.SIGTERM, _give_up)
     with presence.being_agent(config.wan):
         with presence.changing():
             check_interfaces(config)
@@ -628,6 +632,11 @@ def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
         agent.serve(ready)
         with presence.changing():
             agent.stop()
+
+
+def _give_up(*_: object) -> NoReturn:
+    """Asked to end while it starts: with everything put back."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def status(wan: str) -> dict[str, Any]:

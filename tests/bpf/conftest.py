@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves test mod
 
 from harness import NETWORK, Bench, Gateway
 
+from xdpmasq import netdev
+from xdpmasq.datapath import FILTER, PRIORITY
 from xdpmasq.lab import netns
 
 
@@ -39,3 +41,14 @@ def bench(namespace: str) -> Bench:
 def gateway(namespace: str, bench: Bench) -> Iterator[Gateway]:
     with netns.entered(namespace):
         yield Gateway(bench)
+
+
+@pytest.fixture
+def real_wan(gateway: Gateway) -> Iterator[str]:
+    """wan0 with the programs attached for real, for what test runs cannot do."""
+    bench = gateway.bench
+    netdev.clsact_add(bench.wan.index)
+    netdev.tc_attach(bench.wan.index, "egress", bench.programs["masq_wan_out"].fd, FILTER, PRIORITY)
+    netdev.tc_attach(bench.wan.index, "ingress", bench.programs["masq_wan_in"].fd, FILTER, PRIORITY)
+    yield bench.wan.name
+    netdev.clsact_del(bench.wan.index)

@@ -18,13 +18,13 @@ from harness import (
     sums,
     tcp,
     udp,
+    wan_frame,
     wire,
 )
 from scapy.layers.inet import IP, TCP, UDP
-from scapy.packet import Packet
+from scapy.packet import Packet, Raw
 
-from xdpmasq import bpf, netdev, source
-from xdpmasq.datapath import FILTER, PRIORITY
+from xdpmasq import bpf, source
 
 # A header of ten words is filled at random, its sum taken in full; then words 4 and 5 (an address) and word 6 (a port)
 # are replaced, and the updated sum compared with a full one.
@@ -205,16 +205,13 @@ SOL_PACKET, PACKET_VNET_HDR = 263, 15
 
 
 @pytest.fixture
-def real_wan(gateway: Gateway) -> Iterator[Callable[[bytes, bytes], tuple[bytes, bytes]]]:
-    """Sends (virtio header, frame) out of wan0 through the program for real; returns what arrives at its peer."""
-    bench = gateway.bench
-    netdev.clsact_add(bench.wan.index)
-    netdev.tc_attach(bench.wan.index, "egress", bench.programs["masq_wan_out"].fd, FILTER, PRIORITY)
+def send_and_receive(real_wan: str) -> Iterator[Callable[[bytes, bytes], tuple[bytes, bytes]]]:
+    """Sends (virtio header, frame) out of wan0; returns what arrives at its peer."""
     with (
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender,
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)) as receiver,
     ):
-        for each, name in ((sender, "wan0"), (receiver, "wan1")):
+        for each, name in ((sender, real_wan), (receiver, "wan1")):
             each.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
             each.bind((name, 0 if each is sender else 0x0003))
         receiver.settimeout(5)
@@ -227,7 +224,6 @@ def real_wan(gateway: Gateway) -> Iterator[Callable[[bytes, bytes], tuple[bytes,
                     return got[:10], got[10:]
 
         yield send
-    netdev.clsact_del(bench.wan.index)
 
 
 @pytest.mark.req("checksums-partial")
@@ -241,7 +237,11 @@ def real_wan(gateway: Gateway) -> Iterator[Callable[[bytes, bytes], tuple[bytes,
     ],
 )
 def test_partial_checksum(
-    gateway: Gateway, real_wan: Callable[..., tuple[bytes, bytes]], packet: Packet, gso_type: int, gso_size: int
+    gateway: Gateway,
+    send_and_receive: Callable[..., tuple[bytes, bytes]],
+    packet: Packet,
+    gso_type: int,
+    gso_size: int,
 ) -> None:
     """Such a packet carries the sum of its pseudo header only; a device fills in the rest later."""
     at = 16 if TCP in packet else 6
@@ -253,7 +253,7 @@ def test_partial_checksum(
     data[20 + at : 22 + at] = pseudo_sum(data).to_bytes(2, "big")
     header_len = 54 if TCP in packet else 42
     virtio = struct.pack(VIRTIO_NET_HDR, NEEDS_CSUM, gso_type, header_len, gso_size, 34, at)
-    virtio_after, frame = real_wan(virtio, bytes.fromhex("02000000101002000000010108 00") + bytes(data))
+    virtio_after, frame = send_and_receive(virtio, wan_frame(Raw(bytes(data))))
     after = frame[14:]
     slot = gateway.slot(HOST, 5000, "tcp" if TCP in packet else "udp")
     assert slot is not None

@@ -59,7 +59,7 @@ def servers(shared: tuple[Gateway, Servers]) -> Servers:
     return shared[1]
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=MODES)  # a test for which one is enough: parametrize("mode", ["tc"], indirect=True)
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

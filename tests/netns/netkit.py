@@ -165,11 +165,13 @@ class Gateway:
 
     # sockets
 
-    def udp(self, role: str, port: int = 0, *, timeout_s: float = 2) -> socket.socket:
+    def udp(
+        self, role: str, port: int = 0, *, address: str = "0.0.0.0", timeout_s: float = 2
+    ) -> socket.socket:
         """A UDP socket in a box, bound to a port; the caller closes it."""
         made = self.lab.socket(role, socket.SOCK_DGRAM)
         made.settimeout(timeout_s)
-        made.bind(("0.0.0.0", port))
+        made.bind((address, port))
         return made
 
     def seen_as(self, role: str, port: int = 0, server: tuple[str, int] = ECHO) -> str:
@@ -287,6 +289,18 @@ def answers(client: socket.socket, server: tuple[str, int] = ECHO) -> bool:
 def who(client: socket.socket, server: tuple[str, int] = ECHO) -> str:
     """The endpoint as which the server saw the client."""
     return ask(client, b"who", server).decode()
+
+
+def seen(client: socket.socket) -> str:
+    """Like :func:`who`, or "" when no answer comes soon."""
+    patience = client.gettimeout()
+    client.settimeout(0.2)
+    try:
+        return who(client)
+    except OSError:
+        return ""
+    finally:
+        client.settimeout(patience)
 
 
 def internal(role: str, client: socket.socket) -> str:

@@ -14,6 +14,8 @@ from netkit import GATE, Gateway, Stream, answers, ask, cpu_seconds, internal, r
 from xdpmasq import bpf, datapath, netdev
 from xdpmasq.lab.snapshot import differences, snapshot
 
+in_tc = pytest.mark.parametrize("mode", ["tc"], indirect=True)  # where the mode makes no difference
+
 # --- killed ----------------------------------------------------------------------------------------
 
 
@@ -42,6 +44,7 @@ def test_killed_under_load_nothing_is_lost(fresh: Gateway) -> None:
 
 
 @pytest.mark.req("reliability-restart")
+@in_tc
 def test_started_again_and_again_under_load(fresh: Gateway) -> None:
     with fresh.connection() as connection:
         stream = Stream(fresh)
@@ -76,17 +79,18 @@ def test_adopting_takes_over_what_the_options_say(bare: Gateway) -> None:
     assert differences(before, snapshot(bare.lab)) == []
 
 
-def test_a_second_attach_is_refused_and_harms_nothing(fresh: Gateway) -> None:
-    pid = fresh.agent_pid
-    with fresh.udp("a-box") as client:
+def test_a_second_attach_is_refused_and_harms_nothing(gateway: Gateway) -> None:
+    pid = gateway.agent_pid
+    with gateway.udp("a-box") as client:
         endpoint = who(client)
-        done = fresh.masq("attach", "--wan", "wan0", "--lan", "lan0", check=False)
+        done = gateway.masq("attach", "--wan", "wan0", "--lan", "lan0", check=False)
         assert done.returncode == 1
         assert f"xdpmasq already runs on wan0: its agent is process {pid}" in done.stderr
-        assert fresh.agent_pid == pid
+        assert gateway.agent_pid == pid
         assert who(client) == endpoint
 
 
+@in_tc
 def test_run_in_the_foreground_leaves_the_datapath_to_the_next(bare: Gateway) -> None:
     options = ["--wan", "wan0", "--lan", "lan0", "--mode", bare.mode]
     for _ in range(2):
@@ -94,7 +98,7 @@ def test_run_in_the_foreground_leaves_the_datapath_to_the_next(bare: Gateway) ->
         soon(lambda: bare.agent_pid is not None and bare.is_attached, "it runs", timeout_s=20)
         soon(bare.opens, "it masquerades", timeout_s=10)
         bare.lab.stop(agent)
-        assert agent.returncode == 0
+        assert agent.returncode in (0, 128 + signal.SIGTERM)  # the latter when it was still adopting
         assert bare.opens("b-box")
 
 
@@ -174,20 +178,22 @@ def test_detach_and_attach_when_half_attached() -> None:
 
 
 @pytest.mark.req("reliability-detach")
-@pytest.mark.parametrize("step", ["clsact_add", "tc_attach", "xdp_attach", "sysctl_set"])
-def test_killed_in_the_middle_of_attaching(step: str) -> None:
-    """At the second call of each step; what is there by then is found, detached or attached to anew."""
+@pytest.mark.parametrize(
+    ("step", "then"),
+    [("clsact_add", "detach"), ("tc_attach", "attach"), ("xdp_attach", "detach"), ("sysctl_set", "attach")],
+)
+def test_killed_in_the_middle_of_attaching(step: str, then: str) -> None:
+    """At the second call of each step; what is there by then is found, and detached or attached to anew."""
     with Gateway.in_new_lab("xdp", attach=False) as gateway:
         before = snapshot(gateway.lab)
-        for finish in ("detach", "attach"):
-            gateway.lab.exec(GATE, [gateway.python, "-c", _DIE.format(step=step)], check=False)
-            assert gateway.agent_pid is None
-            assert gateway.is_attached
-            if finish == "attach":
-                gateway.attach()
-                assert gateway.lab.exec("a-box", ["ping", "-c1", "-W1", "203.0.113.10"])
-            gateway.detach()
-            assert differences(before, snapshot(gateway.lab)) == []
+        gateway.lab.exec(GATE, [gateway.python, "-c", _DIE.format(step=step)], check=False)
+        assert gateway.agent_pid is None
+        assert gateway.is_attached
+        if then == "attach":
+            gateway.attach()
+            assert gateway.lab.exec("a-box", ["ping", "-c1", "-W1", "203.0.113.10"])
+        gateway.detach()
+        assert differences(before, snapshot(gateway.lab)) == []
 
 
 _DIE = """
@@ -228,6 +234,7 @@ agent.run(Config("wan0", ("lan0",), mode="xdp"))
 
 
 @pytest.mark.req("reliability-detach")
+@in_tc
 def test_what_others_have_put_there_stays(bare: Gateway) -> None:
     """A clsact, with and without a filter."""
     bare.gate("tc", "qdisc", "add", "dev", "lan0", "clsact")
@@ -241,6 +248,7 @@ def test_what_others_have_put_there_stays(bare: Gateway) -> None:
     assert differences(before, snapshot(bare.lab)) == []
 
 
+@in_tc
 def test_sysctls_come_back_unless_somebody_changed_them(bare: Gateway) -> None:
     forwarding, redirects, other = (
         "net.ipv4.ip_forward",
@@ -268,9 +276,9 @@ def test_sysctls_come_back_unless_somebody_changed_them(bare: Gateway) -> None:
 # --- in service ------------------------------------------------------------------------------------
 
 
-def test_it_costs_next_to_nothing_when_idle(fresh: Gateway) -> None:
+def test_it_costs_next_to_nothing_when_idle(gateway: Gateway) -> None:
     """Grossly exceeded only: speed belongs in the benchmark. Measured beside other tests."""
-    pid = fresh.agent_pid
+    pid = gateway.agent_pid
     assert pid
     started, used = time.monotonic(), cpu_seconds(pid)
     time.sleep(3)
@@ -278,6 +286,7 @@ def test_it_costs_next_to_nothing_when_idle(fresh: Gateway) -> None:
     assert rss_bytes(pid) < 150e6
 
 
+@in_tc
 def test_trouble_does_not_end_it(fresh: Gateway) -> None:
     """A storm of interfaces that come, match the LANs' name or not, and vanish at once."""
     fresh.kill_agent()
@@ -300,6 +309,7 @@ def test_trouble_does_not_end_it(fresh: Gateway) -> None:
     assert fresh.agent_pid == pid
 
 
+@in_tc
 def test_two_gateways_at_once(fresh: Gateway) -> None:
     with Gateway.in_new_lab(fresh.mode) as other:
         assert other.agent_pid != fresh.agent_pid
@@ -310,13 +320,13 @@ def test_two_gateways_at_once(fresh: Gateway) -> None:
         assert not other.is_attached
 
 
-def test_flushed_sessions_end_at_once(fresh: Gateway) -> None:
-    with fresh.udp("a-box") as client, fresh.udp("b-box") as other:
+def test_flushed_sessions_end_at_once(gateway: Gateway) -> None:
+    with gateway.udp("a-box") as client, gateway.udp("b-box") as other:
         endpoint, kept = who(client), who(other)
         for _ in range(3):
             ask(client, b"ride")
-        assert "1 session ended" in fresh.masq("sessions", "flush", "--internal", "192.168.0.2").stdout
-        assert internal("a-box", client) not in fresh.mappings()
+        assert "1 session ended" in gateway.masq("sessions", "flush", "--internal", "192.168.0.2").stdout
+        assert internal("a-box", client) not in gateway.mappings()
         assert answers(client)  # as a new session
         assert who(client) != endpoint
         assert who(other) == kept
