@@ -133,45 +133,63 @@ static __always_inline void session_init(const struct settings *cfg, struct sess
 	s->mapping = mapping;
 }
 
-static __always_inline void mapping_forget(const struct session *s)
+/* The entries that lead to a slot. A slot is complete, and can be found by the reaper, a moment before it is published;
+ * and an entry of the same name may by then be another slot's.
+ */
+static __always_inline struct mapping_key mapping_key_of(const struct session *s)
 {
 	struct mapping_key key = { .addr = s->in.new_addr,
 				   .port = s->in.new_port,
 				   .class = slot_class(s->mapping) };
-	mappings.delete(&key);
+	return key;
 }
 
-static __always_inline void remote_forget(const struct session *s)
+static __always_inline struct remote_key remote_key_of(const struct session *s)
 {
 	struct remote_key key = { .mapping = s->mapping, .addr = s->out.remote_addr, .port = s->out.remote_port };
-	remotes.delete(&key);
+	return key;
 }
 
-/* Ends the mapping in @slot when no session uses it; @life is what was read before. The port then rests. What is closed
- * is disarmed too: XDP looks at no life.
- */
-static __always_inline bool mapping_close(const struct settings *cfg, struct session *s, u64 life, u32 now)
+static __always_inline bool slot_is_published(const struct session *s, u32 slot)
 {
+	struct mapping_key endpoint = mapping_key_of(s);
+	struct remote_key remote = remote_key_of(s);
+	u32 *found = slot < FURTHER_BASE ? mappings.lookup(&endpoint) : remotes.lookup(&remote);
+
+	return found && *found == slot;
+}
+
+static __always_inline void slot_unpublish(const struct session *s, u32 slot)
+{
+	struct mapping_key endpoint = mapping_key_of(s);
+	struct remote_key remote = remote_key_of(s);
+
+	if (!slot_is_published(s, slot))
+		return;
+	if (slot < FURTHER_BASE)
+		mappings.delete(&endpoint);
+	else
+		remotes.delete(&remote);
+}
+
+/* Ends what is in @slot, of which @life was read before; its rest begins. XDP looks at no life, so it is disarmed too. */
+static __always_inline bool slot_close(const struct settings *cfg, struct session *s, u32 slot, u64 life, u32 now)
+{
+	s->out.last_seen = now;
 	if (!life_swap(s, life, (life & ~(LIFE_STATE | LIFE_SESSION)) | LIFE_RESTING))
 		return false;
 	session_disarm(cfg, s);
-	mapping_forget(s);
-	s->out.last_seen = now;
-	count(COUNT_mapping_closed);
+	slot_unpublish(s, slot);
+	if (life & LIFE_SESSION)
+		count(COUNT_session_closed);
 	return true;
 }
 
-static __always_inline void further_close(const struct settings *cfg, struct session *s, u64 life, u32 now)
+static __always_inline void further_close(const struct settings *cfg, struct session *s, u32 slot, u64 life, u32 now)
 {
 	struct session *mapping = session_at(s->mapping);
 
-	if (!life_swap(s, life, (life & ~(LIFE_STATE | LIFE_SESSION)) | LIFE_RESTING))
-		return;
-	session_disarm(cfg, s);
-	remote_forget(s);
-	s->out.last_seen = now;
-	count(COUNT_session_closed);
-	if (mapping)
+	if (slot_close(cfg, s, slot, life, now) && mapping)
 		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
 }
 
@@ -186,13 +204,13 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 	life = s->life;
 	if ((life & LIFE_STATE) != LIFE_LIVE)
 		return;
-	if (life & LIFE_SESSION && !force && !session_is_expired(cfg, s, now))
+	if (life & LIFE_SESSION && !(force ? slot_is_published(s, slot) : session_is_expired(cfg, s, now)))
 		return;
 	if (slot >= FURTHER_BASE) {
-		further_close(cfg, s, life, now);
+		further_close(cfg, s, slot, life, now);
 	} else if (!(life & LIFE_FURTHER_MASK)) {
-		if (mapping_close(cfg, s, life, now) && life & LIFE_SESSION)
-			count(COUNT_session_closed);
+		if (slot_close(cfg, s, slot, life, now))
+			count(COUNT_mapping_closed);
 	} else if (life & LIFE_SESSION && life_swap(s, life, life & ~LIFE_SESSION)) {
 		session_disarm(cfg, s);
 		count(COUNT_session_closed);
@@ -350,6 +368,7 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 	}
 	if (life & LIFE_SESSION && !session_is_expired(cfg, m, p->now))
 		return further_open(cfg, p, slot, m, life, verdict);
+	m->out.last_seen = p->now; /* before the swap, or the reaper could take what it finds there for expired */
 	if (!life_swap(m, life, taken)) {
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
@@ -366,7 +385,10 @@ static __always_inline bool session_reopen(const struct settings *cfg, struct se
 {
 	u64 life = s->life;
 
-	if (!life_is_session(life) || !life_swap(s, life, life + LIFE_CHANGE))
+	if (!life_is_session(life))
+		return false;
+	s->out.last_seen = p->now; /* as in session_join() */
+	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;
 	session_init(cfg, s, p, s->mapping, s->out.new_addr, s->out.new_port);
 	count(COUNT_session_reopened);

@@ -325,10 +325,11 @@ class Agent:
             known |= {link.index: link.name for link in links if _belongs(link, self._leftover)}
             self._leftover = None
         for index, name in known.items():
-            if keep.get(index) == name:
+            if keep.get(index) != name:
+                self._attached.pop(name, None)
+            if index in keep:  # perhaps renamed: it must not be without translation for a moment
                 continue
             log.info("%s is gone, or no longer one of ours", name)
-            self._attached.pop(name, None)
             if index < datapath.PORTS:
                 self.tables.unset_interface(index)
             if index in there:
@@ -718,11 +719,11 @@ def detach(wan: str | None = None) -> dict[str, Any]:
     if (waiting := _agent_without_interfaces(wan)) is not None:
         _end_agent(waiting)
         return {"interfaces": [], "sessions": 0, "sysctls": {}}
-    attached = datapath.find(wan)
-    sessions = len(attached.live_slots())
-    _end_agent(attached.manifest["wan"])
+    wan = datapath.find(wan).manifest["wan"]
+    _end_agent(wan)
     with presence.changing():
-        manifest = attached.manifest  # as the agent left it
+        attached = datapath.find(wan)  # as the agent left it; another detach may have been first
+        sessions, manifest = len(attached.live_slots()), attached.manifest
         interfaces, sysctls = _take_down(manifest)
     presence.forget_agent(manifest["wan"])
     return {"interfaces": interfaces, "sessions": sessions, "sysctls": sysctls}

@@ -26,8 +26,8 @@ from scapy.packet import Packet, Raw
 
 from xdpmasq import bpf, source
 
-# A header of ten words is filled at random, its sum taken in full; then words 4 and 5 (an address) and word 6 (a port)
-# are replaced, and the updated sum compared with a full one.
+# A header of ten words is filled at random, its sum taken in full; then words 4 and 5 (an address) and word 6 (a
+# port) are replaced, and the updated sum compared with a full one.
 SUMS = """
 BPF_TABLE("array", u32, u64, results, 2); /* pairs compared, pairs that differed */
 #define WORDS 10
@@ -85,8 +85,8 @@ int csum_one(struct __sk_buff *skb) /* check, old and new word in; the new check
 	u16 word[3] = {};
 
 	bpf_skb_load_bytes(skb, 14, word, sizeof(word));
-	return csum_apply(word[0], csum_delta_port(word[1], word[2])) |
-	       csum_apply_udp(word[0], csum_delta_port(word[1], word[2])) << 16;
+	u32 delta = csum_delta_port(word[1], word[2]);
+	return csum_apply(word[0], delta) | csum_apply_udp(word[0], delta) << 16;
 }
 """
 
@@ -106,21 +106,24 @@ def test_ten_million_updates_agree_with_full_sums(arithmetic: bpf.Object) -> Non
 
 @pytest.mark.req("checksums-1624")
 @pytest.mark.parametrize(
-    ("check", "old", "new", "expected", "as_udp"),
+    ("words", "expected"),
     [
-        pytest.param(0xDD2F, 0x5555, 0x3285, 0x0000, 0xFFFF, id="the example of RFC 1624"),
-        pytest.param(0xDD2F, 0x5555, 0x5555, 0xDD2F, 0xDD2F, id="nothing changes"),
-        pytest.param(0x1234, 0x0000, 0xFFFF, 0x1234, 0x1234, id="both forms of zero"),
-        pytest.param(0x0000, 0x1111, 0x2222, 0xEEEE, 0x0000, id="a check of zero; UDP: none"),
-        pytest.param(0xFFFE, 0x0001, 0x0002, 0xFFFD, 0xFFFD, id="carry"),
-        pytest.param(0x0001, 0xFFFF, 0xFFFE, 0x0002, 0x0002, id="borrow"),
-        pytest.param(0xFFFF, 0x1111, 0x2222, 0xEEEE, 0xEEEE, id="UDP's zero as ones"),
+        pytest.param((0xDD2F, 0x5555, 0x3285), (0x0000, 0xFFFF), id="the example of RFC 1624"),
+        pytest.param((0xDD2F, 0x5555, 0x5555), (0xDD2F, 0xDD2F), id="nothing changes"),
+        pytest.param((0x1234, 0x0000, 0xFFFF), (0x1234, 0x1234), id="both forms of zero"),
+        pytest.param((0x0000, 0x1111, 0x2222), (0xEEEE, 0x0000), id="a check of zero; UDP: none"),
+        pytest.param((0xFFFE, 0x0001, 0x0002), (0xFFFD, 0xFFFD), id="carry"),
+        pytest.param((0x0001, 0xFFFF, 0xFFFE), (0x0002, 0x0002), id="borrow"),
+        pytest.param((0xFFFF, 0x1111, 0x2222), (0xEEEE, 0xEEEE), id="UDP's zero as ones"),
     ],
 )
-def test_examples(arithmetic: bpf.Object, check: int, old: int, new: int, expected: int, as_udp: int) -> None:
-    # The order of bytes does not matter to a one's complement sum: these are little-endian words.
-    run = arithmetic.load("csum_one", "tc").test_run(bytes(14) + struct.pack("<3H", check, old, new))
-    assert (run.verdict & 0xFFFF, run.verdict >> 16) == (expected, as_udp)
+def test_examples(arithmetic: bpf.Object, words: tuple[int, int, int], expected: tuple[int, int]) -> None:
+    """Check, old and new word; the new check, and that of UDP.
+
+    The order of bytes does not matter to a one's complement sum: these are little-endian words.
+    """
+    run = arithmetic.load("csum_one", "tc").test_run(bytes(14) + struct.pack("<3H", *words))
+    assert (run.verdict & 0xFFFF, run.verdict >> 16) == expected
 
 
 # --- UDP's zeroes ----------------------------------------------------------------------------------

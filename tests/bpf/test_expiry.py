@@ -27,11 +27,14 @@ from xdpmasq.datapath import (
     LIFE_RESTING,
     LIFE_SESSION,
     LIFE_STATE,
+    PORTS,
     REAP_EXPIRED,
     REAP_FORCED,
     REAP_RESTED,
 )
 from xdpmasq.expiry import Expiry
+
+REAP_CLAIM = 3  # bpf/reaper.c
 
 OUT = {
     "udp": (udp(HOST, 5000, SERVER, 53), ("udp", SERVER, 53), 300),
@@ -178,6 +181,15 @@ def test_orders_for_free_and_foreign_slots_do_nothing(gateway: Gateway) -> None:
         assert gateway.reap(slots, order) == {}
     assert (gateway.tables.claims == claims).all()
     assert gateway.slots() == []
+
+
+def test_slots_taken_out_of_the_pool(gateway: Gateway) -> None:
+    """For an agent that has narrowed the pool under running sessions: taken, whoever holds them."""
+    gateway.pool(udp=((3000, 2),))
+    port = gateway.open(udp(HOST, 5000, SERVER, 53))
+    gateway.reap([PORTS + 3000, PORTS + 3001], REAP_CLAIM)
+    assert gateway.outbound(udp(HOST, 5001, SERVER, 53)).ended == "drop_ports_exhausted"
+    assert gateway.inbound(udp(SERVER, 53, GATEWAY, port)).ended == "slow_inbound"
 
 
 def test_many_at_once(gateway: Gateway) -> None:

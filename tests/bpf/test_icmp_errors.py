@@ -124,9 +124,7 @@ KINDS = {
 @pytest.mark.parametrize("how", EACH_QUOTE)
 @pytest.mark.parametrize("type_code", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("flow", EACH_FLOW)
-def test_inbound(
-    gateway: Gateway, flow: Flow, how: Callable[[Packet], bytes], type_code: tuple[int, int]
-) -> None:
+def test_inbound(gateway: Gateway, flow: Flow, how: Callable[[Packet], bytes], type_code: tuple[int, int]) -> None:
     quoted = rebuilt(flow.sent, **flow.outside(gateway.open(flow.sent)))
     result = gateway.inbound(icmp_error(ROUTER, GATEWAY, how(quoted), type_code))
     assert (result.ended, result.counted) == ("slow_icmp_error_inbound", {})
@@ -137,9 +135,7 @@ def test_inbound(
 @pytest.mark.parametrize("how", EACH_QUOTE)
 @pytest.mark.parametrize("type_code", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("flow", EACH_FLOW)
-def test_outbound(
-    gateway: Gateway, flow: Flow, how: Callable[[Packet], bytes], type_code: tuple[int, int]
-) -> None:
+def test_outbound(gateway: Gateway, flow: Flow, how: Callable[[Packet], bytes], type_code: tuple[int, int]) -> None:
     answer = flow.answer(gateway.open(flow.sent))
     delivered = rebuilt(answer, **flow.inside)
     result = gateway.outbound(icmp_error(HOST, SERVER, how(delivered), type_code))

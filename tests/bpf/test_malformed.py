@@ -113,9 +113,7 @@ def test_every_prefix(busy: tuple[Gateway, dict[str, dict[str, Packet]]], kind: 
 @pytest.mark.req("attacks-truncated")
 @pytest.mark.parametrize("padding", [0, 40], ids=["exact", "padded"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_true_length(
-    busy: tuple[Gateway, dict[str, dict[str, Packet]]], kind: str, padding: int
-) -> None:
+def test_every_true_length(busy: tuple[Gateway, dict[str, dict[str, Packet]]], kind: str, padding: int) -> None:
     """The header tells of a shorter packet; behind it comes nothing, or what would complete the packet."""
     gateway, kinds = busy
     for hook in HOOKS:

@@ -1,6 +1,7 @@
 """LAN to WAN through the slow path: translation, endpoint-independent mapping, and what must never leave."""
 
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 
 import pytest
 from harness import (
@@ -11,6 +12,7 @@ from harness import (
     HOST,
     OTHER_HOST,
     OTHER_SERVER,
+    PREFIXES,
     PSH,
     RST,
     SERVER,
@@ -24,8 +26,10 @@ from harness import (
     udp,
     wire,
 )
-from scapy.layers.inet import ICMP, IP, IPOption_RR, IPOption_Timestamp, UDP
+from scapy.layers.inet import ICMP, IP, UDP, IPOption_RR, IPOption_Timestamp
 from scapy.packet import Packet, Raw
+
+from xdpmasq.datapath import PREFIX_INTERNAL
 
 RECORD_ROUTE = [IPOption_RR(length=7, pointer=4, routers=["0.0.0.0"])]
 TIMESTAMP = [IPOption_Timestamp(length=12, pointer=9, oflw=0, flg=0)]
@@ -170,7 +174,7 @@ UNTRANSLATABLE = [
         for number in (3, 11, 12)
     ),
     *(
-        pytest.param(IP(src=HOST, dst=SERVER, proto=number) / Raw(bytes(64)), "drop_protocol", id=f"protocol {number}")
+        pytest.param(IP(src=HOST, dst=SERVER, proto=number) / Raw(bytes(64)), "drop_protocol", id=f"proto {number}")
         for number in (0, 2, 4, 41, 47, 50, 51, 103, 132, 136, 255)
     ),
     *(
@@ -183,7 +187,7 @@ UNTRANSLATABLE = [
         for flags in (0, "MF")
     ),
     *(
-        pytest.param(IP(src=HOST, dst=SERVER, proto=number) / Raw(bytes(7)), "drop_malformed", id=f"7 bytes of {number}")
+        pytest.param(IP(src=HOST, dst=SERVER, proto=number) / Raw(bytes(7)), "drop_malformed", id=f"7 of {number}")
         for number in (1, 6, 17)
     ),
     pytest.param(IP(src=HOST, dst=SERVER, proto=6) / Raw(bytes(19)), "drop_malformed", id="19 bytes of TCP"),
@@ -194,7 +198,7 @@ UNTRANSLATABLE = [
     pytest.param(udp("192.168.1.2", 1, SERVER, 2), "drop_source_private", id="the neighbouring private network"),
     pytest.param(udp("0.0.0.0", 68, SERVER, 67), "drop_source_private", id="no source, from the LAN"),
     pytest.param(IP(src="10.1.2.3", dst=SERVER, frag=9) / Raw(b"x"), "drop_source_private", id="private fragment"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.req("attacks-leak")
@@ -281,3 +285,24 @@ def test_second_host_is_not_disturbed(gateway: Gateway) -> None:
     gateway.outbound(tcp(OTHER_HOST, 5000, SERVER, 53, RST))
     gateway.outbound(udp("10.0.0.9", 5000, SERVER, 53))
     assert gateway.open(udp(HOST, 5000, SERVER, 53)) == first
+
+
+# --- WANs without Ethernet header ------------------------------------------------------------------
+
+ABROAD = "8.0.9.9"  # what such test runs need, see Gateway.outbound_l3
+
+
+@pytest.mark.parametrize("options", [[], RECORD_ROUTE], ids=["plain", "IP options"])
+def test_wan_without_ethernet(gateway: Gateway, options: list[object]) -> None:
+    inside = IPv4Network("8.0.0.0/24")
+    gateway.tables.set_prefixes({**PREFIXES, inside: PREFIX_INTERNAL})
+    packet = udp("8.0.0.2", 5000, ABROAD, 53, options=options)
+    result = gateway.outbound_l3(packet)
+    assert result.ended == "slow_outbound"
+    port = int.from_bytes(result.frame[(result.frame[0] & 15) * 4 :][:2], "big")
+    assert result.frame == wire(rebuilt(packet, src=GATEWAY, sport=port))
+    answer = udp(ABROAD, 53, GATEWAY, port, options=options)
+    assert gateway.inbound_l3(answer).frame == wire(rebuilt(answer, dst="8.0.0.2", dport=5000))
+    gateway.accelerate()
+    gateway.outbound_l3(packet)
+    assert gateway.fast_outbound(packet).ended in ("up_not_armed", "up_unusual_ip"), "there is no MAC to learn"

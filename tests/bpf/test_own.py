@@ -27,12 +27,17 @@ from scapy.packet import Packet, Raw
     "packet",
     [
         pytest.param(udp(GATEWAY, 53, SERVER, 5000), id="UDP"),
-        *(pytest.param(tcp(GATEWAY, 22, SERVER, 5000, flags), id=f"TCP {flags:#x}") for flags in (SYN, ACK, FIN, RST, 0)),
+        *(
+            pytest.param(tcp(GATEWAY, 22, SERVER, 5000, flags), id=f"TCP {flags:#x}")
+            for flags in (SYN, ACK, FIN, RST, 0)
+        ),
         pytest.param(echo_reply(GATEWAY, SERVER, 7), id="ping's answer"),
         pytest.param(IP(src=GATEWAY, dst=SERVER) / ICMP(type=13) / Raw(bytes(12)), id="ICMP timestamp"),
         pytest.param(IP(src=GATEWAY, dst=SERVER, proto=47) / Raw(bytes(12)), id="GRE"),
         pytest.param(IP(src=GATEWAY, dst=SERVER, frag=5) / Raw(bytes(12)), id="fragment"),
-        pytest.param(IP(src=GATEWAY, dst=SERVER, flags="MF") / udp(GATEWAY, 1, SERVER, 2).payload, id="first fragment"),
+        pytest.param(
+            IP(src=GATEWAY, dst=SERVER, flags="MF") / udp(GATEWAY, 1, SERVER, 2).payload, id="first fragment"
+        ),
         pytest.param(IP(src=GATEWAY, dst="224.0.0.22", proto=2) / Raw(bytes(8)), id="IGMP"),
         pytest.param(udp("0.0.0.0", 68, "255.255.255.255", 67), id="DHCP without an address"),
         pytest.param(IP(src="0.0.0.0", dst="224.0.0.22", proto=2) / Raw(bytes(8)), id="IGMP without an address"),

@@ -94,6 +94,17 @@ def test_every_port_of_the_pool_can_be_had(gateway: Gateway) -> None:
         assert gateway.open(udp(HOSTS[7], 1024, SERVER, remote_port)) == ports[7]
 
 
+@pytest.mark.req("4787-11")
+def test_default_pool_used_to_99_percent(gateway: Gateway) -> None:
+    bits = np.unpackbits(gateway.tables.claims.view(np.uint8), bitorder="little")
+    free = np.flatnonzero(bits[PORTS : 2 * PORTS] == 0)
+    left = set(np.random.default_rng(1).choice(free, len(free) // 100, replace=False))
+    bits[[PORTS + port for port in free if port not in left]] = 1
+    gateway.tables.claims[:] = np.packbits(bits, bitorder="little").view(np.uint64)
+    ports = _open_many(gateway, len(left) // 2)
+    assert set(ports) <= left
+
+
 @pytest.mark.req("6888-11")
 @pytest.mark.req("reliability-full")
 def test_exhaustion_refuses_the_new_and_spares_the_old(gateway: Gateway) -> None:

@@ -209,9 +209,7 @@ def test_a_reset_disarms(connection: Connection) -> None:
     ],
 )
 @pytest.mark.req("attacks-leak")
-def test_host_speaks_on_an_expired_connection(
-    connection: Connection, flags: int, ending: str, reopened: int
-) -> None:
+def test_host_speaks_on_an_expired_connection(connection: Connection, flags: int, ending: str, reopened: int) -> None:
     _establish(connection)
     age(connection.row, ESTABLISHED + 1)
     result = connection.gateway.outbound(tcp(HOST, 5000, SERVER, 80, flags))

@@ -9,7 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
-from netkit import GATE, Gateway, Stream, answers, ask, cpu_seconds, internal, rss_bytes, soon, strangers_program, who
+from netkit import (
+    GATE,
+    Gateway,
+    Stream,
+    answers,
+    ask,
+    cpu_seconds,
+    internal,
+    rss_bytes,
+    seen,
+    soon,
+    strangers_program,
+    who,
+)
 
 from xdpmasq import bpf, datapath, netdev
 from xdpmasq.lab.snapshot import differences, snapshot
@@ -287,6 +300,36 @@ def test_it_costs_next_to_nothing_when_idle(gateway: Gateway) -> None:
 
 
 @in_tc
+def test_errors_nobody_thought_of_do_not_end_it(bare: Gateway) -> None:
+    """Expiry that always fails, and reconciliations that fail now and then: the agent goes on, and tries again."""
+    agent = bare.lab.popen(GATE, [bare.python, "-c", _TROUBLED])
+    soon(lambda: bare.agent_pid is not None and bare.is_attached, "it runs", timeout_s=20)
+    soon(bare.opens, "it masquerades", timeout_s=10)
+    time.sleep(1.5)
+    bare.readdress("203.0.113.66/24")
+    with bare.udp("a-box") as client:
+        soon(lambda: seen(client).startswith("203.0.113.66:"), "the address is followed", timeout_s=8)
+    assert agent.poll() is None
+
+
+_TROUBLED = """
+from xdpmasq import agent
+from xdpmasq.config import Config
+def fail(*args):
+    raise RuntimeError("unthought of")
+agent.Expiry.run = fail
+real, calls = agent.Agent._follow_addresses, []
+def follow(*args):
+    calls.append(args)
+    if len(calls) in (2, 4):
+        raise OSError(22, "unthought of")
+    return real(*args)
+agent.Agent._follow_addresses = follow
+agent.run(Config("wan0", ("lan0",), mode="tc"))
+"""
+
+
+@in_tc
 def test_trouble_does_not_end_it(fresh: Gateway) -> None:
     """A storm of interfaces that come, match the LANs' name or not, and vanish at once."""
     fresh.kill_agent()
@@ -325,7 +368,8 @@ def test_flushed_sessions_end_at_once(gateway: Gateway) -> None:
         endpoint, kept = who(client), who(other)
         for _ in range(3):
             ask(client, b"ride")
-        assert "1 session ended" in gateway.masq("sessions", "flush", "--internal", "192.168.0.2").stdout
+        told = gateway.masq("sessions", "flush", "--internal", internal("a-box", client)).stdout
+        assert "1 session ended" in told
         assert internal("a-box", client) not in gateway.mappings()
         assert answers(client)  # as a new session
         assert who(client) != endpoint

@@ -50,7 +50,7 @@ def web(_shared: tuple[Gateway, WebServer]) -> WebServer:
 
 @contextlib.contextmanager
 def rules(gateway: Gateway, chains: str) -> Iterator[None]:
-    gateway.lab.exec(GATE, ["nft", "-f", "-"], input=f"table inet test {{ {chains} }}")
+    gateway.lab.exec(GATE, ["nft", "-f", "-"], input=f"table inet test {{\n{chains}\n}}")
     try:
         yield
     finally:

@@ -193,8 +193,8 @@ def test_an_interface_deleted_and_recreated(moving: Gateway, interface: str, ind
     with moving.connection() as connection, moving.udp("b-box") as client:
         endpoint = who(client)
         connection.talk()
-        stream = Stream(moving)  # which goes on, so that a gap without translation would be seen
         with moving.lab.capture("internet", "eth0", "net 192.168.0.0/16") as private:
+            stream = Stream(moving)  # which goes on, so that a gap without translation would be seen
             recreate(moving, interface, index=index)
             soon(lambda: answers(client), "traffic flows again")
             assert private.stop() == []
@@ -204,6 +204,25 @@ def test_an_interface_deleted_and_recreated(moving: Gateway, interface: str, ind
         assert moving.opens("c-box")
     hook = {"xdp": "xdp", "tc": "tc"}[moving.mode]
     soon(lambda: moving.hooks() == {"wan0": hook, "lan0": hook}, "it is on its hook again")
+
+
+@pytest.mark.req("reliability-link")
+def test_a_wildcard_wan_comes_back_under_another_name(bare: Gateway) -> None:
+    """As ppp0 and ppp1 do."""
+    before = snapshot(bare.lab)
+    bare.masq("attach", "--wan", "wan*", "--lan", "lan0", "--mode", bare.mode)
+    with bare.udp("a-box") as client:
+        endpoint = who(client)
+        stream = Stream(bare)
+        bare.gate("ip", "link", "set", "wan0", "name", "wan7")
+        soon(lambda: set(bare.hooks()) == {"wan7", "lan0"}, "it is followed")
+        assert who(client) == endpoint
+        bare.gate("ip", "link", "set", "wan7", "name", "wan0")
+        soon(lambda: set(bare.hooks()) == {"wan0", "lan0"}, "it is followed")
+        assert who(client) == endpoint
+        assert stream.stop() == 0
+    bare.detach()
+    assert differences(before, snapshot(bare.lab)) == []
 
 
 @in_tc
@@ -238,7 +257,7 @@ def test_several_lans_named_by_one_wildcard(mode: str) -> None:
             endpoint = who(first)
             gateway.gate("ip", "link", "set", "later", "name", "lan1")
             soon(lambda: answers(second), "d-box gets out")
-            assert set(gateway.hooks()) == {"wan0", "lan0", "lan1"}
+            soon(lambda: set(gateway.hooks()) == {"wan0", "lan0", "lan1"}, "it is told")
             assert who(second) != who(first) == endpoint
             gateway.gate("ip", "link", "set", "lan1", "name", "gone")
             soon(lambda: set(gateway.hooks()) == {"wan0", "lan0"}, "it is left")

@@ -1,0 +1,92 @@
+"""Packets on two CPUs and the reaper at once: whatever the order, the tables agree with each other afterwards."""
+
+import os
+import random
+import struct
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from harness import HOST, SERVER, Bench, Gateway, age, udp, wan_frame
+
+from xdpmasq.datapath import (
+    FURTHER_BASE,
+    LIFE_FURTHER_MASK,
+    LIFE_LIVE,
+    LIFE_STATE,
+    PORTS,
+    REAP_EXPIRED,
+    REAP_FORCED,
+    REAP_RESTED,
+)
+from xdpmasq.lab import netns
+
+RUNS, ENDPOINTS, REMOTES = 15_000, 40, 3
+
+
+def _packets(bench: Bench, seed: int) -> None:
+    """A CPU's share: few endpoints, so that they meet; results are not looked at."""
+    rng = random.Random(seed)
+    context = bytearray(192)
+    struct.pack_into("<II", context, 36, bench.lan.index, bench.wan.index)
+    frame = bytearray(wan_frame(udp(HOST, 0, SERVER, 53)))
+    program = bench.programs["masq_wan_out"]
+    for _ in range(RUNS):
+        frame[35], frame[37] = rng.randrange(ENDPOINTS), rng.randrange(REMOTES)
+        program.test_run(bytes(frame), context=bytes(context), room=256)
+
+
+def _reaps(gateway: Gateway, seed: int) -> None:
+    rng = random.Random(seed)
+    reaper = gateway.bench.programs["masq_reap"]
+    for _ in range(RUNS // 20):
+        slots = np.array(gateway.slots(), np.uint32)
+        if len(slots):
+            age(gateway.tables.sessions[rng.choice(slots)], 301)
+            order = rng.choice((REAP_FORCED, REAP_EXPIRED, REAP_RESTED))
+            gateway.tables.reap(reaper, slots[:: rng.randrange(1, 4)], order)
+
+
+def _in_namespace(name: str, cpu: int, *what: object) -> threading.Thread:
+    def work() -> None:
+        os.sched_setaffinity(0, {cpu})
+        with netns.entered(name):
+            what[0](*what[1:])  # type: ignore[operator]
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_tables_agree_afterwards(gateway: Gateway, namespace: str) -> None:
+    gateway.pool(udp=((3000, 100),))
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    threads = [
+        _in_namespace(namespace, first, _packets, gateway.bench, 1),
+        _in_namespace(namespace, second, _packets, gateway.bench, 2),
+        _in_namespace(namespace, second, _reaps, gateway, 3),
+    ]
+    for thread in threads:
+        thread.join()
+    counted = gateway.counted()
+    ended = {name: n for name, n in counted.items() if name.startswith(("slow", "own", "drop"))}
+    assert sum(ended.values()) == 2 * RUNS
+    assert ended["slow_outbound"] > RUNS / 10
+
+    sessions = gateway.tables.sessions
+    life = {slot: int(sessions["life"][slot]) for slot in gateway.slots()}
+    live = {slot for slot, each in life.items() if each & LIFE_STATE == LIFE_LIVE}
+    mapped = [int(slot) for _, slots in gateway.tables.maps["mappings"].items(16384) for slot in slots]
+    further = {int(slot) for _, slots in gateway.tables.maps["remotes"].items(256) for slot in slots}
+    assert Counter(mapped) == Counter(slot for slot in live if slot < FURTHER_BASE), "each mapping has its own slot"
+    assert further == {slot for slot in live if slot >= FURTHER_BASE}
+    counts = Counter(int(sessions["mapping"][slot]) for slot in further)
+    for slot in mapped:
+        assert (life[slot] & LIFE_FURTHER_MASK) >> 8 == counts[slot]
+    claimed = np.unpackbits(gateway.tables.claims.view(np.uint8), bitorder="little")
+    pool = [*range(PORTS + 3000, PORTS + 3100), *range(FURTHER_BASE, FURTHER_BASE + 256)]
+    assert {slot for slot in pool if claimed[slot]} == set(life), "claimed is what is not free"
+    opened = counted["session_opened"] + counted.get("session_reopened", 0)
+    assert opened >= len(live)
