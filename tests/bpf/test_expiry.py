@@ -5,6 +5,7 @@ import pytest
 from harness import (
     GATEWAY,
     HOST,
+    LIFE_FURTHER,
     OTHER_HOST,
     OTHER_SERVER,
     POOL,
@@ -15,6 +16,7 @@ from harness import (
     age,
     echo,
     echo_reply,
+    next_tick,
     tcp,
     udp,
 )
@@ -132,21 +134,54 @@ def test_a_mapping_closes_with_its_last_session(gateway: Gateway, order: int) ->
 
 
 def test_a_closed_session_no_longer_flies(gateway: Gateway) -> None:
+    """Neither the first session of a mapping, nor a further one, nor the last."""
     gateway.accelerate()
-    port = gateway.open(udp(HOST, 5000, SERVER, 53))
-    gateway.inbound(_answer("udp", port))
-    gateway.learn(udp(SERVER, 53, HOST, 5000))
-    gateway.open(udp(HOST, 5000, OTHER_SERVER, 53))
-    gateway.learn(udp(OTHER_SERVER, 53, HOST, 5000))
-    assert gateway.fast_inbound(_answer("udp", port)).ended == "fast_inbound"
-    further = [slot for slot in gateway.slots() if slot >= FURTHER_BASE]
-    gateway.reap([gateway.slot(HOST, 5000, "udp")], REAP_FORCED)
-    for packet in (udp(HOST, 5000, SERVER, 53), udp(HOST, 5000, OTHER_SERVER, 53)):
-        first = packet.dst == SERVER
-        assert gateway.fast_outbound(packet).ended == ("up_not_armed" if first else "fast_outbound")
-    assert gateway.fast_inbound(_answer("udp", port)).ended == "up_not_armed"
-    gateway.reap(further, REAP_FORCED)
-    assert gateway.fast_inbound(udp(OTHER_SERVER, 53, GATEWAY, port)).ended in ("up_no_flow", "up_not_armed")
+    remotes = [(SERVER, 53), (OTHER_SERVER, 53)]
+    for remote in remotes:
+        port = gateway.open(udp(HOST, 5000, *remote))
+        gateway.inbound(udp(*remote, GATEWAY, port))
+        gateway.learn(udp(*remote, HOST, 5000))
+    first = gateway.slot(HOST, 5000, "udp")
+    (further,) = (slot for slot in gateway.slots() if slot != first)
+
+    def fly(remote: tuple[str, int]) -> list[str]:
+        outbound = gateway.fast_outbound(udp(HOST, 5000, *remote)).ended
+        return [outbound, gateway.fast_inbound(udp(*remote, GATEWAY, port)).ended]
+
+    assert fly(remotes[0]) == fly(remotes[1]) == ["fast_outbound", "fast_inbound"]
+    gateway.reap([first], REAP_FORCED)
+    assert fly(remotes[0]) == ["up_not_armed", "up_not_armed"]
+    assert fly(remotes[1]) == ["fast_outbound", "fast_inbound"]
+    gateway.reap([further], REAP_FORCED)
+    assert fly(remotes[1]) == ["up_no_flow", "up_no_flow"]
+    gateway.open(udp(HOST, 5000, *remotes[0]))
+    next_tick()
+    gateway.open(udp(HOST, 5000, *remotes[0]))
+    gateway.inbound(udp(*remotes[0], GATEWAY, port))
+    gateway.learn(udp(*remotes[0], HOST, 5000))
+    assert fly(remotes[0]) == ["fast_outbound", "fast_inbound"]
+    gateway.reap([first], REAP_FORCED)
+    assert fly(remotes[0]) == ["up_no_flow", "up_not_armed"]
+
+
+@pytest.mark.parametrize("further", [False, True], ids=["mapping", "further session"])
+def test_the_entry_of_another_slot_is_left_alone(gateway: Gateway, further: bool) -> None:
+    """A CPU has filled a slot and not yet published it, or was second to do so: the entry is another's."""
+    remotes = [(SERVER, 53), (SERVER, 54)] if further else [(SERVER, 53)]
+    (port,) = {gateway.open(udp(HOST, 5000, *remote)) for remote in remotes}
+    slot = max(gateway.slots())
+    twin = FURTHER_BASE + (slot + 1 - FURTHER_BASE) % 256 if further else slot ^ 1
+    sessions = gateway.tables.sessions
+    sessions[twin] = sessions[slot]
+    if further:
+        sessions[gateway.slot(HOST, 5000, "udp")]["life"] += LIFE_FURTHER
+    else:
+        sessions[twin]["mapping"] = twin
+    assert gateway.reap([twin], REAP_FORCED) == {}, "it may be about to be published"
+    age(sessions[twin], 301)
+    assert gateway.reap([twin], REAP_EXPIRED)["session_closed"] == 1
+    assert gateway.open(udp(HOST, 5000, *remotes[-1])) == port
+    assert gateway.session(HOST, 5000, "udp", *remotes[-1])["life"] & LIFE_SESSION
 
 
 def test_a_mapping_with_further_sessions_stays(gateway: Gateway) -> None:

@@ -345,7 +345,6 @@ def test_mtu_of_the_device(flying: tuple[Gateway, int, int]) -> None:
     assert gateway.fast_inbound(udp(SERVER, 53, GATEWAY, port, bytes(1473))).ended == "up_mtu"
 
 
-@pytest.mark.req("4787-13")
 def test_mtu_of_the_route(gateway: Gateway) -> None:
     """A locked one: bpf_fib_lookup tells of no other, though the kernel's own forwarding honours both."""
     netns.ip_batch([f"route add {OTHER_SERVER} via {SERVER} dev wan0 mtu lock 1300"])

@@ -43,7 +43,6 @@ def later(src: str, dst: str, number: int = 77, proto: int = 17, **ip: object) -
     return IP(src=src, dst=dst, id=number, proto=proto, frag=10, **ip) / Raw(b"the rest of it")
 
 
-@pytest.mark.req("4787-14")
 @pytest.mark.parametrize(("packet", "port_field"), KINDS.values(), ids=KINDS)
 def test_outbound_in_order(gateway: Gateway, packet: Packet, port_field: str) -> None:
     results = [gateway.outbound(each) for each in fragment(IP(wire(packet)), 1400)]
@@ -53,7 +52,6 @@ def test_outbound_in_order(gateway: Gateway, packet: Packet, port_field: str) ->
     assert all(result.ip.src == GATEWAY and sums(result.bytes)["ip"] == 0 for result in results)
 
 
-@pytest.mark.req("4787-14")
 @pytest.mark.parametrize(("packet", "port_field"), KINDS.values(), ids=KINDS)
 def test_inbound_in_order(gateway: Gateway, packet: Packet, port_field: str) -> None:
     port = gateway.open(fragment(IP(wire(packet)), 1400)[0])
@@ -105,7 +103,6 @@ def test_a_refused_first_fragment_lets_none_follow(gateway: Gateway) -> None:
     assert gateway.outbound(later(HOST, SERVER, proto=6)).ended == "drop_fragment_orphan"
 
 
-@pytest.mark.req("attacks-fragments")
 @pytest.mark.parametrize(
     ("proto", "length"), [(6, 8), (6, 16), (17, 0), (1, 0)], ids=["8 of TCP", "16 of TCP", "0 of UDP", "0 of ICMP"]
 )
@@ -120,7 +117,6 @@ def test_tiny_first_fragment(gateway: Gateway, proto: int, length: int) -> None:
     assert gateway.inbound(tiny).ended == "drop_fragment_tiny"
 
 
-@pytest.mark.req("attacks-fragments")
 def test_first_fragment_within_the_tcp_options(gateway: Gateway) -> None:
     """The TCP header says 40 bytes, the fragment has 24 of them."""
     gateway.connect(HOST, 5000, SERVER, 80)
@@ -130,7 +126,6 @@ def test_first_fragment_within_the_tcp_options(gateway: Gateway) -> None:
     assert gateway.outbound(packet).ended == "drop_fragment_tiny"
 
 
-@pytest.mark.req("attacks-fragments")
 def test_tcp_fragment_at_offset_8(gateway: Gateway) -> None:
     """RFC 3128: it would overwrite the flags that were looked at."""
     port = gateway.connect(HOST, 5000, SERVER, 80)
@@ -144,7 +139,6 @@ def test_tcp_fragment_at_offset_8(gateway: Gateway) -> None:
     assert gateway.inbound(overlap).ended == "drop_malformed"
 
 
-@pytest.mark.req("attacks-fragments")
 def test_a_total_over_64k(gateway: Gateway) -> None:
     gateway.outbound(fragment(udp(HOST, 5000, SERVER, 53, bytes(2000), id=77), 1400)[0])
     fits = IP(src=HOST, dst=SERVER, frag=8189, id=77, proto=17) / Raw(bytes(3))

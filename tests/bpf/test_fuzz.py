@@ -110,7 +110,6 @@ def _agree(fast: Result, slow: Result) -> None:
     ]
 
 
-@pytest.mark.req("reliability-fuzz")
 @pytest.mark.req("attacks-leak")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mutated_packets(flying: tuple[Gateway, dict[str, int]], seed: int) -> None:

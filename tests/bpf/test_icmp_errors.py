@@ -152,7 +152,6 @@ def test_outbound_from_a_router_inside(gateway: Gateway) -> None:
     assert result.bytes == wire(icmp_error(GATEWAY, SERVER, cut(answer), (11, 0)))
 
 
-@pytest.mark.req("4787-13")
 @pytest.mark.parametrize("mtu", [552, 1280, 1400])
 def test_path_mtu_is_kept(gateway: Gateway, mtu: int) -> None:
     sent = udp(HOST, 5000, SERVER, 53, bytes(1400))
@@ -161,7 +160,6 @@ def test_path_mtu_is_kept(gateway: Gateway, mtu: int) -> None:
     assert result.bytes == wire(icmp_error(ROUTER, HOST, sent, (3, 4), rest=mtu))
 
 
-@pytest.mark.req("5508-3")
 def test_rfc_4884_extensions_are_left_alone(gateway: Gateway) -> None:
     """128 bytes of quote, as the length field says, then an extension structure (an MPLS label)."""
     extension = bytes.fromhex("2000 dfff 0008 0101 1e00 0140")
@@ -204,7 +202,6 @@ def test_quote_shorter_than_8_bytes(gateway: Gateway, transport: int) -> None:
 # --- what is not believed --------------------------------------------------------------------------
 
 
-@pytest.mark.req("attacks-icmp_spoof")
 @pytest.mark.req("5508-4")
 def test_inbound_about_no_session_of_ours(gateway: Gateway) -> None:
     port = gateway.open(udp(HOST, 5000, SERVER, 53))

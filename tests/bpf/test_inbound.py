@@ -39,7 +39,6 @@ def test_answers(gateway: Gateway, payload: bytes) -> None:
     assert gateway.inbound(packet).bytes == wire(rebuilt(packet, dst=HOST, id=5000))
 
 
-@pytest.mark.req("attacks-options")
 def test_ip_options(gateway: Gateway) -> None:
     port = gateway.open(udp(HOST, 5000, SERVER, 53))
     packet = udp(SERVER, 53, GATEWAY, port, options=[IPOption_RR(length=39, pointer=4, routers=["0.0.0.0"] * 9)])
@@ -47,8 +46,6 @@ def test_ip_options(gateway: Gateway) -> None:
     assert result.bytes == wire(rebuilt(packet, dst=HOST, dport=5000))
 
 
-@pytest.mark.req("4787-8")
-@pytest.mark.req("5382-3")
 def test_filtering_is_by_address_and_port(gateway: Gateway) -> None:
     port = gateway.open(udp(HOST, 5000, SERVER, 53))
     for stranger in ((SERVER, 54), (OTHER_SERVER, 53), (OTHER_SERVER, 54), (SERVER, 0)):
@@ -61,7 +58,6 @@ def test_filtering_is_by_address_and_port(gateway: Gateway) -> None:
     assert gateway.inbound(echo_reply(OTHER_SERVER, GATEWAY, identifier)).ended == "own_inbound"
 
 
-@pytest.mark.req("5382-4")
 def test_unsolicited_is_the_gateways_own(gateway: Gateway) -> None:
     """No session: the gateway's own stack answers, or its firewall does. Nothing is opened."""
     for packet in (
@@ -105,7 +101,6 @@ def _to_internal(destination: str) -> list[Packet]:
     ]
 
 
-@pytest.mark.req("attacks-martian")
 @pytest.mark.parametrize(
     "packet",
     [

@@ -60,7 +60,6 @@ def test_translated(gateway: Gateway, packet: Packet, port_field: str) -> None:
     assert gateway.outbound(packet).bytes == result.bytes
 
 
-@pytest.mark.req("attacks-options")
 @pytest.mark.parametrize("options", [RECORD_ROUTE, TIMESTAMP], ids=["record route", "timestamp"])
 @pytest.mark.parametrize(
     ("packet", "port_field"),

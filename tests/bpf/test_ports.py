@@ -53,7 +53,6 @@ def _until_opened(gateway: Gateway, packet: Packet) -> Result:
 
 
 @pytest.mark.req("7857-9")
-@pytest.mark.req("4787-3a")
 def test_default_pool(gateway: Gateway) -> None:
     ports = np.array(_open_many(gateway, 3000))
     assert len(set(ports)) == len(ports)
@@ -105,7 +104,6 @@ def test_default_pool_used_to_99_percent(gateway: Gateway) -> None:
     assert set(ports) <= left
 
 
-@pytest.mark.req("6888-11")
 @pytest.mark.req("reliability-full")
 def test_exhaustion_refuses_the_new_and_spares_the_old(gateway: Gateway) -> None:
     gateway.pool(udp=((3000, 20),))

@@ -5,11 +5,13 @@ import random
 import struct
 import threading
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 from harness import HOST, SERVER, Bench, Gateway, age, udp, wan_frame
 
+from xdpmasq import bpf, source
 from xdpmasq.datapath import (
     FURTHER_BASE,
     LIFE_FURTHER_MASK,
@@ -22,7 +24,39 @@ from xdpmasq.datapath import (
 )
 from xdpmasq.lab import netns
 
+two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 RUNS, ENDPOINTS, REMOTES = 15_000, 40, 3
+
+
+# Claims used as locks: whoever has one must be alone. Eight of them, within one word.
+LOCKS = """
+BPF_TABLE("array", u32, u64, guards, 8);
+BPF_TABLE("percpu_array", u32, u64, tally, 2); /* taken, taken by two */
+
+int take_and_put_back(struct __sk_buff *skb)
+{
+	u32 at[2] = { 0, 1 };
+	u64 *taken = tally.lookup(&at[0]), *twice = tally.lookup(&at[1]);
+
+	if (!taken || !twice)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < 512; i++) {
+		u32 slot = i % 8;
+		volatile u64 *guard = guards.lookup(&slot);
+
+		if (!guard || !slot_claim(slot))
+			continue;
+		++*guard;
+		if (*guard != 1)
+			++*twice;
+		--*guard;
+		++*taken;
+		slot_release(slot);
+	}
+	return 0;
+}
+"""
 
 
 def _packets(bench: Bench, seed: int) -> None:
@@ -59,7 +93,22 @@ def _in_namespace(name: str, cpu: int, *what: object) -> threading.Thread:
     return thread
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.req("4787-3")
+@two_cpus
+def test_no_two_cpus_claim_one_slot(namespace: str) -> None:
+    compiled = bpf.compile(source.flatten(source.HEADERS) + LOCKS, {"EXTERNALS": 1, "FURTHER": 64})
+    program = compiled.load("take_and_put_back", "tc")
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    run = partial(program.test_run, bytes(14), repeat=3000)
+    for thread in [_in_namespace(namespace, cpu, run) for cpu in (first, second)]:
+        thread.join()
+    taken, twice = (compiled.maps["tally"].get(i) for i in (0, 1))
+    assert (taken > 100_000).sum() == 2
+    assert twice.sum() == 0
+    assert compiled.maps["claims"].get(0) == 0
+
+
+@two_cpus
 def test_tables_agree_afterwards(gateway: Gateway, namespace: str) -> None:
     gateway.pool(udp=((3000, 100),))
     first, second = sorted(os.sched_getaffinity(0))[:2]

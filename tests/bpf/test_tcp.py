@@ -145,13 +145,16 @@ def test_only_the_exact_sequence_number_resets(connection: Connection, who: str,
 
 
 @pytest.mark.req("attacks-rst")
-def test_thousands_of_guesses(connection: Connection) -> None:
-    """What an off-path attacker with a window's stride would send."""
+@pytest.mark.parametrize("ttl", [1, 64])
+def test_65536_guesses(connection: Connection, ttl: int) -> None:
+    """By one who is off the path, knows the endpoints, and hopes for a window; with TTL 1 only we would see it."""
     _establish(connection)
-    frame = bytearray(wan_frame(tcp(SERVER, 80, GATEWAY, connection.port, RST)))
-    for guess in range(0, 2**32, 2**18 + 4):
-        frame[38:42] = guess.to_bytes(4, "big")
-        connection.gateway.inbound(bytes(frame))
+    frame = bytearray(wan_frame(tcp(SERVER, 80, GATEWAY, connection.port, RST, ttl=ttl)))
+    program = connection.gateway.bench.programs["masq_wan_in"]
+    for guess in range(65536):
+        frame[38:42] = (guess * 65536 + 7).to_bytes(4, "big")
+        program.test_run(bytes(frame), room=64)
+    assert connection.gateway.counted()["slow_inbound"] == 65536
     assert connection.limit == ESTABLISHED
 
 

@@ -41,7 +41,7 @@ def slot_of(gateway: Gateway, endpoint: str) -> int:
     """Where the session of an internal endpoint lives."""
     tables, mappings = gateway.tables, gateway.mappings()
     port = int(mappings[endpoint].rpartition(":")[2])
-    return next(slot for slot in tables.live_slots() if slot % PORTS == port)
+    return next(slot for slot in tables.live_slots().tolist() if slot % PORTS == port)
 
 
 def age(gateway: Gateway, slots: object, seconds: float) -> None:

@@ -161,6 +161,24 @@ def test_an_interface_down_and_up(moving: Gateway, interface: str) -> None:
         connection.talk(5)
 
 
+@both
+@pytest.mark.req("attacks-leak")
+@pytest.mark.xfail(reason="slowpath.c drops neither the packet turned round nor the redirect", strict=True)
+def test_what_comes_for_a_lan_that_is_gone_does_not_turn_round(_shared: Gateway) -> None:
+    """Translated, it has no way but the default route: neither it nor a redirect about it may leave the WAN."""
+    with _shared.udp("internet") as server, _shared.udp("a-box") as client:
+        client.sendto(b"?", (INTERNET, server.getsockname()[1]))
+        _, source = server.recvfrom(10)
+        wire = Wire(_shared.lab)
+        _shared.gate("ip", "link", "set", "lan0", "down")
+        for number in range(10):
+            server.sendto(b"!", source)
+            time.sleep(0.2 * (number == 5))  # half of them after the agent has looked
+        _shared.gate("ip", "link", "set", "lan0", "up")
+        soon(lambda: answers(client), "traffic flows again")
+        wire.check()
+
+
 def recreate(gateway: Gateway, interface: str, *, index: bool) -> None:
     """Deletes a veth of masq-gate and makes it anew, with the same index or another, as cable and address were."""
     role, port, bridge, address = {
@@ -194,11 +212,13 @@ def test_an_interface_deleted_and_recreated(moving: Gateway, interface: str, ind
         endpoint = who(client)
         connection.talk()
         with moving.lab.capture("internet", "eth0", "net 192.168.0.0/16") as private:
-            stream = Stream(moving)  # which goes on, so that a gap without translation would be seen
+            # goes on, so that a gap without translation would be seen
+            stream = Stream(moving) if interface == "wan0" else None
             recreate(moving, interface, index=index)
             soon(lambda: answers(client), "traffic flows again")
             assert private.stop() == []
-        stream.stop()
+        if stream:
+            stream.stop()
         assert who(client) == endpoint
         connection.talk(5)
         assert moving.opens("c-box")

@@ -6,7 +6,7 @@ import json
 import signal
 from enum import StrEnum
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
 from rich import box
@@ -34,24 +34,32 @@ class Direction(StrEnum):
     BOTH = "both"
 
 
+# As in cli/common.py: values, not annotations, and no None. 0 and -1 stand for "as it depends".
+FLOWS = typer.Option(1000, help="UDP flows, one packet of each in turn.")
+SIZE = typer.Option(64, help="Bytes of a frame, from the Ethernet header on, without check sequence; even.")
+DIRECTION = typer.Option(Direction.BOTH, help="Which packets are measured.")
+ROUNDS = typer.Option(
+    0, min=0, help=f"Each contestant plays once a round.  [default: {Settings.rounds}]", show_default=False
+)
+PACKETS = typer.Option(
+    0, min=0, help=f"For each direction, contestant and round.  [default: {Settings.packets}]", show_default=False
+)
+CONTESTANT = typer.Option([], help="Only this one; may be given several times. Default: all.", show_default=False)
+CPU = typer.Option(-1, help="The core that carries everything; default: the last.", show_default=False)
+QUICK = typer.Option(False, "--quick", help=f"{_QUICK_ROUNDS} rounds of {_QUICK_PACKETS:,} packets.")
+JSON = typer.Option(False, "--json", help="Print one JSON object, and progress on stderr.")
+
+
 def bench(  # noqa: PLR0917  these are the command line
-    flows: Annotated[int, typer.Option(help="UDP flows, one packet of each in turn.")] = 1000,
-    size: Annotated[
-        int, typer.Option(help="Bytes of a frame, from the Ethernet header on, without check sequence; even.")
-    ] = 64,
-    direction: Annotated[Direction, typer.Option(help="Which packets are measured.")] = Direction.BOTH,
-    rounds: Annotated[int | None, typer.Option(help="Each contestant plays once a round.  [default: 7]")] = None,
-    packets: Annotated[
-        int | None, typer.Option(help="For each direction, contestant and round.  [default: 200000]")
-    ] = None,
-    contestant: Annotated[
-        list[str] | None, typer.Option(help="Only this one; may be given several times. Default: all.")
-    ] = None,
-    cpu: Annotated[int | None, typer.Option(help="The core that carries everything; default: the last.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help=f"{_QUICK_ROUNDS} rounds of {_QUICK_PACKETS:,} packets.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and progress on stderr.")] = False,
+    flows: int = FLOWS,
+    size: int = SIZE,
+    direction: Direction = DIRECTION,
+    rounds: int = ROUNDS,
+    packets: int = PACKETS,
+    contestant: list[str] = CONTESTANT,
+    cpu: int = CPU,
+    quick: bool = QUICK,
+    as_json: bool = JSON,
 ) -> None:
     """Measure CPU time per packet of xdpmasq and others, in namespaces of its own.
 
@@ -70,10 +78,10 @@ def bench(  # noqa: PLR0917  these are the command line
         flows=flows,
         frame_bytes=size,
         directions=one_ways.get(direction, DIRECTIONS),
-        rounds=rounds if rounds is not None else _QUICK_ROUNDS if quick else Settings.rounds,
-        packets=packets if packets is not None else _QUICK_PACKETS if quick else Settings.packets,
+        rounds=rounds or (_QUICK_ROUNDS if quick else Settings.rounds),
+        packets=packets or (_QUICK_PACKETS if quick else Settings.packets),
     )
-    report = _run(Bench(settings, chosen(contestant or []), cpu=cpu))
+    report = _run(Bench(settings, chosen(contestant), cpu=cpu if cpu >= 0 else None))
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:

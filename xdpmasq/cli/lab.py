@@ -6,7 +6,7 @@ import sys
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn, cast
+from typing import Literal, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -17,7 +17,10 @@ from xdpmasq.lab.errors import LabError
 from xdpmasq.lab.servers import DnsServer, EchoServer, SshServer, WebServer
 
 app = typer.Typer(
-    help="A network out of namespaces to try xdpmasq in: hosts, a gateway, an Internet.", no_args_is_help=True
+    help="A network out of namespaces to try xdpmasq in: hosts, a gateway, an Internet.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 
 _TRY = """\
@@ -33,7 +36,8 @@ Make masq-gate masquerade, and look:
 """
 _DEFAULT_NAME = "masq-lab"
 
-Name = Annotated[str, typer.Option(help="The lab's name, with which its namespaces' names begin.")]
+_NAME_HELP = "The lab's name, with which its namespaces' names begin."
+NAME = typer.Option(_DEFAULT_NAME, "--name", help=_NAME_HELP)
 
 
 class Wan(StrEnum):
@@ -58,18 +62,14 @@ class Gateway(StrEnum):
     NFT = "nft"
 
 
+LANS = typer.Option(1, min=1, max=2, help="2 adds lan1 with d-box.")
+WAN = typer.Option(Wan.VETH, help="tun: a WAN without Ethernet header, as ppp is.")
+FAR_MTU = typer.Option(1500, min=576, max=9000, help="MTU of the link between transit and far.")
+OFFLOADS = typer.Option(False, help="Keep super-packets and partial checksums, which XDP on veth cannot take.")
+
+
 @app.command()
-def up(
-    name: Name = _DEFAULT_NAME,
-    lans: Annotated[int, typer.Option(min=1, max=2, help="2 adds lan1 with d-box.")] = 1,
-    wan: Annotated[Wan, typer.Option(help="tun: a WAN without Ethernet header, as ppp is.")] = Wan.VETH,
-    far_mtu: Annotated[
-        int, typer.Option(min=576, max=9000, help="MTU of the link between transit and far.")
-    ] = 1500,
-    offloads: Annotated[
-        bool, typer.Option(help="Keep super-packets and partial checksums, which XDP on veth cannot take.")
-    ] = False,
-) -> None:
+def up(name: str = NAME, lans: int = LANS, wan: Wan = WAN, far_mtu: int = FAR_MTU, offloads: bool = OFFLOADS) -> None:
     """Build the network, start servers in it, and leave it running.
 
     Example: xdpmasq lab up --lans 2
@@ -88,7 +88,7 @@ def up(
 
 
 @app.command()
-def down(name: Name = _DEFAULT_NAME) -> None:
+def down(name: str = NAME) -> None:
     """Remove the network and everything that runs in it.
 
     Example: xdpmasq lab down
@@ -98,12 +98,12 @@ def down(name: Name = _DEFAULT_NAME) -> None:
     lab.down()
 
 
+ROLE = typer.Argument(..., help="a-box, b-box, c-box, masq-gate, internet, transit, far…")
+COMMAND = typer.Argument(..., help="The program and its arguments.")
+
+
 @app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-def execute(
-    role: Annotated[str, typer.Argument(help="a-box, b-box, c-box, masq-gate, internet, transit, far…")],
-    command: Annotated[list[str], typer.Argument(help="The program and its arguments.")],
-    name: Name = _DEFAULT_NAME,
-) -> None:
+def execute(role: str = ROLE, command: list[str] = COMMAND, name: str = NAME) -> None:
     """Run a program in one of the lab's boxes.
 
     Example: xdpmasq lab exec a-box -- curl http://203.0.113.10/
@@ -118,15 +118,14 @@ def execute(
     os.execvp(argv[0], argv)
 
 
+MODES = typer.Option([], "--mode", help="May be given several times.", show_default=False)
+GATEWAY = typer.Option(Gateway.XDPMASQ, help="nft: the same programs through the kernel's own masquerade.")
+CPU = typer.Option(True, help="End with CPU time per packet beside nftables.")
+DEMO_NAME = typer.Option("masq-demo", "--name", help=_NAME_HELP)
+
+
 @app.command()
-def demo(
-    mode: Annotated[list[Mode] | None, typer.Option(help="May be given several times.")] = None,
-    gateway: Annotated[
-        Gateway, typer.Option(help="nft: the same programs through the kernel's own masquerade.")
-    ] = Gateway.XDPMASQ,
-    cpu: Annotated[bool, typer.Option(help="End with CPU time per packet beside nftables.")] = True,
-    name: Name = "masq-demo",
-) -> None:
+def demo(mode: list[Mode] = MODES, gateway: Gateway = GATEWAY, cpu: bool = CPU, name: str = DEMO_NAME) -> None:
     """Drive real programs through the gateway, show what it does, and check that nothing stays behind.
 
     Example: xdpmasq lab demo --mode xdp --no-cpu
