@@ -20,7 +20,7 @@
 	X(up_ttl, "XDP passed up: TTL ends here")                                                  \
 	X(up_no_flow, "XDP passed up: no session yet, or not ours")                                \
 	X(up_not_armed, "XDP passed up: the flow's next hop is to be confirmed by the kernel")     \
-	X(up_mtu, "XDP passed up: longer than the route's MTU")                                    \
+	X(up_longer, "XDP passed up: longer than any packet of the flow that the kernel let pass") \
 	X(own_outbound, "the gateway's own or routed packets leaving the WAN untouched")           \
 	X(own_inbound, "packets from the WAN handed to the gateway's own stack")                   \
 	X(own_not_ip, "other protocols than this instance's IP version, untouched")                \

@@ -107,8 +107,8 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, enum direction
 		return pass(COUNT_up_no_flow);
 	if (!flow_is_armed(cfg, flow, now))
 		return pass(COUNT_up_not_armed);
-	if (f.total > flow->mtu)
-		return pass(COUNT_up_mtu);
+	if (f.total > flow->longest)
+		return pass(COUNT_up_longer);
 	*egress_index = flow->egress;
 	egress = interface_at(*egress_index);
 	if (!egress || !(egress->xdp & XDP_TO))

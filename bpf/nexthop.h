@@ -7,32 +7,27 @@ struct ethernet_header {
 	__be16 proto;
 };
 
-/* The MTU the kernel would hold this packet to: the route's when our lookup finds the route taken, else the device's
- * (policy routing by mark cannot be repeated from here).
- */
-static __always_inline u32 route_mtu(const struct packet *p, addr_t dst, u32 device_mtu)
-{
-	struct bpf_fib_lookup fib = {
-		.family = AF_INET,
-		.ifindex = p->skb->ingress_ifindex,
-		.ipv4_src = p->src.word[0],
-		.ipv4_dst = dst.word[0],
-		.tot_len = 1, /* asks for the MTU in mtu_result, which shares its place */
-	};
-	u32 mtu;
+#define LONGEST_LEAST 576 /* RFC 791: every IPv4 host takes this much; saves the short packets of a flow a second look */
 
-	if (bpf_fib_lookup(p->skb, &fib, sizeof(fib), 0) || fib.ifindex != p->skb->ifindex)
-		return device_mtu;
-	mtu = fib.tot_len;
-	return mtu && mtu < device_mtu ? mtu : device_mtu;
+/* How long a packet the kernel has just let pass, in bytes of IP. That, and no MTU, is what XDP holds a flow to: route
+ * MTUs, locked or not, and policy routing are the kernel's to know (bpf_fib_lookup tells only of locked ones). Of a
+ * super-packet it is what one segment has at least.
+ */
+static __always_inline u32 packet_longest(const struct packet *p)
+{
+	u32 segment = p->skb->gso_size ? sizeof(struct udp_header) + p->skb->gso_size : p->l4_len;
+	u32 length = p->l4 - p->l3 + segment;
+
+	return length > LONGEST_LEAST ? length : LONGEST_LEAST;
 }
 
-/* @old is the endpoint that the flow's new one replaces, @dst the address the kernel routed by. */
+/* @old is the endpoint that the flow's new one replaces. */
 static __always_inline void flow_arm(const struct settings *cfg, const struct packet *p, struct flow *flow,
-				     addr_t old_addr, __be16 old_port, addr_t dst)
+				     addr_t old_addr, __be16 old_port)
 {
 	struct interface *from = interface_at(p->skb->ingress_ifindex), *to = interface_at(p->skb->ifindex);
 	u32 l3_delta = csum_delta_addr(old_addr, flow->new_addr);
+	u32 longest = packet_longest(p);
 	struct ethernet_header eth;
 
 	if (!from || !to || !(from->xdp & XDP_FROM) || !(to->xdp & XDP_TO) || p->l3 != sizeof(eth))
@@ -41,7 +36,8 @@ static __always_inline void flow_arm(const struct settings *cfg, const struct pa
 		return;
 	if (bpf_skb_load_bytes(p->skb, 0, &eth, sizeof(eth)))
 		return;
-	flow->mtu = route_mtu(p, dst, to->mtu);
+	if (longest > flow->longest || !flow_is_armed(cfg, flow, p->now))
+		flow->longest = longest < to->mtu ? longest : to->mtu;
 	flow->egress = p->skb->ifindex;
 	__builtin_memcpy(flow->next_hop, eth.dst, sizeof(eth.dst));
 	flow->l3_delta = l3_delta;

@@ -104,7 +104,7 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 	}
 	flow_touch(&s->out, p->now, p->l4 - p->l3 + p->l4_len);
 	if (session_may_fly(cfg, s))
-		flow_arm(cfg, p, &s->out, p->src, p->src_port, p->dst);
+		flow_arm(cfg, p, &s->out, p->src, p->src_port);
 	if (p->more_fragments)
 		fragment_remember(p, s->out.new_addr);
 	return rewrite(p, SOURCE, s->out.new_addr, s->out.new_port, COUNT_slow_outbound);
@@ -216,7 +216,7 @@ static __always_inline void learn_inbound(struct packet *p)
 		return;
 	s = session_find(slot_of_internal(p->dst, p->class, p->dst_port), p->src, p->src_port, OUTBOUND);
 	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s))
-		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port, p->dst);
+		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port);
 }
 
 int masq_wan_out(struct __sk_buff *skb)

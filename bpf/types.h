@@ -9,7 +9,6 @@
 #ifndef IP_VERSION
 #define IP_VERSION 4
 #endif
-#define AF_INET 2 /* from sys/socket.h, which is not for the kernel */
 #define ADDR_WORDS (IP_VERSION == 4 ? 1 : 4)
 #define ADDR_BITS (IP_VERSION == 4 ? 32 : 128)
 
@@ -44,7 +43,7 @@ struct flow {
 	u32 armed_at; /* jiffies at which the slow path last confirmed this flow for XDP */
 	u32 last_seen; /* jiffies */
 	__be32 last_ack; /* TCP: the last acknowledgement this side sent */
-	u16 mtu;
+	u16 longest; /* IP length that the kernel has let pass since the flow was armed */
 	u8 tcp_seen; /* TCP_* flags this side has sent */
 	u8 pad;
 	u64 packets;

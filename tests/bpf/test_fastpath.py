@@ -34,15 +34,15 @@ from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from xdpmasq import bpf
-from xdpmasq.lab import netns
 
 
 @pytest.fixture
 def flying(gateway: Gateway) -> tuple[Gateway, int, int]:
     """A gateway with an armed UDP and an armed TCP flow, both ways; their external ports."""
     gateway.accelerate()
-    udp_port = gateway.open(udp(HOST, 5000, SERVER, 53))
-    _deliver(gateway, udp(SERVER, 53, GATEWAY, udp_port), udp(SERVER, 53, HOST, 5000))
+    full = bytes(1472)  # what flies is no longer than what went before
+    udp_port = gateway.open(udp(HOST, 5000, SERVER, 53, full))
+    _deliver(gateway, udp(SERVER, 53, GATEWAY, udp_port, full), udp(SERVER, 53, HOST, 5000, full))
     tcp_port = gateway.connect(HOST, 5000, SERVER, 80)
     _deliver(gateway, tcp(SERVER, 80, GATEWAY, tcp_port, ACK, ack=101), tcp(SERVER, 80, HOST, 5000, ACK, ack=101))
     return gateway, udp_port, tcp_port
@@ -155,7 +155,7 @@ GO_UP = [
     pytest.param(udp(HOST, 5000, SERVER, 80), "up_no_flow", id="another protocol"),
     pytest.param(echo(HOST, SERVER, 5000), "up_protocol", id="ping"),
     pytest.param(IP(src=HOST, dst=SERVER, proto=47) / Raw(bytes(64)), "up_protocol", id="GRE"),
-    pytest.param(udp(HOST, 5000, SERVER, 53, bytes(1473)), "up_mtu", id="one byte longer than the MTU"),
+    pytest.param(udp(HOST, 5000, SERVER, 53, bytes(1473)), "up_longer", id="longer than any before"),
     pytest.param(_frame(UDP_OUT, dst=WAN_MAC), "up_not_for_us", id="another MAC"),
     pytest.param(_frame(UDP_OUT, dst="ff:ff:ff:ff:ff:ff"), "up_not_for_us", id="broadcast"),
     pytest.param(_frame(Dot1Q(vlan=5) / UDP_OUT), "up_not_ip", id="VLAN tag"),
@@ -334,30 +334,27 @@ def test_an_egress_that_stopped_taking_frames(flying: tuple[Gateway, int, int]) 
     assert gateway.fast_outbound(UDP_OUT).ended == "up_not_armed"
 
 
-# --- MTU -------------------------------------------------------------------------------------------
+# --- length ----------------------------------------------------------------------------------------
+
+LEAST = 576 - 28  # payload of the longest UDP packet that flies without a longer one having been let pass
 
 
-def test_mtu_of_the_device(flying: tuple[Gateway, int, int]) -> None:
-    gateway, port, _ = flying
-    longest = udp(HOST, 5000, SERVER, 53, bytes(1472))
-    assert gateway.fast_outbound(longest).ended == "fast_outbound"
-    assert gateway.fast_inbound(udp(SERVER, 53, GATEWAY, port, bytes(1472))).ended == "fast_inbound"
-    assert gateway.fast_inbound(udp(SERVER, 53, GATEWAY, port, bytes(1473))).ended == "up_mtu"
+def test_no_longer_than_what_the_kernel_let_pass(gateway: Gateway) -> None:
+    """The kernel alone knows the MTU of a route: XDP repeats what it has seen it do."""
+    gateway.accelerate()
+    gateway.open(UDP_OUT)
+    for seen, flies in ((LEAST, LEAST), (1000, 1000), (900, 1000), (1472, 1472)):
+        assert gateway.outbound(udp(HOST, 5000, SERVER, 53, bytes(seen))).ended == "slow_outbound"
+        assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, bytes(flies))).ended == "fast_outbound"
+        assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, bytes(flies + 1))).ended == "up_longer"
 
 
-def test_mtu_of_the_route(gateway: Gateway) -> None:
-    """A locked one: bpf_fib_lookup tells of no other, though the kernel's own forwarding honours both."""
-    netns.ip_batch([f"route add {OTHER_SERVER} via {SERVER} dev wan0 mtu lock 1300"])
-    try:
-        gateway.accelerate()
-        gateway.open(udp(HOST, 5000, OTHER_SERVER, 53))
-        gateway.open(UDP_OUT)
-        longest = udp(HOST, 5000, OTHER_SERVER, 53, bytes(1272))
-        assert gateway.fast_outbound(longest).ended == "fast_outbound"
-        assert gateway.fast_outbound(udp(HOST, 5000, OTHER_SERVER, 53, bytes(1273))).ended == "up_mtu"
-        assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, bytes(1472))).ended == "fast_outbound"
-    finally:
-        netns.ip_batch([f"route del {OTHER_SERVER} via {SERVER} dev wan0"])
+def test_length_is_learned_anew_with_the_next_hop(flying: tuple[Gateway, int, int]) -> None:
+    gateway = flying[0]
+    gateway.tables.disarm()
+    next_tick()
+    gateway.outbound(UDP_OUT)
+    assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, bytes(LEAST + 1))).ended == "up_longer"
 
 
 # --- the two paths agree ---------------------------------------------------------------------------

@@ -22,23 +22,23 @@ in_tc = pytest.mark.parametrize("mode", ["tc"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def _shared(request: pytest.FixtureRequest) -> Iterator[Gateway]:
+def unwatched(request: pytest.FixtureRequest) -> Iterator[Gateway]:
     with Gateway.in_new_lab(request.param) as gateway:
         EchoServer(gateway.lab)
         yield gateway
 
 
 @pytest.fixture
-def moving(_shared: Gateway) -> Iterator[Gateway]:
+def moving(unwatched: Gateway) -> Iterator[Gateway]:
     """A gateway whose interfaces tests change and put back."""
-    wire = Wire(_shared.lab)
-    yield _shared
+    wire = Wire(unwatched.lab)
+    yield unwatched
     wire.check()
-    assert _shared.agent_pid
+    assert unwatched.agent_pid
 
 
 both = pytest.mark.parametrize(
-    "_shared",
+    "unwatched",
     [pytest.param(mode, marks=pytest.mark.xdist_group(f"interfaces-{mode}")) for mode in ("tc", "xdp")],
     indirect=True,
     ids=["tc", "xdp"],
@@ -164,17 +164,17 @@ def test_an_interface_down_and_up(moving: Gateway, interface: str) -> None:
 @both
 @pytest.mark.req("attacks-leak")
 @pytest.mark.xfail(reason="slowpath.c drops neither the packet turned round nor the redirect", strict=True)
-def test_what_comes_for_a_lan_that_is_gone_does_not_turn_round(_shared: Gateway) -> None:
+def test_what_comes_for_a_lan_that_is_gone_does_not_turn_round(unwatched: Gateway) -> None:
     """Translated, it has no way but the default route: neither it nor a redirect about it may leave the WAN."""
-    with _shared.udp("internet") as server, _shared.udp("a-box") as client:
+    with unwatched.udp("internet") as server, unwatched.udp("a-box") as client:
         client.sendto(b"?", (INTERNET, server.getsockname()[1]))
         _, source = server.recvfrom(10)
-        wire = Wire(_shared.lab)
-        _shared.gate("ip", "link", "set", "lan0", "down")
+        wire = Wire(unwatched.lab)
+        unwatched.gate("ip", "link", "set", "lan0", "down")
         for number in range(10):
             server.sendto(b"!", source)
             time.sleep(0.2 * (number == 5))  # half of them after the agent has looked
-        _shared.gate("ip", "link", "set", "lan0", "up")
+        unwatched.gate("ip", "link", "set", "lan0", "up")
         soon(lambda: answers(client), "traffic flows again")
         wire.check()
 
@@ -221,7 +221,7 @@ def test_an_interface_deleted_and_recreated(moving: Gateway, interface: str, ind
             stream.stop()
         assert who(client) == endpoint
         connection.talk(5)
-        assert moving.opens("c-box")
+        soon(lambda: moving.opens("c-box"), "the LAN's prefix is internal again")
     hook = {"xdp": "xdp", "tc": "tc"}[moving.mode]
     soon(lambda: moving.hooks() == {"wan0": hook, "lan0": hook}, "it is on its hook again")
 
