@@ -11,79 +11,31 @@ import contextlib
 import json
 import logging
 import os
-import select
 import selectors
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import __version__, bpf, datapath, drivers, netdev, presence, source
-from xdpmasq.config import Config, Ports, Timeouts
+from xdpmasq import __version__, attachment, bpf, checks, datapath, drivers, netdev, presence, source
+from xdpmasq import config as configuration
+from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
-from xdpmasq.errors import DatapathError, HostError, InterfaceError, MasqError, from_dict
+from xdpmasq.errors import DatapathError, HostError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
+from xdpmasq.sysctls import Sysctls
 
 log = logging.getLogger("xdpmasq")
 
 TICK_S = 1.0
 SETTLE_S = 0.02  # netlink messages come in bursts: the least rest between two looks
 DISARM_ALL_S = 3600  # keeps settings.disarmed_at within reach of 32-bit jiffies
-START_S = 60  # what a start may take on a slow machine
 RETRY_S = (1, 60)  # after something went wrong: first, and at most
 BUSY_S = 0.5  # the longest one, while changes rain down
-FORWARDING, LIBERAL = "net.ipv4.ip_forward", "net.netfilter.nf_conntrack_tcp_be_liberal"
-SET = "1"  # what both of them are set to
-OLDEST_KERNEL = (5, 15)
-MAIN_TABLE = 254
-
-
-# --- one interface ---------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _current(index: int) -> Iterator[int | None]:
-    """A descriptor of the program on the XDP hook, None when it is empty."""
-    number = next((each.xdp_prog_id for each in netdev.links() if each.index == index), 0)
-    if not number:
-        yield None
-        return
-    with bpf.Program.by_id(number) as program:
-        ours = program.name.startswith(datapath.PROGRAM)
-        yield program.fd if ours else None
-
-
-def _put(link: netdev.Link, hook: Hook, program: bpf.Program) -> None:
-    """Attaches, or replaces our own program without a gap."""
-    if hook.kind == "xdp":
-        with _current(link.index) as there:
-            netdev.xdp_attach(link.index, program.fd, "native", there)
-    else:
-        netdev.tc_attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
-
-
-def _clear(link: netdev.Link, keep: tuple[Hook, ...] = ()) -> bool:
-    """Takes our programs off a link, except where ``keep`` wants one. True when there were any."""
-    kept = {hook.kind for hook in keep}
-    found = False
-    if "xdp" not in kept:
-        with _current(link.index) as there:
-            found = there is not None and netdev.xdp_detach(link.index, "native", there)
-    for each in netdev.tc_programs(link.index):
-        if each.name == datapath.FILTER and each.direction not in kept:
-            found |= netdev.tc_detach(link.index, each.direction, each.priority, each.handle)
-    return found
-
-
-# --- the agent -------------------------------------------------------------------------------------
 
 
 class Agent:
@@ -114,13 +66,13 @@ class Agent:
             "version": __version__,
         }
         self._leftover = {**self._manifest} if adopted else None
-        self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": _config_fields(config)}
+        self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": configuration.as_fields(config)}
         self._hz: int = self._manifest["hz"]
         self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
         self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
         self._troubled = False
         self._served: IPv4Address | None = None  # the address that all sessions are of
-        self._sysctls_done: set[str] = set()
+        self._sysctls = Sysctls(self._manifest, self._save)
         self._serving = False
         self._retry_at, self._retry_s = float("inf"), 0.0
         self._rested_at = 0.0
@@ -146,7 +98,7 @@ class Agent:
             "external": None,
             "hz": bpf.tick_rate(),
             "attached_at": time.time(),
-            "config": _config_fields(config),
+            "config": configuration.as_fields(config),
             "counters": list(source.counters()),
             "layouts": _through_json(self._programs.layouts),
             "qdiscs": [],
@@ -210,7 +162,7 @@ class Agent:
     def reconcile(self) -> None:
         """Brings programs, tables and external address in step with the interfaces as they are now."""
         links = netdev.links()
-        wan = wan_of(self._config, links)
+        wan = checks.wan_of(self._config, links)
         lans = [link for link in netdev.match_links(self._config.lans, links) if link != wan]
         wanted: list[tuple[netdev.Link, Role]] = [(link, "lan") for link in lans]
         if wan:
@@ -281,8 +233,8 @@ class Agent:
             self._save()
             netdev.clsact_add(link.index)
         for each in hooks:
-            _put(link, each, self._programs[each.function])
-        _clear(link, keep=hooks)
+            attachment.put(link, each, self._programs[each.function])
+        attachment.clear(link, keep=hooks)
         self._attached[link.name] = (link, hooks)
         log.info("attached to %s as %s by %s", link.name, role, hook)
 
@@ -290,7 +242,7 @@ class Agent:
         """Raises InterfaceError when another xdpmasq has the link: two would take it from each other for ever."""
         for other in datapath.on_link(link):
             if other.maps["manifest"].id != self.tables.maps["manifest"].id:
-                raise _in_use(link.name, other.manifest["wan"])
+                raise checks.in_use(link.name, other.manifest["wan"])
 
     def _is_whole(self, link: netdev.Link, hooks: tuple[Hook, ...]) -> bool:
         """Nobody took our programs away, or put another in their place, meanwhile."""
@@ -322,7 +274,7 @@ class Agent:
         known = {entry["index"]: entry["name"] for entry in self._manifest["interfaces"]}
         if self._leftover:
             # What an agent killed while it attached has left may not be in its manifest yet.
-            known |= {link.index: link.name for link in links if _belongs(link, self._leftover)}
+            known |= {link.index: link.name for link in links if attachment.belongs(link, self._leftover)}
             self._leftover = None
         for index, name in known.items():
             if keep.get(index) != name:
@@ -333,7 +285,7 @@ class Agent:
             if index < datapath.PORTS:
                 self.tables.unset_interface(index)
             if index in there:
-                _leave(there[index], self._manifest)
+                attachment.leave(there[index], self._manifest)
         self._manifest["qdiscs"] = [index for index in self._manifest["qdiscs"] if index in there]
 
     def _follow_addresses(
@@ -383,29 +335,9 @@ class Agent:
         if ended:
             log.info("the WAN address changed to %s: %d sessions ended", external, ended)
 
-    # --- sysctls
-
-    def _set_sysctls(self) -> None:
-        """Turns the host into a router; what it was before goes to the manifest first.
-
-        Each is set once, as soon as it is there (conntrack may be loaded later): what is made of it then stays.
-        """
-        wanted = {FORWARDING}
-        if any(each["hook"] == "xdp" for each in self._manifest["interfaces"]):
-            # conntrack, where a firewall uses it, sees only a packet now and then of accelerated connections.
-            wanted.add(LIBERAL)
-        for name in wanted - self._sysctls_done:
-            before = netdev.sysctl_get(name)
-            if before is None:
-                continue
-            self._sysctls_done.add(name)
-            if before == SET:
-                continue
-            self._manifest["sysctls"].setdefault(name, before)
-            if name == FORWARDING:
-                self._manifest["side_effects"] = _forwarding_side_effects()
-            self._save()
-            netdev.sysctl_set(name, SET)
+    def _route(self) -> None:
+        """Makes the host a router."""
+        self._sysctls.apply(accelerated=any(each["hook"] == "xdp" for each in self._manifest["interfaces"]))
 
     # --- life
 
@@ -419,10 +351,10 @@ class Agent:
         self._save()
         try:
             self.reconcile()
-            self._set_sysctls()
+            self._route()
         except BaseException:
             if not adopted:
-                _take_down(self._manifest)
+                attachment.take_down(self._manifest)
             raise
         self._serving = True
 
@@ -455,13 +387,13 @@ class Agent:
                     next_disarm = now + DISARM_ALL_S
                 if now >= next_tick:
                     self._safely(self._expiry.run)
-                    self._safely(self._set_sysctls)
+                    self._safely(self._route)
                     next_tick = now + TICK_S
 
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
         if not any(each.manifest["wan"] == self._config.wan for each in datapath.find_all()):
-            _take_down(self._manifest)
+            attachment.take_down(self._manifest)
 
     def _safely(self, step: Callable[[], None]) -> bool:
         """Whatever goes wrong in service is said and tried again: an agent that ends helps nobody."""
@@ -518,115 +450,17 @@ def _through_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _config_fields(config: Config) -> dict[str, Any]:
-    """A configuration as JSON can carry it."""
-    fields = asdict(config)
-    return {**fields, "internal": [str(network) for network in config.internal]}
-
-
-def _config_of(fields: dict[str, Any]) -> Config:
-    """The inverse of :func:`_config_fields`."""
-    return Config(
-        **{
-            **fields,
-            "lans": tuple(fields["lans"]),
-            "internal": tuple(map(IPv4Network, fields["internal"])),
-            "timeouts": Timeouts(**fields["timeouts"]),
-            "ports": Ports(**fields["ports"]),
-        }
-    )
-
-
-# --- checks before anything changes ----------------------------------------------------------------
-
-
-def check_host() -> None:
-    """Raises HostError when this machine cannot carry a datapath."""
-    if os.geteuid() != 0:
-        raise HostError("must be root", "loading programs needs CAP_BPF and CAP_NET_ADMIN", "use sudo")
-    if netdev.kernel_release() < OLDEST_KERNEL:
-        raise HostError(
-            f"kernel {'.'.join(map(str, netdev.kernel_release()))} is too old",
-            "xdpmasq needs 5.15 or later, and is tested on 6.1 and 6.18",
-            "upgrade the kernel",
-        )
-
-
-def check_interfaces(config: Config) -> None:
-    """Raises InterfaceError when the interfaces cannot serve as the configuration says."""
-    links = netdev.links()
-    wan = wan_of(config, links)
-    if wan is None:
-        raise netdev.no_such_interface(config.wan, links)
-    for pattern in config.lans:
-        matched = netdev.match_links([pattern], links)
-        if not matched and not set(pattern) & set("*?["):
-            raise netdev.no_such_interface(pattern, links)
-    lans = netdev.match_links(config.lans, links)
-    if wan in lans:
-        raise InterfaceError(
-            f"{wan.name} is both WAN and LAN",
-            "one-armed masquerading on a single interface is not supported",
-            "give the internal network an interface of its own",
-        )
-    _check_addresses(wan, lans)
-    _check_unused(config.wan, [wan, *lans])
-
-
-def _check_addresses(wan: netdev.Link, lans: list[netdev.Link]) -> None:
-    addresses = netdev.addresses(4)
-    outside = [each for each in addresses if each.index == wan.index]
-    if not outside:
-        raise InterfaceError(
-            f"{wan.name} has no IPv4 address",
-            "there is no public address to share",
-            f"configure one (ip address add … dev {wan.name}, or a DHCP client) and try again",
-        )
-    names = {link.index: link.name for link in lans}
-    for inner in addresses:
-        for outer in outside:
-            if inner.index in names and inner.network.overlaps(outer.network):
-                raise InterfaceError(
-                    f"{names[inner.index]} and {wan.name} overlap",
-                    f"LAN {inner.network} and WAN {outer.network} share addresses (RFC 4787 REQ-7)",
-                    "renumber the LAN",
-                )
-
-
-def _check_unused(wan: str, links: list[netdev.Link]) -> None:
-    for each in datapath.find_all():
-        manifest = each.manifest
-        if manifest["wan"] == wan:
-            continue
-        taken = {entry["name"] for entry in manifest["interfaces"]} & {link.name for link in links}
-        if taken:
-            raise _in_use(", ".join(sorted(taken)), manifest["wan"])
-
-
-def _in_use(what: str, wan: str) -> InterfaceError:
-    return InterfaceError(f"{what} is in use", f"by the xdpmasq of WAN {wan}", f"xdpmasq detach --wan {wan}")
-
-
-def wan_of(config: Config, links: list[netdev.Link]) -> netdev.Link | None:
-    """The WAN: of several that match a wildcard, the first that is up."""
-    matching = netdev.match_links([config.wan], links)
-    return min(matching, key=lambda link: (not link.up, link.index), default=None)
-
-
-# --- verbs -----------------------------------------------------------------------------------------
-
-
 def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
     """Attaches (or adopts what is attached), then follows the machine until told to stop.
 
     Raises:
         MasqError: before anything has changed, or with everything put back.
     """
-    check_host()
+    checks.check_host()
     signal.signal(signal.SIGTERM, _give_up)
     with presence.being_agent(config.wan):
         with presence.changing():
-            check_interfaces(config)
+            checks.check_interfaces(config)
             running = [each for each in datapath.find_all() if each.manifest["wan"] == config.wan]
             agent = Agent(config, running[0] if running else None)
             agent.start()
@@ -638,157 +472,3 @@ def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
 def _give_up(*_: object) -> NoReturn:
     """Asked to end while it starts: with everything put back."""
     raise SystemExit(128 + signal.SIGTERM)
-
-
-def status(wan: str) -> dict[str, Any]:
-    """What ``attach`` reports when all is well."""
-    return datapath.find(wan).manifest
-
-
-def start_background(config: Config) -> dict[str, Any]:
-    """Starts the agent in the background and waits until it is healthy; returns its manifest.
-
-    Raises:
-        MasqError: whatever kept the agent from starting.
-    """
-    check_host()
-    command = [sys.executable, "-m", "xdpmasq.agent"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    ) as child:
-        assert child.stdin
-        assert child.stdout
-        child.stdin.write(json.dumps(_config_fields(config)))
-        child.stdin.close()
-        if not select.select([child.stdout], [], [], START_S)[0]:
-            child.kill()
-            raise DatapathError("the agent did not start", f"nothing for {START_S} s", "xdpmasq run … shows more")
-        answer = child.stdout.readline()
-        if not answer:
-            raise DatapathError(
-                "the agent ended while starting", f"exit code {child.wait()}", "xdpmasq run … shows more"
-            )
-        report = json.loads(answer)
-        if "error" in report:
-            child.wait()
-            raise from_dict(report["error"])
-        child.returncode = 0  # it lives on: nothing to wait for
-    return status(config.wan)
-
-
-def _background() -> None:
-    """The other end of :func:`start_background`."""
-    answer = os.fdopen(os.dup(1), "w")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-
-    def say(report: dict[str, Any]) -> None:
-        if answer.closed:  # it was healthy at first, and nobody listens any more
-            return
-        with contextlib.suppress(BrokenPipeError):
-            answer.write(json.dumps(report) + "\n")
-            answer.close()
-
-    try:
-        run(_config_of(json.load(sys.stdin)), ready=lambda: say({"ok": True}))
-    except MasqError as error:
-        say({"error": error.as_dict()})
-        sys.exit(error.exit_code)
-    except Exception as error:  # said before it is raised: nobody reads this process's stderr
-        say({"error": DatapathError("the agent failed", repr(error), "xdpmasq run … shows more").as_dict()})
-        raise
-
-
-def detach(wan: str | None = None) -> dict[str, Any]:
-    """Ends the agent and removes every trace of the datapath.
-
-    Returns:
-        ``{"interfaces": [names], "sessions": number ended, "sysctls": {name: value put back}}``
-
-    Raises:
-        NotAttachedError: nothing is attached.
-    """
-    check_host()
-    if (waiting := _agent_without_interfaces(wan)) is not None:
-        _end_agent(waiting)
-        return {"interfaces": [], "sessions": 0, "sysctls": {}}
-    wan = datapath.find(wan).manifest["wan"]
-    _end_agent(wan)
-    with presence.changing():
-        attached = datapath.find(wan)  # as the agent left it; another detach may have been first
-        sessions, manifest = len(attached.live_slots()), attached.manifest
-        interfaces, sysctls = _take_down(manifest)
-    presence.forget_agent(manifest["wan"])
-    return {"interfaces": interfaces, "sessions": sessions, "sysctls": sysctls}
-
-
-def _agent_without_interfaces(wan: str | None) -> str | None:
-    """The WAN of an agent that waits for its interfaces to come back, and so has no programs to be found by."""
-    attached = {each.manifest["wan"] for each in datapath.find_all()}
-    waiting = [each for each in presence.agents() if each not in attached and wan in (None, each)]
-    return waiting[0] if len(waiting) == 1 and (wan or not attached) else None
-
-
-def _end_agent(wan: str, patience_s: float = 10) -> None:
-    deadline = time.monotonic() + patience_s
-    asked = signal.SIGTERM
-    while (pid := presence.agent_pid(wan)) is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, asked)
-        if time.monotonic() > deadline:
-            asked = signal.SIGKILL
-        time.sleep(0.05)
-
-
-def _take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Puts sysctls back first, so that no packet is forwarded untranslated; then removes programs."""
-    put_back = _restore_sysctls(manifest)
-    cleared = []
-    # The WAN's translation goes last.
-    for link in sorted(netdev.links(), key=lambda link: bool(netdev.match_links([manifest["wan"]], [link]))):
-        if _belongs(link, manifest) and _leave(link, manifest):
-            cleared.append(link.name)
-    return cleared, put_back
-
-
-def _leave(link: netdev.Link, manifest: dict[str, Any]) -> bool:
-    """Takes everything of ours off a link; True when there were programs."""
-    found = _clear(link)
-    if link.index in manifest["qdiscs"] and not netdev.tc_programs(link.index):
-        netdev.clsact_del(link.index)
-        manifest["qdiscs"].remove(link.index)
-    return found
-
-
-def _belongs(link: netdev.Link, manifest: dict[str, Any]) -> bool:
-    mine = {entry["index"] for entry in manifest["interfaces"]} | set(manifest["qdiscs"])
-    return link.index in mine or bool(netdev.match_links([manifest["wan"], *manifest["lans"]], [link]))
-
-
-def _forwarding_side_effects() -> dict[str, str]:
-    """Sysctls that ip_forward overwrites, and that do not come back with it (inet_forward_change in the kernel)."""
-    names = ["default", *(link.name for link in netdev.links())]
-    come_back = {"net/ipv4/conf/all/accept_redirects": "1"}
-    come_back |= {f"net/ipv4/conf/{name}/forwarding": "0" for name in names}
-    now = {name: netdev.sysctl_get(name) for name in come_back}
-    return {name: value for name, value in now.items() if value is not None and value != come_back[name]}
-
-
-def _restore_sysctls(manifest: dict[str, Any]) -> dict[str, str]:
-    """Puts back what is still as we set it; what somebody has changed since is theirs."""
-    ours = {name: value for name, value in manifest["sysctls"].items() if netdev.sysctl_get(name) == SET}
-    for name, value in {**ours, **(manifest.get("side_effects", {}) if FORWARDING in ours else {})}.items():
-        with contextlib.suppress(HostError):  # gone with its interface
-            netdev.sysctl_set(name, value)
-    return ours
-
-
-if __name__ == "__main__":
-    _background()

@@ -12,7 +12,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -374,3 +374,22 @@ def _elsewhere(key: str) -> str:
 
 def _listed(words: Iterable[str]) -> str:
     return ", ".join(words)
+
+
+def as_fields(config: Config) -> dict[str, Any]:
+    """A configuration as JSON can carry it."""
+    fields = asdict(config)
+    return {**fields, "internal": [str(network) for network in config.internal]}
+
+
+def from_fields(fields: dict[str, Any]) -> Config:
+    """The inverse of :func:`as_fields`."""
+    return Config(
+        **{
+            **fields,
+            "lans": tuple(fields["lans"]),
+            "internal": tuple(map(IPv4Network, fields["internal"])),
+            "timeouts": Timeouts(**fields["timeouts"]),
+            "ports": Ports(**fields["ports"]),
+        }
+    )

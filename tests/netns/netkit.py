@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from xdpmasq import bpf, datapath, presence
-from xdpmasq.config import Config
+from xdpmasq.config import Config, as_fields
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import wait_until
 from xdpmasq.lab.servers import ECHO_PORT
@@ -81,10 +80,9 @@ class Gateway:
     def attach_with(self, **settings: Any) -> None:
         """Attach with settings that no option and no file can name, as ``rearm_s``."""
         config = Config("wan0", self.lab.topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
-        start = "agent.start_background(agent._config_of(json.load(sys.stdin)))"
-        program = f"import json, sys; from xdpmasq import agent; {start}"
-        fields = {**asdict(config), "internal": list(map(str, config.internal))}
-        self.lab.exec(GATE, [sys.executable, "-c", program], input=json.dumps(fields))
+        start = "control.start_background(config.from_fields(json.load(sys.stdin)))"
+        program = f"import json, sys; from xdpmasq import config, control; {start}"
+        self.lab.exec(GATE, [sys.executable, "-c", program], input=json.dumps(as_fields(config)))
 
     def detach(self) -> str:
         return self.masq("detach").stdout
@@ -165,9 +163,7 @@ class Gateway:
 
     # sockets
 
-    def udp(
-        self, role: str, port: int = 0, *, address: str = "0.0.0.0", timeout_s: float = 2
-    ) -> socket.socket:
+    def udp(self, role: str, port: int = 0, *, address: str = "0.0.0.0", timeout_s: float = 2) -> socket.socket:
         """A UDP socket in a box, bound to a port; the caller closes it."""
         made = self.lab.socket(role, socket.SOCK_DGRAM)
         made.settimeout(timeout_s)
@@ -207,7 +203,6 @@ class Gateway:
             far, peer = listener.accept()
         far.settimeout(5)
         return Connection(near, far, f"{peer[0]}:{peer[1]}")
-
 
     # the network changes
 

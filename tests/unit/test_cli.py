@@ -153,7 +153,8 @@ def asked(replace_module: Replace) -> list[Any]:
         calls.append(wan)
         return {"interfaces": ["eth0", "eth1"], "sessions": 1, "sysctls": {"net.ipv4.ip_forward": "0"}}
 
-    replace_module("agent", start_background=start_background, run=calls.append, detach=detach)
+    replace_module("agent", run=calls.append)
+    replace_module("control", start_background=start_background, detach=detach)
     return calls
 
 

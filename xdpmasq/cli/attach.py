@@ -23,9 +23,9 @@ def attach(
     """
     common.require_root("attach")
     wanted = common.configuration(wan, lan, mode, config)
-    from xdpmasq import agent  # noqa: PLC0415  heavy
+    from xdpmasq import control  # noqa: PLC0415  heavy
 
-    status = agent.start_background(wanted)
+    status = control.start_background(wanted)
     if json:
         common.print_json(status)
     else:

@@ -9,7 +9,7 @@ from xdpmasq.cli import common
 def detach(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     """Stop masquerading, and clean up.
 
-    Removes every program and map, restores sysctls, ends the agent.
+    Removes every program and map, restores sysctls, ends the control.
 
     \b
     Examples:
@@ -17,9 +17,9 @@ def detach(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
       xdpmasq detach --wan eth0
     """
     common.require_root("detach")
-    from xdpmasq import agent  # noqa: PLC0415  heavy
+    from xdpmasq import control  # noqa: PLC0415  heavy
 
-    removed = agent.detach(wan or None)
+    removed = control.detach(wan or None)
     if json:
         common.print_json(removed)
     else:

@@ -1,0 +1,66 @@
+"""The sysctls that make a host a router, and putting them back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from xdpmasq import netdev
+from xdpmasq.errors import HostError
+
+FORWARDING, LIBERAL = "net.ipv4.ip_forward", "net.netfilter.nf_conntrack_tcp_be_liberal"
+SET = "1"  # what both of them are set to
+
+
+class Sysctls:
+    """Sets what is needed.
+
+    Args:
+        manifest: where former values are noted, under ``sysctls`` and ``side_effects``.
+        save: called before each change, to make the note outlive this process.
+    """
+
+    def __init__(self, manifest: dict[str, Any], save: Callable[[], None]) -> None:
+        self._manifest, self._save = manifest, save
+        self._done: set[str] = set()
+
+    def apply(self, *, accelerated: bool) -> None:
+        """Turns the host into a router; what it was before goes to the manifest first.
+
+        Each is set once, as soon as it is there (conntrack may be loaded later): what is made of it then stays.
+        """
+        wanted = {FORWARDING}
+        if accelerated:
+            # conntrack, where a firewall uses it, sees only a packet now and then of accelerated connections.
+            wanted.add(LIBERAL)
+        for name in wanted - self._done:
+            before = netdev.sysctl_get(name)
+            if before is None:
+                continue
+            self._done.add(name)
+            if before == SET:
+                continue
+            self._manifest["sysctls"].setdefault(name, before)
+            if name == FORWARDING:
+                self._manifest["side_effects"] = _side_effects()
+            self._save()
+            netdev.sysctl_set(name, SET)
+
+
+def _side_effects() -> dict[str, str]:
+    """Sysctls that ip_forward overwrites, and that do not come back with it (inet_forward_change in the kernel)."""
+    names = ["default", *(link.name for link in netdev.links())]
+    come_back = {"net/ipv4/conf/all/accept_redirects": "1"}
+    come_back |= {f"net/ipv4/conf/{name}/forwarding": "0" for name in names}
+    now = {name: netdev.sysctl_get(name) for name in come_back}
+    return {name: value for name, value in now.items() if value is not None and value != come_back[name]}
+
+
+def restore(manifest: dict[str, Any]) -> dict[str, str]:
+    """Puts back what is still as we set it; what somebody has changed since is theirs."""
+    ours = {name: value for name, value in manifest["sysctls"].items() if netdev.sysctl_get(name) == SET}
+    for name, value in {**ours, **(manifest.get("side_effects", {}) if FORWARDING in ours else {})}.items():
+        with contextlib.suppress(HostError):  # gone with its interface
+            netdev.sysctl_set(name, value)
+    return ours
