@@ -173,9 +173,7 @@ def test_servers_tell_whom_they_saw(lab: Lab) -> None:
     login = lab.exec("masq-gate", [*ssh.client, f"root@{INTERNET}", "echo $SSH_CLIENT"])
     assert [(client.endpoint, client.about) for client in web.clients()] == [(own.stdout, "/?x")]
     assert name.stdout.strip() == INTERNET
-    assert [(client.endpoint, client.about) for client in dns.clients()] == [
-        (f"{PUBLIC}:40053", "x.lab.test")
-    ]
+    assert [(client.endpoint, client.about) for client in dns.clients()] == [(f"{PUBLIC}:40053", "x.lab.test")]
     address, port, _ = login.stdout.split()
     assert [(client.endpoint, client.about) for client in ssh.clients()] == [(f"{address}:{port}", "root")]
 
@@ -223,12 +221,28 @@ def test_a_snapshot_shows_what_changed(lab: Lab, change: list[str]) -> None:
     assert differences(before, snapshot(lab))
 
 
+def _play(lab: Lab, gateway: str) -> str:
+    """The demo through the kernel's masquerade; what it printed.
+
+    conntrack drops a first packet when two hosts claim one id in the same instant: then once more.
+    """
+    for again in (True, False):
+        output = io.StringIO()
+        try:
+            demo.run(Console(file=output), name=lab.prefix, gateway=gateway, modes=["auto"], cpu=False)
+        except LabError as error:
+            if not (again and "lost pings" in str(error)):
+                raise
+        else:
+            break
+    return output.getvalue()
+
+
 def test_the_demo_through_the_kernel() -> None:
-    output = io.StringIO()
     lab = Lab(new_prefix())
-    demo.run(Console(file=output), name=lab.prefix, gateway="nft", modes=["auto"], cpu=False)
-    assert "All 10 checks passed" in output.getvalue()
-    assert "\x1b" not in output.getvalue()
+    output = _play(lab, "nft")
+    assert "All 10 checks passed" in output
+    assert "\x1b" not in output
     assert remains(lab) == []
 
 
@@ -257,5 +271,5 @@ def test_the_demo_fails_with_a_bad_gateway(
     monkeypatch.setitem(GATEWAYS, "bad", gateway)
     lab = Lab(new_prefix())
     with pytest.raises(LabError, match=words):
-        demo.run(Console(file=io.StringIO()), name=lab.prefix, gateway="bad", modes=["auto"], cpu=False)
+        _play(lab, "bad")
     assert remains(lab) == []
