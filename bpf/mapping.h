@@ -243,16 +243,17 @@ static __always_inline u32 slot_reclaim(const struct settings *cfg, u32 external
 	return NO_SLOT;
 }
 
-/* Is the external endpoint in use by a socket of the gateway's own, listening or talking to this remote? */
-static __always_inline bool port_is_local(const struct packet *p, addr_t external, __be16 port)
+/* Has the gateway a socket of its own at this endpoint, listening or talking to this remote? */
+static __always_inline bool socket_is_at(const struct packet *p, addr_t external, __be16 port, addr_t remote,
+					 __be16 remote_port)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sock;
 
 	if (p->class == CLASS_ICMP)
 		return false;
-	tuple.ipv4.saddr = p->dst.word[0];
-	tuple.ipv4.sport = p->dst_port;
+	tuple.ipv4.saddr = remote.word[0];
+	tuple.ipv4.sport = remote_port;
 	tuple.ipv4.daddr = external.word[0];
 	tuple.ipv4.dport = port;
 	sock = p->class == CLASS_TCP ?
@@ -262,6 +263,11 @@ static __always_inline bool port_is_local(const struct packet *p, addr_t externa
 		return false;
 	bpf_sk_release(sock);
 	return true;
+}
+
+static __always_inline bool slot_is_local(const struct settings *cfg, const struct packet *p, u32 slot)
+{
+	return socket_is_at(p, cfg->external[0], bpf_htons(slot % PORTS), p->dst, p->dst_port);
 }
 
 /* A claimed slot on which the gateway does not listen itself, or NO_SLOT. The gateway's own queries keep their
@@ -278,14 +284,14 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
 		slot = slot_claim_random(cfg, 0, p->class);
 		if (slot == NO_SLOT)
 			break;
-		if (!port_is_local(p, cfg->external[0], bpf_htons(slot % PORTS)))
+		if (!slot_is_local(cfg, p, slot))
 			return slot;
 		slot_release(slot);
 	}
 	slot = slot_claim_scan(slot_of(0, p->class, 0), &cfg->pool[p->class]);
 	if (slot == NO_SLOT)
 		slot = slot_reclaim(cfg, 0, p->class, p->now);
-	if (slot == NO_SLOT || !port_is_local(p, cfg->external[0], bpf_htons(slot % PORTS)))
+	if (slot == NO_SLOT || !slot_is_local(cfg, p, slot))
 		return slot;
 	slot_release(slot);
 	return NO_SLOT;

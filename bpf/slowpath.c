@@ -163,12 +163,25 @@ static __always_inline enum verdict fragment_inbound(const struct settings *cfg,
 	return pass(COUNT_own_inbound);
 }
 
+/* Nothing that was asked for. A port that is mapped stays silent (RFC 5382 REQ-4): an answer from the gateway's stack
+ * would end a simultaneous open whose other SYN is still on its way. Other ports are the gateway's own.
+ */
+static __always_inline enum verdict stranger_inbound(const struct packet *p, u32 slot)
+{
+	struct session *mapping = session_at(slot);
+
+	if (!mapping || (mapping->life & LIFE_STATE) != LIFE_LIVE || p->class == CLASS_ICMP ||
+	    socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port))
+		return pass(COUNT_own_inbound);
+	return drop(COUNT_drop_filtered);
+}
+
 static __always_inline enum verdict translate_inbound(const struct settings *cfg, const struct packet *p, u32 slot)
 {
 	struct session *s = session_find(slot, p->src, p->src_port, INBOUND);
 
 	if (!s || !session_is_alive(cfg, s, p->now))
-		return pass(COUNT_own_inbound);
+		return stranger_inbound(p, slot);
 	if (p->class == CLASS_TCP && !tcp_flags_are_sane(p->tcp_flags))
 		return drop(COUNT_drop_tcp_flags);
 	if (p->class == CLASS_TCP)

@@ -62,7 +62,7 @@ def test_limits_in_the_kernel(gateway: Gateway, packet: Packet, key: tuple[str, 
     age(row, limit - 1)
     assert gateway.inbound(_answer(key[0], port)).ended == "slow_inbound"
     age(row, limit + 1)
-    assert gateway.inbound(_answer(key[0], port)).ended == "own_inbound"
+    assert gateway.inbound(_answer(key[0], port)).ended == ("own_inbound" if key[0] == "icmp" else "drop_filtered")
     again = gateway.outbound(packet)
     assert (again.port, again.counted) == (port, {"session_reopened": 1})
     assert (row["out"]["packets"], row["in"]["packets"]) == (1, 0), "started anew"
@@ -81,7 +81,7 @@ def test_outbound_refreshes(gateway: Gateway) -> None:
 
 
 @pytest.mark.req("4787-6")
-@pytest.mark.parametrize(("refresh", "ended"), [(1, "slow_inbound"), (0, "own_inbound")], ids=["on", "off"])
+@pytest.mark.parametrize(("refresh", "ended"), [(1, "slow_inbound"), (0, "drop_filtered")], ids=["on", "off"])
 def test_inbound_refresh_is_configurable(gateway: Gateway, refresh: int, ended: str) -> None:
     packet, key, _ = OUT["udp"]
     gateway.tables.set_settings(inbound_refresh=refresh)
@@ -195,7 +195,7 @@ def test_a_mapping_with_further_sessions_stays(gateway: Gateway) -> None:
     assert gateway.reap([mapping], REAP_FORCED) == {"session_closed": 1}
     assert not row["life"] & LIFE_SESSION
     assert gateway.reap([mapping], REAP_FORCED) == {}
-    assert gateway.inbound(udp(SERVER, 53, GATEWAY, port)).ended == "own_inbound"
+    assert gateway.inbound(udp(SERVER, 53, GATEWAY, port)).ended == "drop_filtered"
     assert gateway.inbound(udp(SERVER, 54, GATEWAY, port)).ip.dst == HOST
 
     assert gateway.reap(further[:1], REAP_FORCED) == {"session_closed": 1}

@@ -1,5 +1,7 @@
 """WAN to LAN through the slow path: who may come in."""
 
+import socket
+
 import pytest
 from harness import (
     ACK,
@@ -46,16 +48,35 @@ def test_ip_options(gateway: Gateway) -> None:
     assert result.bytes == wire(rebuilt(packet, dst=HOST, dport=5000))
 
 
+@pytest.mark.req("5382-4")
 def test_filtering_is_by_address_and_port(gateway: Gateway) -> None:
+    """Silently: an answer from the gateway's stack would end a simultaneous open."""
     port = gateway.open(udp(HOST, 5000, SERVER, 53))
     for stranger in ((SERVER, 54), (OTHER_SERVER, 53), (OTHER_SERVER, 54), (SERVER, 0)):
-        assert gateway.inbound(udp(*stranger, GATEWAY, port)).ended == "own_inbound"
+        assert gateway.inbound(udp(*stranger, GATEWAY, port)).ended == "drop_filtered"
     port = gateway.connect(HOST, 5000, SERVER, 80)
     for stranger in ((SERVER, 81), (OTHER_SERVER, 80)):
         for flags in (SYN, SYN | ACK, ACK, RST):
-            assert gateway.inbound(tcp(*stranger, GATEWAY, port, flags)).ended == "own_inbound"
+            assert gateway.inbound(tcp(*stranger, GATEWAY, port, flags)).ended == "drop_filtered"
     identifier = gateway.open(echo(HOST, SERVER, 9))
     assert gateway.inbound(echo_reply(OTHER_SERVER, GATEWAY, identifier)).ended == "own_inbound"
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM], ids=["udp", "tcp"])
+def test_a_service_started_on_a_mapped_port_is_reached(gateway: Gateway, kind: socket.SocketKind) -> None:
+    udp_port, tcp_port = gateway.open(udp(HOST, 5000, SERVER, 53)), gateway.connect(HOST, 5000, SERVER, 80)
+    port = udp_port if kind == socket.SOCK_DGRAM else tcp_port
+    knock = (
+        udp(OTHER_SERVER, 99, GATEWAY, port)
+        if kind == socket.SOCK_DGRAM
+        else tcp(OTHER_SERVER, 99, GATEWAY, port, SYN)
+    )
+    assert gateway.inbound(knock).ended == "drop_filtered"
+    with socket.socket(socket.AF_INET, kind) as service:
+        service.bind((GATEWAY, port))
+        if kind == socket.SOCK_STREAM:
+            service.listen()
+        assert gateway.inbound(knock).ended == "own_inbound"
 
 
 def test_unsolicited_is_the_gateways_own(gateway: Gateway) -> None:

@@ -122,7 +122,7 @@ def test_remotes_that_differ_only_in_port(gateway: Gateway, kind: Kind) -> None:
     external = {gateway.open(kind.out(HOST, 5000, SERVER, port)) for port in (80, 81, 82)}
     assert len(external) == 1
     assert len(gateway.slots()) == 3
-    assert gateway.inbound(kind.back(SERVER, 83, *external)).ended == "own_inbound"
+    assert gateway.inbound(kind.back(SERVER, 83, *external)).ended == "drop_filtered"
 
 
 @pytest.mark.req("4787-3")

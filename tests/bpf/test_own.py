@@ -1,5 +1,7 @@
 """The gateway's own traffic: untouched, except where it would collide with a session."""
 
+import socket
+
 import pytest
 from harness import (
     ACK,
@@ -103,15 +105,19 @@ def test_it_stays_translated_when_the_other_session_ends(gateway: Gateway, kind:
 
 def test_own_socket_beside_a_session_with_another_remote(gateway: Gateway) -> None:
     port = gateway.open(udp(HOST, 5000, SERVER, 53))
-    assert gateway.outbound(udp(GATEWAY, port, OTHER_SERVER, 53), local=True).ended == "own_outbound"
-    assert gateway.inbound(udp(OTHER_SERVER, 53, GATEWAY, port)).ended == "own_inbound"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+        own.bind((GATEWAY, port))
+        assert gateway.outbound(udp(GATEWAY, port, OTHER_SERVER, 53), local=True).ended == "own_outbound"
+        assert gateway.inbound(udp(OTHER_SERVER, 53, GATEWAY, port)).ended == "own_inbound"
 
 
 def test_own_socket_over_an_expired_session(gateway: Gateway) -> None:
     own, answer = _collide(gateway, "udp")
     age(gateway.session(HOST, 5000, "udp", SERVER, 53), 301)
     assert gateway.outbound(own, local=True).ended == "own_outbound"
-    assert gateway.inbound(answer).ended == "own_inbound"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as socket_of_its_own:
+        socket_of_its_own.bind((GATEWAY, own.sport))
+        assert gateway.inbound(answer).ended == "own_inbound"
 
 
 def test_own_ping_keeps_its_identifier(gateway: Gateway) -> None:

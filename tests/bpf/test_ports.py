@@ -231,7 +231,7 @@ def test_the_place_of_an_expired_first_session_is_taken(gateway: Gateway) -> Non
     age(gateway.session(HOST, 5000, "udp", SERVER, 1), 301)
     result = gateway.outbound(udp(HOST, 5000, SERVER, 2))
     assert (result.port, result.counted) == (port, {"session_closed": 1, "session_opened": 1})
-    assert gateway.inbound(udp(SERVER, 1, GATEWAY, port)).ended == "own_inbound"
+    assert gateway.inbound(udp(SERVER, 1, GATEWAY, port)).ended == "drop_filtered"
     assert gateway.inbound(udp(SERVER, 2, GATEWAY, port)).ended == "slow_inbound"
 
 

@@ -221,7 +221,7 @@ def test_host_speaks_on_an_expired_connection(connection: Connection, flags: int
         assert result.port == connection.port
         assert connection.limit == TRANSITORY
     else:
-        assert connection.say(SERVER_SAYS, ACK) == "own_inbound"
+        assert connection.say(SERVER_SAYS, ACK) == "drop_filtered"
 
 
 def test_server_speaks_on_an_expired_connection(connection: Connection) -> None:
@@ -229,5 +229,5 @@ def test_server_speaks_on_an_expired_connection(connection: Connection) -> None:
     age(connection.row, ESTABLISHED + 1)
     before = connection.row.tobytes()
     for flags in (ACK, SYN, SYN | ACK, FIN | ACK, RST):
-        assert connection.say(SERVER_SAYS, flags) == "own_inbound"
+        assert connection.say(SERVER_SAYS, flags) == "drop_filtered"
     assert connection.row.tobytes() == before

@@ -54,15 +54,22 @@ class Gateway:
 
     def __init__(self, lab: Lab, mode: str) -> None:
         self.lab, self.mode = lab, mode
+        self._namespace = Path("/run/netns", lab.namespace(GATE)).stat().st_ino
 
     @classmethod
     @contextlib.contextmanager
     def in_new_lab(cls, mode: str, *, attach: bool = True, **topology: Any) -> Iterator[Self]:
         with Lab(new_prefix(), offloads=mode != "xdp", **topology) as lab:
             gateway = cls(lab, mode)
-            if attach:
-                gateway.attach()
-            yield gateway
+            try:
+                if attach:
+                    gateway.attach()
+                yield gateway
+            finally:
+                # What a killed agent leaves on a real machine, where its namespace lives on, is reused.
+                lab.down()
+                for lock in gateway.locks:
+                    lock.unlink(missing_ok=True)
 
     # the command line
 
@@ -114,6 +121,11 @@ class Gateway:
     def agent_pid(self) -> int | None:
         with self.inside():
             return presence.agent_pid("wan0")
+
+    @property
+    def locks(self) -> list[Path]:
+        """Files by which xdpmasq's processes in masq-gate know of each other."""
+        return list(presence.RUN.glob(f"xdpmasq-{self._namespace}-*"))
 
     def kill_agent(self) -> None:
         """kill -9, and until it is gone."""

@@ -6,7 +6,6 @@ The standard lab: ``LAN boxes ─ lan0 masq-gate wan0 ─ internet (echo on .10)
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from netkit import (
@@ -135,7 +134,7 @@ def test_detach_leaves_the_box_as_it_was(bare: Gateway, killed: bool) -> None:
     assert differences(before, snapshot(bare.lab)) == []
     soon(lambda: not any(map(program_exists, program_ids)), "its programs are unloaded")
     soon(lambda: not any(map(map_exists, map_ids)), "its maps are freed")
-    assert locks_of(bare) == []
+    assert bare.locks == []
     assert bare.masq("detach", check=False).returncode == 1
 
 
@@ -160,11 +159,6 @@ def map_exists(number: int) -> bool:
     return True
 
 
-def locks_of(gateway: Gateway) -> list[Path]:
-    namespace = Path("/run/netns", gateway.lab.namespace(GATE)).stat().st_ino
-    return list(Path("/run").glob(f"xdpmasq-{namespace}-*"))
-
-
 HALVES = {
     "no XDP on the WAN": ["ip link set wan0 xdpdrv off"],
     "no egress": ["tc filter del dev wan0 egress"],
@@ -187,7 +181,9 @@ def test_detach_and_attach_when_half_attached() -> None:
                 gateway.attach()  # makes it whole again
                 assert gateway.lab.exec("a-box", ["ping", "-c1", "-W1", "203.0.113.10"])
             gateway.detach()
-            assert differences(before, snapshot(gateway.lab)) == [], name
+            assert "clsact" not in gateway.gate("tc", "qdisc"), name
+            assert "xdp" not in gateway.gate("ip", "link"), name
+        assert differences(before, snapshot(gateway.lab)) == []
 
 
 @pytest.mark.req("reliability-detach")
