@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging.handlers
 import os
 import select
 import signal
@@ -59,8 +60,17 @@ def start_background(config: Config) -> dict[str, Any]:
     return datapath.find(config.wan).manifest
 
 
+def _log_to_syslog() -> None:
+    """What the agent has to say goes to the system's log, where there is one."""
+    with contextlib.suppress(OSError):
+        handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+        handler.setFormatter(logging.Formatter("xdpmasq[%(process)d]: %(message)s"))
+        logging.basicConfig(handlers=[handler], level=logging.INFO)
+
+
 def _background() -> None:
     """The other end of :func:`start_background`."""
+    _log_to_syslog()
     answer = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)

@@ -71,9 +71,7 @@ class Namespace:
         return self._thread.submit(function, *args, **kwargs).result(timeout=30)
 
     def run(self, command: str, stdin: str | None = None) -> None:
-        subprocess.run(
-            ["ip", "netns", "exec", self.name, *command.split()], input=stdin, text=True, check=True
-        )
+        subprocess.run(["ip", "netns", "exec", self.name, *command.split()], input=stdin, text=True, check=True)
 
     def index(self, name: str) -> int:
         return self.call(netdev.link, name).index

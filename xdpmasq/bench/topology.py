@@ -146,15 +146,11 @@ class Topology:
             raise MasqError(f"`{' '.join(command)}` failed in {self.namespace(role)}", answer.output[-2000:])
         return answer.output
 
-    def try_run(
-        self, role: Role, command: Sequence[str], stdin: str = "", timeout_s: float = 60.0
-    ) -> Answer:
+    def try_run(self, role: Role, command: Sequence[str], stdin: str = "", timeout_s: float = 60.0) -> Answer:
         """Like :meth:`run`, for commands that may fail."""
         argv = ["ip", "netns", "exec", self.namespace(role), *command]
         try:
-            ended = subprocess.run(
-                argv, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
-            )
+            ended = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False)
         except FileNotFoundError as error:
             raise HostError("iproute2 is missing", str(error), "apt install iproute2") from error
         except subprocess.TimeoutExpired:

@@ -1,5 +1,7 @@
 """``xdpmasq run``: the same as attach in the foreground, for systemd."""
 
+import logging
+
 from xdpmasq.cli import common
 
 
@@ -24,4 +26,5 @@ def run(
     wanted = common.configuration(wan, lan, mode, config)
     from xdpmasq import agent  # noqa: PLC0415  heavy
 
+    logging.basicConfig(format="%(message)s", level=logging.INFO)  # systemd adds time and name
     agent.run(wanted)
