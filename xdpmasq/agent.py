@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,20 @@ SETTLE_S = 0.02  # netlink messages come in bursts: the least rest between two l
 DISARM_ALL_S = 3600  # keeps settings.disarmed_at within reach of 32-bit jiffies
 RETRY_S = (1, 60)  # after something went wrong: first, and at most
 BUSY_S = 0.5  # the longest one, while changes rain down
+
+
+class StopSignal:
+    """SIGTERM or SIGINT came. It is only noted: an exception thrown by the handler would leave pyroute2's event loop,
+    or an attachment, in the middle of something.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
 
 
 class Agent:
@@ -358,16 +372,8 @@ class Agent:
             raise
         self._serving = True
 
-    def serve(self, ready: Callable[[], None]) -> None:
-        """Follows the machine until SIGTERM or SIGINT; the datapath stays."""
-        stopping = False
-
-        def stop(*_: object) -> None:
-            nonlocal stopping
-            stopping = True
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+    def serve(self, ready: Callable[[], None], stop: StopSignal) -> None:
+        """Follows the machine until asked to stop; the datapath stays."""
         wake, _ = _wakeup_on_signals()
         with netdev.Watch() as watch, selectors.DefaultSelector() as selector:
             selector.register(watch, selectors.EVENT_READ)
@@ -376,7 +382,7 @@ class Agent:
             self._safely(self._follow_neighbours)
             ready()
             next_tick = next_disarm = time.monotonic()
-            while not stopping:
+            while not stop.asked:
                 selector.select(max(0.0, next_tick - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 64)
@@ -457,18 +463,15 @@ def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
         MasqError: before anything has changed, or with everything put back.
     """
     checks.check_host()
-    signal.signal(signal.SIGTERM, _give_up)
+    stop = StopSignal()
     with presence.being_agent(config.wan):
         with presence.changing():
             checks.check_interfaces(config)
             running = [each for each in datapath.find_all() if each.manifest["wan"] == config.wan]
             agent = Agent(config, running[0] if running else None)
+            if stop.asked:
+                return
             agent.start()
-        agent.serve(ready)
+        agent.serve(ready, stop)
         with presence.changing():
             agent.stop()
-
-
-def _give_up(*_: object) -> NoReturn:
-    """Asked to end while it starts: with everything put back."""
-    raise SystemExit(128 + signal.SIGTERM)

@@ -111,7 +111,7 @@ def detach(wan: str | None = None) -> dict[str, Any]:
         attached = datapath.find(wan)  # as the agent left it; another detach may have been first
         sessions, manifest = len(attached.live_slots()), attached.manifest
         interfaces, sysctls = attachment.take_down(manifest)
-    presence.forget_agent(manifest["wan"])
+    presence.sweep()
     return {"interfaces": interfaces, "sessions": sessions, "sysctls": sysctls}
 
 

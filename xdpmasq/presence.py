@@ -117,7 +117,9 @@ def agents() -> list[str]:
     return [name for name in names if agent_pid(name) is not None]
 
 
-def forget_agent(wan: str) -> None:
-    """Removes what a killed agent left of itself."""
-    if agent_pid(wan) is None:
-        _path(f"agent-{wan}").unlink(missing_ok=True)
+def sweep() -> None:
+    """Removes what killed processes left of themselves, in whatever namespace: a file that nobody holds says nothing."""
+    for path in RUN.glob("xdpmasq-*.lock"):
+        if (fd := _try_lock(path)) is not None:
+            path.unlink(missing_ok=True)
+            os.close(fd)
