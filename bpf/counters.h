@@ -33,6 +33,7 @@
 	X(drop_malformed, "dropped: truncated or contradictory headers")                           \
 	X(drop_source_private, "dropped: would have left the WAN with a private source")           \
 	X(drop_source_foreign, "dropped: a LAN packet whose source is in no internal prefix")      \
+	X(drop_turned_round, "dropped: from the WAN back to the WAN, addressed to a private prefix")     \
 	X(drop_filtered, "dropped: from the WAN to a mapped port, by a remote nobody inside talks to")  \
 	X(drop_destination_internal, "dropped: from the WAN, addressed to an internal prefix")     \
 	X(drop_protocol, "dropped: a protocol that cannot be translated, from inside")             \

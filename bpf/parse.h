@@ -49,6 +49,7 @@ struct icmp_header {
 
 #define ICMP_ECHO_REPLY 0
 #define ICMP_UNREACHABLE 3
+#define ICMP_REDIRECT 5
 #define ICMP_ECHO 8
 #define ICMP_TIME_EXCEEDED 11
 #define ICMP_PARAMETER 12

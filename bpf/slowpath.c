@@ -42,6 +42,9 @@ static __always_inline enum verdict source_policy(const struct packet *p)
 	}
 	if (from && from->role == ROLE_LAN)
 		return drop(COUNT_drop_source_foreign);
+	/* Translated on its way in, but its LAN is gone and the default route leads back out. */
+	if (from && from->role == ROLE_WAN && prefix_role(p->dst) >= PREFIX_INTERNAL)
+		return drop(COUNT_drop_turned_round);
 	return pass(COUNT_own_outbound);
 }
 
@@ -124,8 +127,10 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 /* What has no endpoint of its own, from whoever it is. */
 static __always_inline enum verdict other_outbound(const struct settings *cfg, const struct packet *p)
 {
-	bool error = packet_is_icmp_error(p);
 	u32 role = prefix_role(p->src);
+	/* Redirects quote a packet too; of those only the gateway's own may leave. */
+	bool error = packet_is_icmp_error(p) ||
+		     (role == PREFIX_OWN && p->proto == IPPROTO_ICMP && p->icmp_type == ICMP_REDIRECT);
 	enum verdict verdict;
 
 	if (error && (role == PREFIX_OWN || role == PREFIX_INTERNAL))

@@ -9,6 +9,7 @@ from xdpmasq.config import Config
 from xdpmasq.errors import HostError, InterfaceError
 
 OLDEST_KERNEL = (5, 15)
+LOOPBACK = "lo"
 
 
 def check_host() -> None:
@@ -18,7 +19,7 @@ def check_host() -> None:
     if netdev.kernel_release() < OLDEST_KERNEL:
         raise HostError(
             f"kernel {'.'.join(map(str, netdev.kernel_release()))} is too old",
-            "xdpmasq needs 5.15 or later, and is tested on 6.1 and 6.18",
+            "xdpmasq needs 5.15 or later, and is tested on 6.18",
             "upgrade the kernel",
         )
 
@@ -34,6 +35,10 @@ def check_interfaces(config: Config) -> None:
         if not matched and not set(pattern) & set("*?["):
             raise netdev.no_such_interface(pattern, links)
     lans = netdev.match_links(config.lans, links)
+    if any(link.name == LOOPBACK for link in (wan, *lans)):
+        raise InterfaceError(
+            f"{LOOPBACK} is no network", "nothing enters or leaves the machine there", "name another"
+        )
     if wan in lans:
         raise InterfaceError(
             f"{wan.name} is both WAN and LAN",

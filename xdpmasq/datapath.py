@@ -316,11 +316,14 @@ def find(wan: str | None = None) -> Attached:
     Raises:
         NotAttachedError: there is none, or no telling which is meant.
     """
-    found = [each for each in find_all() if wan in (None, each.manifest["wan"])]
+    running = find_all()
+    found = [each for each in running if wan in (None, each.manifest["wan"])]
+    if running and not found:
+        others = ", ".join(each.manifest["wan"] for each in running)
+        raise NotAttachedError(f"xdpmasq is not attached to {wan}", f"here it runs on {others}", f"--wan {others}")
     if not found:
-        what = f"xdpmasq is not attached to {wan}" if wan else "xdpmasq is not attached"
         why = "no program of ours is on an interface here"
-        raise NotAttachedError(what, why, "xdpmasq attach --wan … --lan …")
+        raise NotAttachedError("xdpmasq is not attached", why, "xdpmasq attach --wan … --lan …")
     if len(found) > 1:
         names = ", ".join(each.manifest["wan"] for each in found)
         raise NotAttachedError("xdpmasq runs more than once here", f"on {names}", "name one with --wan")

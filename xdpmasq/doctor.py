@@ -107,7 +107,7 @@ def _missing(name: str, present: list[netdev.Link]) -> Finding:
 
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 KERNEL_NEEDED = (5, 15)
-KERNELS_TESTED = "6.1 and 6.18"
+KERNELS_TESTED = "6.18"
 
 
 def check_privileges(host: Host) -> Iterator[Finding]:

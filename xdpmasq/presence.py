@@ -118,7 +118,7 @@ def agents() -> list[str]:
 
 
 def sweep() -> None:
-    """Removes what killed processes left of themselves, in whatever namespace: a file that nobody holds says nothing."""
+    """Removes what killed processes left, in whatever namespace: a file that nobody holds says nothing."""
     for path in RUN.glob("xdpmasq-*.lock"):
         if (fd := _try_lock(path)) is not None:
             path.unlink(missing_ok=True)

@@ -416,7 +416,7 @@ def _is_private(address: bytes) -> bool:
 # --- odds and ends ---------------------------------------------------------------------------------
 
 
-def soon(question: Callable[[], bool], what: str, timeout_s: float = 3) -> None:
+def soon(question: Callable[[], bool], what: str, timeout_s: float = 15) -> None:
     """Waits until it is so; looks less often than :func:`wait_until`, as the looks are dear."""
     deadline = time.monotonic() + timeout_s
     while not question():

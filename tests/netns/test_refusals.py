@@ -52,11 +52,12 @@ def changed(gateway: Gateway, do: str, undo: str) -> Iterator[None]:
         (["--wan", "wan0", "--lan", "lan0", "--lan", "lan9"], 1, "no interface lan9: here are: "),
         (["--wan", "wan0", "--lan", "wan0"], 2, "one-armed"),
         (["--wan", "wan0", "--lan", "*"], 2, "one-armed"),
+        (["--wan", "wan0", "--lan", "lo"], 1, "lo is no network"),
         (["--wan", "wan0"], 2, "no LAN interface named"),
         (["--lan", "lan0"], 2, "no WAN interface named"),
         (["--wan", "wan0", "--lan", "lan0", "--mode", "fast"], 2, "there is no mode fast"),
     ],
-    ids=["unknown WAN", "unknown LAN", "one-armed", "one-armed by wildcard", "no LAN", "no WAN", "mode"],
+    ids=["unknown WAN", "unknown LAN", "one-armed", "one-armed by wildcard", "loopback", "no LAN", "no WAN", "mode"],
 )
 def test_what_cannot_be_meant(gateway: Gateway, options: list[str], code: int, words: str) -> None:
     assert words in refuse(gateway, *options, code=code)

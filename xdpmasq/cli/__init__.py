@@ -4,6 +4,7 @@ Only :mod:`xdpmasq.errors` and :mod:`xdpmasq.config` are imported with a verb's 
 bcc, pyroute2) is imported by the verb once it is called, so that ``--help`` is there at once.
 """
 
+import io
 import os
 import sys
 import traceback
@@ -100,6 +101,9 @@ def _invoke(verbs: typer.Typer, args: Sequence[str], name: str) -> int:
 
 
 def _status(args: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no box drawing gets question marks
     try:
         code = _invoke(app, args, "xdpmasq")
         sys.stdout.flush()

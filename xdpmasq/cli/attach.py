@@ -13,7 +13,8 @@ def attach(
 ) -> None:
     """Start masquerading, and return once it works.
 
-    The agent stays in the background. Attaching again adopts what runs: no session is lost.
+    The agent stays in the background. Should it ever die, attaching again adopts what goes on without it: no session
+    is lost.
 
     \b
     Examples:

@@ -79,12 +79,12 @@ def up(name: str = NAME, lans: int = LANS, wan: Wan = WAN, far_mtu: int = FAR_MT
     try:
         for server in (WebServer, DnsServer, SshServer, EchoServer):
             server(lab)
+        option = "" if name == _DEFAULT_NAME else f" --name {name}"
+        print(lab.topology.drawing)
+        print(_TRY.format(run=f"xdpmasq lab exec{option}", option=option))
     except BaseException:
         lab.down()
         raise
-    option = "" if name == _DEFAULT_NAME else f" --name {name}"
-    print(lab.topology.drawing)
-    print(_TRY.format(run=f"xdpmasq lab exec{option}", option=option))
 
 
 @app.command()
@@ -94,8 +94,9 @@ def down(name: str = NAME) -> None:
     Example: xdpmasq lab down
     """
     lab = Lab(name)
-    print(f"{name} is removed" if lab.is_up else f"{name} is not there: nothing to remove")
+    there = lab.is_up
     lab.down()
+    print(f"{name} is removed" if there else f"{name} is not there: nothing to remove")
 
 
 ROLE = typer.Argument(..., help="a-box, b-box, c-box, masq-gate, internet, transit, far…")
@@ -131,7 +132,8 @@ def demo(mode: list[Mode] = MODES, gateway: Gateway = GATEWAY, cpu: bool = CPU, 
     Example: xdpmasq lab demo --mode xdp --no-cpu
     """
     # As with Ctrl-C, the lab is taken down on the way out.
-    signal.signal(signal.SIGTERM, _leave)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     modes = mode or ([Mode.AUTO] if gateway is Gateway.NFT else [Mode.AUTO, Mode.XDP])
     lab_demo.run(Console(), name=name, gateway=gateway.value, modes=modes, cpu=cpu)
 

@@ -60,6 +60,9 @@ def describe(attached: "Attached") -> dict[str, Any]:
 
 def _why_not(manifest: Mapping[str, Any]) -> str:
     roles = {each["role"] for each in manifest["interfaces"]}
+    refused = [each for each in manifest["interfaces"] if each["role"] == "wan" and each["hook"] == "none"]
+    if refused:
+        return f"cannot attach to {refused[0]['name']}: {refused[0]['why']}"
     if "wan" not in roles:
         return f"the WAN {manifest['wan']} is not there"
     if not manifest["external"]:

@@ -31,6 +31,7 @@ class Capture:
         self.path = path
         self._process = process
         self._log = log
+        self._counts: tuple[str, ...] | None = None  # of tcpdump's last report: read, counted by the kernel
         wait_until(self._is_listening, "tcpdump listens")
 
     def __enter__(self) -> Self:
@@ -61,12 +62,17 @@ class Capture:
         return "listening on" in self._log.read_text()
 
     def _has_read_all(self) -> bool:
-        """SIGUSR1 makes tcpdump report; the kernel counts a packet before tcpdump has read it."""
+        """SIGUSR1 makes tcpdump report; the kernel counts a packet before tcpdump has read it.
+
+        Traffic that was under way when tcpdump started is counted before the filter is in place, and never
+        read: then two equal reports say that nothing more comes.
+        """
         before = self._log.stat().st_size
         self._process.send_signal(signal.SIGUSR1)
         wait_until(lambda: self._report_after(before) is not None, "tcpdump reports its counts")
         report = self._report_after(before)
-        return report is not None and report[1] == report[2]
+        before_that, self._counts = self._counts, report.groups() if report else None
+        return self._counts is not None and (self._counts == before_that or len(set(self._counts)) == 1)
 
     def _report_after(self, position: int) -> re.Match[str] | None:
         return _REPORT.search(self._log.read_text(), position)

@@ -3,6 +3,7 @@
 A datagram that is just ``who`` is answered with the endpoint it came from, as "203.0.113.1:40000".
 """
 
+import contextlib
 import socket
 import sys
 
@@ -15,7 +16,8 @@ def main(address: str, port: str) -> None:
         while True:
             datagram, (host, from_port) = server.recvfrom(65535)
             answer = f"{host}:{from_port}".encode() if datagram == WHO else datagram
-            server.sendto(answer, (host, from_port))
+            with contextlib.suppress(OSError):  # no way back, as to a private address that leaked out
+                server.sendto(answer, (host, from_port))
 
 
 if __name__ == "__main__":

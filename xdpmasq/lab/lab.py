@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
+from xdpmasq import presence
 from xdpmasq.lab import netns
 from xdpmasq.lab.capture import Capture
 from xdpmasq.lab.errors import LabError, wait_until
@@ -114,6 +115,7 @@ class Lab:
         netns.delete(names)
         if self.directory.exists():
             shutil.rmtree(self.directory)
+        presence.sweep()  # what an agent left that was killed in there
 
     def _build(self) -> None:
         self.directory.mkdir(mode=0o700)
