@@ -97,8 +97,10 @@ static __always_inline void headers_pull(const struct packet *p, u32 l3)
 {
 	u32 wanted = l3 + IP_HEADER_MAX + sizeof(struct tcp_header);
 
+	if (wanted > p->skb->len)
+		wanted = p->skb->len;
 	if (!packet_at(p, 0, wanted))
-		bpf_skb_pull_data(p->skb, p->skb->len < wanted ? p->skb->len : wanted);
+		bpf_skb_pull_data(p->skb, wanted);
 }
 
 /* RFC 1858: a first fragment too short for its transport header hides it from every check. */
