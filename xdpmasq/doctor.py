@@ -84,11 +84,10 @@ def run(wan: str | None, lans: Sequence[str], mode: Mode = "auto", ours: Collect
 
 def _host(wan: str | None, lans: Sequence[str], mode: Mode, ours: Collection[int]) -> tuple[list[Finding], Host]:
     present = netdev.links()
-    by_name = {each.name: each for each in present}
     missing = [name for name in (wan, *lans) if name and not netdev.match_links([name], present)]
     found = Host(
         present=tuple(present),
-        wan=by_name.get(wan) if wan else None,
+        wan=next(iter(netdev.match_links([wan], present)), None) if wan else None,
         lans=tuple(netdev.match_links(lans, present)),
         mode=mode,
         ours=ours,

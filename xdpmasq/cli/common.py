@@ -84,4 +84,8 @@ def summary_lines(status: Mapping[str, Any]) -> list[str]:
     """What attach did, in a few lines."""
     as_whom = f"as {status['external']}" if status.get("external") else "once the WAN has an address"
     first = f"masquerading {', '.join(status['lans'])} out of {status['wan']} {as_whom}"
-    return [first, *(f"  {line}" for line in interface_lines(status.get("interfaces", ())))]
+    interfaces = status.get("interfaces", ())
+    lines = [first, *(f"  {line}" for line in interface_lines(interfaces))]
+    if not any(each["role"] == "lan" for each in interfaces):
+        lines.append(f"  no interface fits {', '.join(status['lans'])} yet; what comes will be taken in")
+    return lines
