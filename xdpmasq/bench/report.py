@@ -81,7 +81,7 @@ class Mark:
         return None if self.value is None else self.value >= self.least
 
 
-# Of issue 2, for 1,000 flows of 64-byte frames in both directions.
+# For 1,000 flows of 64-byte frames in both directions.
 MARKS = (
     Mark("xdpmasq-xdp", RIVAL, 4.5),
     Mark("xdpmasq-xdp", BEST, 0.82),
