@@ -18,6 +18,7 @@ demo: setup
 	$(RUN) lab demo
 
 test: setup
+	@[ "$$(id -u)" = 0 ] || { echo "make test: most tests need root and would be skipped; run it as root" >&2; exit 1; }
 	$(PYTHON) -m ruff check xdpmasq tests
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -n auto --dist loadgroup

@@ -24,7 +24,9 @@ from harness import (
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
-from xdpmasq import bpf, source
+from xdpmasq import bpf, netdev, source
+from xdpmasq.datapath import FILTER, PRIORITY
+from xdpmasq.lab import netns
 
 # A header of ten words is filled at random, its sum taken in full; then words 4 and 5 (an address) and word 6 (a
 # port) are replaced, and the updated sum compared with a full one.
@@ -268,3 +270,43 @@ def test_partial_checksum(
     assert int.from_bytes(after[20 + at : 22 + at], "big") % 0xFFFF == pseudo_sum(after)
     assert after[22 : 20 + at] == data[22 : 20 + at]
     assert after[22 + at :] == data[22 + at :]
+
+
+@pytest.fixture
+def jumbo(gateway: Gateway) -> Iterator[None]:
+    """A WAN of 9000 bytes, jumbo0; its peer is jumbo1."""
+    netns.ip_batch(
+        [
+            "link add jumbo0 mtu 9000 type veth peer name jumbo1 mtu 9000",
+            *(f"link set {name} arp off up" for name in ("jumbo0", "jumbo1")),
+        ]
+    )
+    try:
+        index = netdev.link("jumbo0").index
+        netdev.clsact_add(index)
+        netdev.tc_attach(index, "egress", gateway.bench.programs["masq_wan_out"].fd, FILTER, PRIORITY)
+        yield
+    finally:
+        netns.ip_batch(["link del jumbo0"])
+
+
+@pytest.mark.usefixtures("jumbo")
+@pytest.mark.parametrize("linear", [14, 30, 40], ids="linear part of {} bytes".format)
+def test_headers_beyond_the_linear_part(gateway: Gateway, linear: int) -> None:
+    """Drivers may leave headers in page fragments. Of a frame longer than a page, AF_PACKET puts into the linear part
+    no more than the header length it is told.
+    """
+    packet = udp(HOST, 5000, SERVER, 53, bytes(5000))
+    with (
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender,
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as receiver,
+    ):
+        receiver.bind(("jumbo1", 0x0800))
+        receiver.settimeout(5)
+        sender.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        sender.bind(("jumbo0", 0))
+        sender.send(struct.pack(VIRTIO_NET_HDR, 0, GSO_NONE, linear, 0, 0, 0) + wan_frame(packet))
+        frame = receiver.recv(9100)
+    slot = gateway.slot(HOST, 5000, "udp")
+    assert slot is not None
+    assert frame[14:] == wire(rebuilt(packet, src=GATEWAY, sport=slot % 65536))

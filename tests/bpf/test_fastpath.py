@@ -349,6 +349,14 @@ def test_no_longer_than_what_the_kernel_let_pass(gateway: Gateway) -> None:
         assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, bytes(flies + 1))).ended == "up_longer"
 
 
+def test_a_super_packet_vouches_for_its_segments_only(gateway: Gateway) -> None:
+    gateway.accelerate()
+    gateway.open(UDP_OUT)
+    gateway.outbound(udp(HOST, 5000, SERVER, 53, bytes(1400)), gso_size=700, gso_segs=2)
+    assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, bytes(700))).ended == "fast_outbound"
+    assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, bytes(701))).ended == "up_longer"
+
+
 def test_length_is_learned_anew_with_the_next_hop(flying: tuple[Gateway, int, int]) -> None:
     gateway = flying[0]
     gateway.tables.disarm()

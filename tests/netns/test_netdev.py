@@ -16,6 +16,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,10 +139,9 @@ def test_links(ns: Namespace) -> None:
 
 
 @pytest.mark.skipif(netdev.kernel_release() < (6, 3), reason="the kernel tells XDP features since 6.3")
+@pytest.mark.skipif(version("pyroute2").startswith("0.7."), reason="pyroute2 0.7 reads one answer of this dump")
 def test_xdp_features(ns: Namespace) -> None:
     near, bridge = ns.call(netdev.link, "near"), ns.call(netdev.link, "br0")
-    if near.xdp_features is None:
-        pytest.skip("pyroute2 0.7.2 reads only the first answer of this dump")
     assert drivers.native_xdp(near)
     assert not drivers.native_xdp(bridge)
 
