@@ -210,8 +210,8 @@ class Agent:
             if not self._serving:
                 raise
             log.warning("%s", error)
+            self._troubled = True
             if hook == "tc":
-                self._troubled = True
                 return "none", str(error)
             others = {known: words for known, words in self._refused.items() if known.index != link.index}
             self._refused = {**others, link: str(error)}
@@ -424,6 +424,8 @@ class Agent:
         more = watch.drain()
         if again or any(c.links or c.addresses or c.routes or c.lost or c.filters for c in (changes, more)):
             started = time.monotonic()
+            if again:  # what refused XDP may have changed its mind without a word
+                self._refused = {}
             self._plan_retry(self._safely(self.reconcile) and not self._troubled)
             ended = time.monotonic()
             # A third of the time at most goes into looks, however fast changes come.
