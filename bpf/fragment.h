@@ -7,11 +7,12 @@ static __always_inline struct fragment_key fragment_key_of(const struct packet *
 	return key;
 }
 
-static __always_inline void fragment_remember(const struct packet *p, addr_t new_addr)
+static __always_inline void fragment_remember(const struct packet *p, enum side side, addr_t new_addr)
 {
 	struct fragment_key key = fragment_key_of(p);
-	struct fragment value = { .new_addr = new_addr, .seen_at = p->now };
+	struct fragment value = { .seen_at = p->now };
 
+	value.new_addr[side] = new_addr;
 	fragments.update(&key, &value);
 }
 
@@ -26,7 +27,7 @@ static __always_inline struct fragment *fragment_recall(const struct settings *c
 static __always_inline enum verdict fragment_rewrite(const struct packet *p, enum side side,
 						     const struct fragment *first, enum counter done)
 {
-	if (rewrite_addr(p, side, first->new_addr))
+	if (rewrite_addr(p, side, first->new_addr[side]))
 		return drop(COUNT_drop_rewrite);
 	return pass(done);
 }

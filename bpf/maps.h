@@ -5,7 +5,15 @@ BPF_F_TABLE("array", u32, struct session, sessions, SLOTS, BPF_F_MMAPABLE); /* s
 BPF_F_TABLE("array", u32, u64, claims, SLOTS / 64, BPF_F_MMAPABLE); /* a bit per slot: taken */
 BPF_TABLE("hash", struct mapping_key, u32, mappings, EXTERNALS *CLASSES *PORTS); /* → slot */
 BPF_TABLE("hash", struct remote_key, u32, remotes, FURTHER); /* → slot of a further session */
+BPF_TABLE("hash", struct reply_key, u32, replies, FURTHER / 4); /* → slot, where the mapping does not lead to it */
+BPF_F_TABLE("lpm_trie", struct forward_key, u32, forwards, 262144, BPF_F_NO_PREALLOC); /* → index of forward_rules */
+BPF_TABLE("array", u32, struct forward, forward_rules, FORWARDS);
+BPF_TABLE("array", u32, u32, embryos, EMBRYOS); /* ring of slots opened from outside and not yet answered */
+BPF_TABLE("hash", addr_t, struct host, hosts, 16384); /* internal hosts */
+BPF_TABLE("hash", struct binding_key, struct binding, bindings, 16384);
+BPF_TABLE("lru_hash", struct contact_key, struct contact, contacts, 65536);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
+BPF_TABLE("array", u32, struct budget, budgets, PUNT_REASONS);
 BPF_F_TABLE("lpm_trie", struct prefix_key, u32, prefixes, 1024, BPF_F_NO_PREALLOC); /* → prefix_role */
 BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interface index */
 BPF_TABLE("array", u32, struct settings, settings, 1);

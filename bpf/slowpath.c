@@ -109,7 +109,7 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 	if (session_may_fly(cfg, s))
 		flow_arm(cfg, p, &s->out, p->src, p->src_port);
 	if (p->more_fragments)
-		fragment_remember(p, s->out.new_addr);
+		fragment_remember(p, SOURCE, s->out.new_addr);
 	return rewrite(p, SOURCE, s->out.new_addr, s->out.new_port, COUNT_slow_outbound);
 }
 
@@ -193,7 +193,7 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 		tcp_track(cfg, s, &s->in, &s->out, p);
 	flow_touch(&s->in, p->now, p->l4 - p->l3 + p->l4_len);
 	if (p->more_fragments)
-		fragment_remember(p, s->in.new_addr);
+		fragment_remember(p, DESTINATION, s->in.new_addr);
 	return rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);
 }
 

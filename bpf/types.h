@@ -45,10 +45,14 @@ struct flow {
 	__be32 last_ack; /* TCP: the last acknowledgement this side sent */
 	u16 longest; /* IP length that the kernel has let pass since the flow was armed */
 	u8 tcp_seen; /* TCP_* flags this side has sent */
-	u8 pad;
+	u8 marks; /* SESSION_*, in the outbound flow */
 	u64 packets;
 	u64 bytes; /* IP lengths */
 };
+
+#define SESSION_BY_REPLY 1 /* found from inside through `replies`, not through its mapping */
+#define SESSION_COUNTED 2 /* among its internal host's sessions */
+#define SESSION_FROM_OUTSIDE 4 /* the remote opened it */
 
 /* `life` changes by compare-and-swap only. In the slot of an external endpoint it is the life of the
  * mapping; LIFE_SESSION says that the slot's own session is in use; LIFE_FURTHER counts the further sessions.
@@ -57,6 +61,7 @@ struct flow {
 #define LIFE_RESTING 2ULL /* closed at out.last_seen; the agent frees the slot after the rest (RFC 6888 REQ-8) */
 #define LIFE_STATE 3ULL
 #define LIFE_SESSION 4ULL
+#define LIFE_STATIC 8ULL /* a forwarded port: live with and without sessions */
 #define LIFE_FURTHER (1ULL << 8)
 #define LIFE_FURTHER_MASK (0xffffffULL << 8)
 #define LIFE_CHANGE (1ULL << 32) /* grows with every reopening, so that no swap succeeds on an old reading */
@@ -73,7 +78,7 @@ struct mapping_key { /* internal endpoint */
 	addr_t addr;
 	__be16 port;
 	u8 class;
-	u8 pad;
+	u8 wan; /* see struct interface */
 };
 
 struct remote_key { /* which further session of a mapping */
@@ -83,16 +88,133 @@ struct remote_key { /* which further session of a mapping */
 	u16 pad;
 };
 
+/* The internal side of a session whose mapping does not tell it: the wire 5-tuple of its outbound flow. */
+struct reply_key {
+	addr_t addr; /* internal */
+	addr_t remote_addr;
+	__be16 port;
+	__be16 remote_port;
+	u32 class;
+};
+
+/* A forward (static mapping) is a rule; `forwards` finds the most specific one for a port and a remote. The default
+ * host's is that of all ports.
+ */
+#define FORWARDS 1024
+#define TARGETS 8
+
+struct forward_key {
+	u32 bits; /* FORWARD_KEY_BITS of external, class, port and remote_addr */
+	u8 external;
+	u8 class;
+	__be16 port;
+	addr_t remote_addr;
+};
+
+#define FORWARD_PORT_AT 16 /* bits before the port */
+#define FORWARD_REMOTE_AT 32 /* bits before the remote address */
+
+struct target {
+	addr_t addr;
+	u16 port; /* host order; stands for the rule's first port */
+	u16 until; /* weights added up to here */
+};
+
+struct forward {
+	struct target target[TARGETS];
+	addr_t source; /* remote prefix it is for */
+	u8 source_bits;
+	u8 class;
+	u8 targets; /* 0: no rule here */
+	u8 flags; /* FORWARD_* */
+	u16 first, last; /* external ports, host order */
+	u32 expires; /* jiffies; of a triggered rule */
+	u64 opened; /* sessions */
+};
+
+#define EMBRYOS 4096 /* sessions from outside that may wait for their answer at once */
+
+#define FORWARD_DEFAULT 1 /* the default host: ports without a rule, a mapping or a socket */
+
+/* What one internal host has open (RFC 6888 REQ-4). Counts change atomically, hence 64 bits. */
+struct host {
+	u64 sessions;
+	u64 mappings[CLASSES];
+	u64 refused;
+	u32 tokens; /* new sessions it may open at once, as of refilled_at */
+	u32 refilled_at; /* jiffies */
+};
+
 struct fragment_key {
 	addr_t src, dst;
 	u32 id;
 	u32 proto;
 };
 
+#define FRAGMENT_SPANS 12
+
+struct span {
+	u16 from, to; /* bytes of the datagram's payload */
+};
+
+/* What the first fragment found out, for the later ones to follow; and what has come, for none to overwrite. */
 struct fragment {
-	addr_t new_addr;
+	addr_t new_addr[2]; /* by enum side; unset: stays */
+	u32 seen_at; /* jiffies */
+	u16 spans;
+	u8 bad; /* fragments overlapped: the rest is dropped */
+	u8 pad;
+	struct span span[FRAGMENT_SPANS];
+};
+
+/* The punt port: a TAP read by the agent. A frame's destination MAC says why and where, the rest is the packet. */
+enum punt_reason {
+	PUNT_FRAGMENT_IN, /* before its first; to be put back on the ingress hook of the interface */
+	PUNT_FRAGMENT_OUT, /* the same at the egress hook */
+	PUNT_REFUSED, /* no session possible: the sender is to be told (RFC 5508 REQ-8) */
+	PUNT_TTL, /* its time ended in a hairpin */
+	PUNT_REASONS,
+};
+
+struct punt_header {
+	u8 local; /* 0x02: a locally administered address */
+	u8 reason;
+	__be16 ifindex[2]; /* upper and lower half */
+	u16 src[3];
+	__be16 proto;
+};
+
+struct budget {
+	u32 window; /* jiffies at its start */
+	u32 used;
+};
+
+/* Protocols without ports: one internal host for each remote (address-only mapping); SCTP keeps its ports. */
+struct binding_key {
+	addr_t remote_addr;
+	__be16 remote_port;
+	__be16 port;
+	u8 proto;
+	u8 external;
+	u16 pad;
+};
+
+struct binding {
+	addr_t internal;
+	u32 last_seen; /* jiffies */
+	u64 out_packets, out_bytes, in_packets, in_bytes;
+};
+
+struct contact_key { /* address-dependent filtering: has this mapping sent to this remote address? */
+	u32 mapping;
+	addr_t remote_addr;
+};
+
+struct contact {
+	struct mapping_key internal; /* whose mapping it was: slots are used again */
 	u32 seen_at; /* jiffies */
 };
+
 
 struct prefix_key {
 	u32 bits;
@@ -112,6 +234,9 @@ struct interface {
 	u8 role;
 	u8 xdp; /* XDP_FROM, XDP_TO */
 	u32 mtu;
+	u16 mss; /* TCP segments of new connections are clamped to this; 0: never */
+	u8 wan; /* number of the WAN, which has mappings of its own */
+	u8 pad;
 };
 
 struct pool { /* two ranges of ports: below and above the gateway's own ephemeral ports */
@@ -119,9 +244,12 @@ struct pool { /* two ranges of ports: below and above the gateway's own ephemera
 	u32 count[2];
 };
 
+enum filtering { FILTER_ADDRESS_AND_PORT, FILTER_ADDRESS, FILTER_NONE }; /* RFC 4787 section 5, by its dependence */
+
 struct settings { /* times in jiffies */
 	addr_t external[EXTERNALS]; /* zero: none */
 	struct pool pool[CLASSES];
+	struct pool low_pool[CLASSES]; /* for internal ports below 1024 (RFC 4787 REQ-3a); empty: as all others */
 	u32 tcp_established;
 	u32 tcp_transitory;
 	u32 udp;
@@ -131,7 +259,19 @@ struct settings { /* times in jiffies */
 	u32 disarmed_at; /* flows armed before this are not */
 	u8 accelerate; /* XDP programs are attached */
 	u8 inbound_refresh; /* RFC 4787 REQ-6 */
-	u16 pad;
+	u8 filtering[CLASSES];
+	u8 preserve; /* an internal port is kept where it is free */
+	u8 parity; /* even to even, odd to odd (RFC 4787 REQ-4) */
+	u8 overload; /* a used-up pool shares its ports among hosts, for different remotes */
+	u8 drop_other; /* protocols without ports that are not known */
+	u8 pad[3];
+	u32 hz; /* jiffies a second */
+	u32 host_sessions; /* limits for each internal host */
+	u32 host_mappings; /* per protocol */
+	u32 host_rate; /* new sessions a second */
+	u32 host_burst;
+	u32 punt; /* interface index of the punt port; 0: none */
+	u32 heartbeat; /* jiffies at the agent's last tick */
 };
 
 struct manifest { /* JSON, zero-terminated: what the agent must know after a restart; no packet reads it */
@@ -156,5 +296,7 @@ struct packet {
 	u16 fragment_offset; /* bytes */
 	bool more_fragments;
 	bool options;
+	bool hairpin; /* its first half of two translations */
+	u8 ttl;
 	u32 fragment_id;
 };

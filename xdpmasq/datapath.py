@@ -161,13 +161,20 @@ class Tables:
             if key.tobytes() not in keep:
                 table.delete(key)
 
-    def set_interface(self, link: netdev.Link, role: Role, *, xdp_from: bool, xdp_to: bool) -> None:
-        """Tells the programs of an interface; ``xdp_to`` also makes it a target of redirects."""
+    def set_interface(
+        self, link: netdev.Link, role: Role, *, xdp_from: bool, xdp_to: bool, mss: int = 0, wan: int = 0
+    ) -> None:
+        """Tells the programs of an interface; ``xdp_to`` also makes it a target of redirects.
+
+        Args:
+            mss: what new TCP connections are clamped to, in bytes; 0: nothing.
+            wan: number of the WAN, of several.
+        """
         mac = np.frombuffer(link.mac.ljust(6, b"\0")[:6], np.uint16)
         flags = XDP_FROM * xdp_from | XDP_TO * xdp_to
         if xdp_to:
             self.maps["transmitters"].set(link.index, link.index)
-        self.maps["interfaces"].set(link.index, (mac, ROLES[role], flags, link.mtu))
+        self.maps["interfaces"].set(link.index, (mac, ROLES[role], flags, link.mtu, mss, wan, 0))
 
     def unset_interface(self, index: int) -> None:
         self.maps["interfaces"].set(index, np.zeros((), self.maps["interfaces"].value))
