@@ -12,6 +12,12 @@
 	X(slow_icmp_error_inbound, "ICMP errors from outside, translated with their quote")        \
 	X(slow_fragment_outbound, "later fragments from inside, translated")                       \
 	X(slow_fragment_inbound, "later fragments from outside, translated")                       \
+	X(slow_portless_outbound, "LAN to WAN packets of protocols without ports, translated")     \
+	X(slow_portless_inbound, "WAN to LAN packets of protocols without ports, translated")      \
+	X(slow_hairpin, "LAN to LAN packets through an external endpoint, translated twice")       \
+	X(slow_hairpin_own, "between the gateway itself and a forward of its own, translated")     \
+	X(punt_fragment, "later fragments before their first, handed to the agent to wait")        \
+	X(punt_return, "fragments that have waited, put back where they came from")                \
 	X(up_not_ip, "XDP passed up: not IP, or a truncated header")                               \
 	X(up_not_for_us, "XDP passed up: not addressed to this interface's MAC")                   \
 	X(up_unusual_ip, "XDP passed up: IP options, a fragment, or a length that does not fit")   \
@@ -30,20 +36,35 @@
 	X(mapping_opened, "mappings opened")                                                       \
 	X(mapping_closed, "mappings closed, their external port put to rest")                      \
 	X(mapping_reclaimed, "expired ports taken back by a packet because the pool was used up")  \
+	X(forward_opened, "sessions that a forward let in")                                        \
+	X(embryo_evicted, "unanswered sessions from outside that gave way to newer ones")          \
 	X(drop_malformed, "dropped: truncated or contradictory headers")                           \
 	X(drop_source_private, "dropped: would have left the WAN with a private source")           \
 	X(drop_source_foreign, "dropped: a LAN packet whose source is in no internal prefix")      \
 	X(drop_turned_round, "dropped: from the WAN back to the WAN, addressed to a private prefix")     \
 	X(drop_filtered, "dropped: from the WAN to a mapped port, by a remote nobody inside talks to")  \
+	X(drop_source_martian, "dropped: from the WAN, with a source that cannot be there")        \
+	X(drop_source_route, "dropped: IP options that dictate the route")                         \
 	X(drop_destination_internal, "dropped: from the WAN, addressed to an internal prefix")     \
-	X(drop_protocol, "dropped: a protocol that cannot be translated, from inside")             \
+	X(drop_protocol, "dropped: a protocol that is not to be translated, from inside")             \
 	X(drop_icmp_type, "dropped: an ICMP type that is not translated, from inside")             \
 	X(drop_icmp_error_no_session, "dropped: an ICMP error from inside about no known session") \
 	X(drop_icmp_error_leak, "dropped: an ICMP error that would have quoted a private address") \
+	X(drop_icmp_checksum, "dropped: an ICMP error whose checksum, or whose quote's, is wrong") \
+	X(drop_icmp_error_implausible, "dropped: an ICMP error quoting what was never sent, or an MTU below 552") \
 	X(drop_tcp_no_session, "dropped: a TCP segment from inside that cannot open a session")    \
 	X(drop_tcp_flags, "dropped: TCP flags no sane stack sends")                                \
 	X(drop_fragment_orphan, "dropped: a later fragment from inside before its first")          \
 	X(drop_fragment_tiny, "dropped: a first fragment too short to hold the transport header")  \
+	X(drop_fragment_overlap, "dropped: a fragment that overlaps another of its packet")        \
+	X(drop_host_limit, "dropped: an internal host with as many sessions or ports as it may have")   \
+	X(drop_host_rate, "dropped: an internal host opening sessions faster than it may")         \
+	X(drop_portless_taken, "dropped: another internal host speaks this protocol with this remote")  \
+	X(drop_portless_full, "dropped: no room for another host and remote of a protocol without ports") \
+	X(drop_reply_taken, "dropped: the internal host speaks with this remote through another port")  \
+	X(drop_hairpin_route, "dropped: a hairpinned packet whose way leads to no LAN")            \
+	X(drop_ttl, "dropped: a hairpinned packet whose time ends here")                           \
+	X(drop_punt_stray, "dropped: at the punt port, but not ours to put back")                  \
 	X(drop_no_external, "dropped: the WAN has no address to masquerade as")                    \
 	X(drop_ports_exhausted, "dropped: no free external port")                                  \
 	X(drop_sessions_full, "dropped: no room for another session")                              \

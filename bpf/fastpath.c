@@ -65,7 +65,7 @@ static __always_inline struct flow *fast_flow(const struct settings *cfg, const 
 
 	if (direction == OUTBOUND) {
 		slot = slot_of_internal(f->ip->src, f->class, f->ports->src);
-		s = session_find(slot, f->ip->dst, f->ports->dst, OUTBOUND);
+		s = session_find_outbound(slot, f->ip->src, f->ports->src, f->ip->dst, f->ports->dst, f->class);
 	} else {
 		slot = slot_of_external(cfg, f->ip->dst, f->class, f->ports->dst);
 		s = session_find(slot, f->ip->src, f->ports->src, INBOUND);

@@ -18,6 +18,20 @@ static __always_inline u32 slot_class(u32 slot)
 	return slot / PORTS % CLASSES;
 }
 
+/* The external endpoint of a slot below FURTHER_BASE. */
+static __always_inline addr_t slot_addr(const struct settings *cfg, u32 slot)
+{
+	u64 external = slot / PORTS / CLASSES;
+
+	asm volatile("" : "+r"(external)); /* or LLVM drops the check that the verifier wants to see */
+	return cfg->external[external < EXTERNALS ? external : 0];
+}
+
+static __always_inline __be16 slot_port(u32 slot)
+{
+	return bpf_htons(slot % PORTS);
+}
+
 static __always_inline u32 external_of(const struct settings *cfg, addr_t addr)
 {
 	for (u32 i = 0; i < EXTERNALS; i++)
@@ -46,7 +60,7 @@ static __always_inline bool flow_is_with(const struct flow *flow, addr_t remote,
 	return flow->remote_port == port && addr_equal(flow->remote_addr, remote);
 }
 
-/* The session of the mapping in @slot with this remote endpoint, dead or alive, or NULL. Looks at the
+/* The session of the external endpoint in @slot with this remote endpoint, dead or alive, or NULL. Looks at the
  * half of @direction only, so that an accelerated packet stays within one cache line.
  */
 static __always_inline struct session *session_find(u32 slot, addr_t remote, __be16 port,
@@ -62,6 +76,24 @@ static __always_inline struct session *session_find(u32 slot, addr_t remote, __b
 		return NULL;
 	further = remotes.lookup(&key);
 	return further ? session_at(*further) : NULL;
+}
+
+/* The same from inside: by the mapping of the internal endpoint, whose slot is @slot, or by the 5-tuple where another
+ * host's sessions share the external port.
+ */
+static __always_inline struct session *session_find_outbound(u32 slot, addr_t addr, __be16 port, addr_t remote,
+							     __be16 remote_port, u32 class)
+{
+	struct reply_key key = { .addr = addr, .remote_addr = remote, .port = port, .remote_port = remote_port,
+				 .class = class };
+	struct session *s = session_find(slot, remote, remote_port, OUTBOUND);
+	u32 *reply;
+
+	if (s && !(s->out.marks & SESSION_BY_REPLY))
+		return s;
+	reply = replies.lookup(&key);
+	s = reply ? session_at(*reply) : NULL;
+	return s && s->out.marks & SESSION_BY_REPLY && flow_is_with(&s->out, remote, remote_port) ? s : NULL;
 }
 
 static __always_inline bool life_is_session(u64 life)
@@ -135,6 +167,26 @@ static __always_inline void flow_touch(struct flow *flow, u32 now, u32 bytes)
 	flow->bytes += bytes;
 }
 
+/* RFC 793 has no segment with none of SYN, ACK, RST, nor with two of SYN, FIN, RST. */
+static __always_inline bool tcp_flags_are_sane(u8 flags)
+{
+	u8 kind = flags & (TCP_SYN | TCP_FIN | TCP_RST);
+
+	return flags & (TCP_SYN | TCP_ACK | TCP_RST) && !(kind & (kind - 1));
+}
+
+/* TCP opens a session with SYN; in the middle of a connection (the gateway was restarted) also with a plain ACK,
+ * so that the other side can answer and both learn. FIN and RST open nothing.
+ */
+static __always_inline enum verdict may_open(const struct packet *p)
+{
+	u8 flags = p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK);
+
+	if (p->class != CLASS_TCP || flags == TCP_SYN || flags == TCP_ACK)
+		return CONTINUE;
+	return drop(tcp_flags_are_sane(p->tcp_flags) ? COUNT_drop_tcp_no_session : COUNT_drop_tcp_flags);
+}
+
 /* Follows one segment @p sent by the side of flow @from. A RST counts only with the very sequence number that
  * the other side acknowledged last, which an off-path attacker cannot know; data after it revives the session
  * (RFC 7857 section 2.2).
@@ -151,8 +203,10 @@ static __always_inline void tcp_track(const struct settings *cfg, struct session
 	}
 	if (p->tcp_flags & TCP_SYN && !tcp_is_established(s)) {
 		from->tcp_seen = 0; /* a new connection over the same endpoints */
-		if (!(p->tcp_flags & TCP_ACK))
+		if (!(p->tcp_flags & TCP_ACK)) {
 			to->tcp_seen = 0;
+			to->last_ack = bpf_htonl(bpf_ntohl(p->seq) + 1); /* what it will acknowledge, if it does */
+		}
 	}
 	from->tcp_seen &= ~TCP_RST;
 	to->tcp_seen &= ~TCP_RST;

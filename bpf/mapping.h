@@ -2,10 +2,11 @@
  * and reaping. A slot belongs to whoever set its bit in `claims`; everything after that changes by
  * compare-and-swap on session.life, so packets on several CPUs and the reaper can meet here without a lock.
  */
-#define CLAIM_TRIES 16
-#define CLAIM_WORDS 128
-#define LOCAL_TRIES 4
-#define RECLAIM_TRIES 16
+#define CLAIM_TRIES 8
+#define CLAIM_WORDS 64
+#define FURTHER_TRIES 4
+#define FURTHER_WORDS 16
+#define RECLAIM_TRIES 8
 
 static __always_inline bool slot_claim(u32 slot)
 {
@@ -26,27 +27,39 @@ static __always_inline void slot_release(u32 slot)
 		__sync_fetch_and_and(claim, ~(1ULL << (slot % 64)));
 }
 
+/* Comparisons without jumps. In code that leads into a loop, each jump would have the verifier walk that loop once more;
+ * the asm keeps LLVM from making jumps of them. Numbers below 2^63 only.
+ */
+static __always_inline u32 is_below(u64 a, u64 b)
+{
+	u64 difference = a - b;
+
+	asm volatile("" : "+r"(difference));
+	return difference >> 63;
+}
+
+static __always_inline u32 is_any(u64 word)
+{
+	word |= -word;
+	asm volatile("" : "+r"(word));
+	return word >> 63;
+}
+
 /* LLVM's BPF backend crashes on __builtin_ctzll. */
 static __always_inline u32 lowest_bit(u64 word)
 {
-	u32 bit = 0;
-
-#pragma clang loop unroll(full)
-	for (u32 half = 32; half; half /= 2) {
-		if (word & ((1ULL << half) - 1))
-			continue;
-		word >>= half;
-		bit += half;
-	}
-	return bit;
+	word &= -word;
+	return is_any(word & 0xaaaaaaaaaaaaaaaaULL) | is_any(word & 0xccccccccccccccccULL) << 1 |
+	       is_any(word & 0xf0f0f0f0f0f0f0f0ULL) << 2 | is_any(word & 0xff00ff00ff00ff00ULL) << 3 |
+	       is_any(word & 0xffff0000ffff0000ULL) << 4 | is_any(word & 0xffffffff00000000ULL) << 5;
 }
 
-/* A free slot among CLAIM_WORDS words of the pool's two ranges (ports counted from slot @base), from a random word round,
- * or NO_SLOT. With one port in a hundred free that finds one, and a small pool is looked through whole; when it does not,
+/* A free slot among @tries words of the pool's two ranges (ports counted from slot @base), from a random word round,
+ * or NO_SLOT; @fitting has the bits that will do. With one port in a hundred free that finds one, and a small pool is looked through whole; when it does not,
  * the sender's next packet looks elsewhere. Words at the edges of the pool hold foreign ports too, but those are claimed.
- * The loop only finds the word: what stands inside it is paid 128 times over in the verifier's time at attach.
+ * The loop only finds the word: what stands inside it is paid @tries times over in the verifier's time at attach.
  */
-static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool)
+static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool, u64 fitting, u32 tries)
 {
 	u32 low = (base + pool->first[0]) / 64, high = (base + pool->first[1]) / 64;
 	u32 low_words = (pool->first[0] % 64 + pool->count[0] + 63) / 64;
@@ -57,7 +70,7 @@ static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool)
 	if (!words)
 		return NO_SLOT;
 #pragma clang loop unroll(disable)
-	for (u32 i = 0; i < CLAIM_WORDS; i++) {
+	for (u32 i = 0; i < tries; i++) {
 		u32 nth = (start + i) % words;
 		u64 *claim;
 
@@ -65,7 +78,7 @@ static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool)
 		claim = claims.lookup(&word);
 		if (!claim)
 			return NO_SLOT;
-		free = ~*claim;
+		free = ~*claim & fitting;
 		if (free)
 			break;
 	}
@@ -80,22 +93,39 @@ static __always_inline u32 random_below(u32 limit)
 	return ((u64)bpf_get_prandom_u32() * limit) >> 32;
 }
 
-/* A random free port of the pool, uniform over both ranges (RFC 6056), or NO_SLOT when every try met a taken one. */
-static __always_inline u32 slot_claim_random(const struct settings *cfg, u32 external, u32 class)
+static __always_inline u32 pool_size(const struct pool *pool)
 {
-	const struct pool *pool = &cfg->pool[class];
+	return pool->count[0] + pool->count[1];
+}
 
-#pragma clang loop unroll(disable)
-	for (int i = 0; i < CLAIM_TRIES; i++) {
-		u32 nth = random_below(pool->count[0] + pool->count[1]);
-		u32 port = nth < pool->count[0] ? pool->first[0] + nth :
-						  pool->first[1] + nth - pool->count[0];
-		u32 slot = slot_of(external, class, 0) + port;
+static __always_inline u32 pool_random_port(const struct pool *pool)
+{
+	u32 nth = random_below(pool_size(pool));
 
-		if (slot_claim(slot))
-			return slot;
-	}
-	return NO_SLOT;
+	return nth < pool->count[0] ? pool->first[0] + nth : pool->first[1] + nth - pool->count[0];
+}
+
+static __always_inline u32 pool_has(const struct pool *pool, u32 port)
+{
+	return is_below((u32)(port - pool->first[0]), pool->count[0]) |
+	       is_below((u32)(port - pool->first[1]), pool->count[1]);
+}
+
+static __always_inline const struct pool *pool_for(const struct settings *cfg, u32 class, __be16 internal_port)
+{
+	u32 i = class & CLASS_MASK;
+	u32 low = is_below(bpf_ntohs(internal_port), 1024) & is_any(cfg->pool[CLASS_ROOM + i].count[0]);
+
+	return &cfg->pool[(CLASS_ROOM * low + i) & (2 * CLASS_ROOM - 1)];
+}
+
+static __always_inline bool slot_is_of_pool(const struct settings *cfg, u32 slot)
+{
+	u32 i = slot_class(slot) & CLASS_MASK;
+
+	asm volatile("" : "+r"(i)); /* or LLVM drops the mask that the verifier wants to see */
+	i &= CLASS_MASK;
+	return pool_has(&cfg->pool[i], slot % PORTS) || pool_has(&cfg->pool[CLASS_ROOM + i], slot % PORTS);
 }
 
 static __always_inline u32 slot_claim_further(void)
@@ -103,33 +133,34 @@ static __always_inline u32 slot_claim_further(void)
 	const struct pool all = { .count = { FURTHER } };
 
 #pragma clang loop unroll(disable)
-	for (int i = 0; i < CLAIM_TRIES; i++) {
+	for (int i = 0; i < FURTHER_TRIES; i++) {
 		u32 slot = FURTHER_BASE + random_below(FURTHER);
 
 		if (slot_claim(slot))
 			return slot;
 	}
-	return slot_claim_scan(FURTHER_BASE, &all);
+	return slot_claim_scan(FURTHER_BASE, &all, ~0ULL, FURTHER_WORDS);
 }
 
-static __always_inline void session_init(const struct settings *cfg, struct session *s, const struct packet *p,
-					 u32 mapping, addr_t external, __be16 external_port)
+static __always_inline void session_init(const struct settings *cfg, struct session *s, const struct ends *e,
+					 u32 mapping, u32 now)
 {
 	struct flow out = {
-		.remote_addr = p->dst,
-		.remote_port = p->dst_port,
-		.new_addr = external,
-		.new_port = external_port,
+		.remote_addr = e->remote,
+		.remote_port = e->remote_port,
+		.new_addr = slot_addr(cfg, mapping),
+		.new_port = slot_port(mapping),
 		.armed_at = cfg->disarmed_at,
-		.last_seen = p->now,
+		.last_seen = now,
+		.marks = e->marks,
 	};
 	struct flow in = out;
 
-	in.new_addr = p->src;
-	in.new_port = p->src_port;
+	in.new_addr = e->internal;
+	in.new_port = e->internal_port;
 	s->out = out;
 	s->in = in;
-	s->opened_at = p->now;
+	s->opened_at = now;
 	s->mapping = mapping;
 }
 
@@ -150,38 +181,94 @@ static __always_inline struct remote_key remote_key_of(const struct session *s)
 	return key;
 }
 
+static __always_inline struct reply_key reply_key_of(const struct session *s)
+{
+	struct reply_key key = { .addr = s->in.new_addr,
+				 .remote_addr = s->out.remote_addr,
+				 .port = s->in.new_port,
+				 .remote_port = s->out.remote_port,
+				 .class = slot_class(s->mapping) };
+	return key;
+}
+
 static __always_inline bool slot_is_published(const struct session *s, u32 slot)
 {
 	struct mapping_key endpoint = mapping_key_of(s);
 	struct remote_key remote = remote_key_of(s);
-	u32 *found = slot < FURTHER_BASE ? mappings.lookup(&endpoint) : remotes.lookup(&remote);
+	struct reply_key reply = reply_key_of(s);
+	u32 *found = slot >= FURTHER_BASE	       ? remotes.lookup(&remote) :
+		     s->out.marks & SESSION_BY_REPLY ? replies.lookup(&reply) :
+							       mappings.lookup(&endpoint);
 
 	return found && *found == slot;
 }
 
-static __always_inline void slot_unpublish(const struct session *s, u32 slot)
+static __always_inline void mapping_unpublish(const struct session *s, u32 slot)
 {
-	struct mapping_key endpoint = mapping_key_of(s);
-	struct remote_key remote = remote_key_of(s);
+	struct mapping_key key = mapping_key_of(s);
+	u32 *found = mappings.lookup(&key);
 
-	if (!slot_is_published(s, slot))
-		return;
-	if (slot < FURTHER_BASE)
-		mappings.delete(&endpoint);
-	else
-		remotes.delete(&remote);
+	if (found && *found == slot)
+		mappings.delete(&key);
+}
+
+static __always_inline void remote_unpublish(const struct session *s, u32 slot)
+{
+	struct remote_key key = remote_key_of(s);
+	u32 *found = remotes.lookup(&key);
+
+	if (found && *found == slot)
+		remotes.delete(&key);
+}
+
+static __always_inline void reply_unpublish(const struct reply_key *key, u32 slot)
+{
+	u32 *found = replies.lookup((struct reply_key *)key);
+
+	if (found && *found == slot)
+		replies.delete((struct reply_key *)key);
+}
+
+/* A session's end takes effect with a swap of its slot's life, after which the slot may be another's at once; so what is
+ * to be tidied up is noted before.
+ */
+struct ending {
+	struct reply_key reply;
+	u8 marks;
+};
+
+static __always_inline struct ending session_ending(const struct session *s)
+{
+	struct ending ending = { .reply = reply_key_of(s), .marks = s->out.marks };
+	return ending;
+}
+
+static __always_inline void session_ended(const struct ending *ending, u32 slot)
+{
+	count(COUNT_session_closed);
+	if (ending->marks & SESSION_COUNTED)
+		host_session_ended(ending->reply.addr);
+	if (ending->marks & SESSION_BY_REPLY)
+		reply_unpublish(&ending->reply, slot);
 }
 
 /* Ends what is in @slot, of which @life was read before; its rest begins. XDP looks at no life, so it is disarmed too. */
 static __always_inline bool slot_close(const struct settings *cfg, struct session *s, u32 slot, u64 life, u32 now)
 {
+	struct ending ending = session_ending(s);
+
 	s->out.last_seen = now;
-	if (!life_swap(s, life, (life & ~(LIFE_STATE | LIFE_SESSION)) | LIFE_RESTING))
+	if (!life_swap(s, life, (life & ~(LIFE_STATE | LIFE_SESSION | LIFE_COUNTED)) | LIFE_RESTING))
 		return false;
 	session_disarm(cfg, s);
-	slot_unpublish(s, slot);
+	if (slot < FURTHER_BASE)
+		mapping_unpublish(s, slot);
+	else
+		remote_unpublish(s, slot);
+	if (life & LIFE_COUNTED)
+		host_mapping_ended(ending.reply.addr, ending.reply.class);
 	if (life & LIFE_SESSION)
-		count(COUNT_session_closed);
+		session_ended(&ending, slot);
 	return true;
 }
 
@@ -191,6 +278,17 @@ static __always_inline void further_close(const struct settings *cfg, struct ses
 
 	if (slot_close(cfg, s, slot, life, now) && mapping)
 		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
+}
+
+/* The mapping stays, for its further sessions or because it is static. */
+static __always_inline void session_close(const struct settings *cfg, struct session *s, u32 slot, u64 life)
+{
+	struct ending ending = session_ending(s);
+
+	if (!life_swap(s, life, life & ~LIFE_SESSION))
+		return;
+	session_disarm(cfg, s);
+	session_ended(&ending, slot);
 }
 
 /* Closes what is expired in @slot (or, forced, what is there): the session, and with its last session the mapping. */
@@ -204,43 +302,55 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 	life = s->life;
 	if ((life & LIFE_STATE) != LIFE_LIVE)
 		return;
-	if (life & LIFE_SESSION && !(force ? slot_is_published(s, slot) : session_is_expired(cfg, s, now)))
+	if (life & LIFE_SESSION && !(force ? life & LIFE_STATIC || slot_is_published(s, slot) :
+					     session_is_expired(cfg, s, now)))
 		return;
 	if (slot >= FURTHER_BASE) {
 		further_close(cfg, s, slot, life, now);
-	} else if (!(life & LIFE_FURTHER_MASK)) {
+	} else if (!(life & (LIFE_FURTHER_MASK | LIFE_STATIC))) {
 		if (slot_close(cfg, s, slot, life, now))
 			count(COUNT_mapping_closed);
-	} else if (life & LIFE_SESSION && life_swap(s, life, life & ~LIFE_SESSION)) {
-		session_disarm(cfg, s);
-		count(COUNT_session_closed);
+	} else if (life & LIFE_SESSION) {
+		session_close(cfg, s, slot, life);
 	}
+}
+
+static __always_inline bool slot_is_to_be_had(const struct settings *cfg, const struct session *s, u32 now)
+{
+	u64 life = s->life;
+
+	if ((life & LIFE_STATE) == LIFE_RESTING)
+		return true;
+	return (life & LIFE_STATE) == LIFE_LIVE && !(life & (LIFE_FURTHER_MASK | LIFE_STATIC)) &&
+	       (!(life & LIFE_SESSION) || session_is_expired(cfg, s, now));
 }
 
 /* The agent lets ports rest and returns them. Should it be dead for long, packets help themselves: any closed or
  * expired port of the pool will do then.
  */
-static __always_inline u32 slot_reclaim(const struct settings *cfg, u32 external, u32 class, u32 now)
+static __always_inline u32 slot_reclaim(const struct settings *cfg, u32 base, const struct pool *pool, u32 now)
 {
-	const struct pool *pool = &cfg->pool[class];
-	u32 base = slot_of(external, class, 0);
+	struct session *s = NULL;
+	u32 slot = NO_SLOT;
+	u64 life;
 
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < RECLAIM_TRIES; i++) {
-		u32 slot = base + pool->first[0] + random_below(pool->count[0]);
-		struct session *s = session_at(slot);
-		u64 life;
-
+		slot = base + pool_random_port(pool);
+		s = session_at(slot);
 		if (!s)
 			return NO_SLOT;
-		slot_reap(cfg, slot, false, now);
-		life = s->life;
-		if ((life & LIFE_STATE) == LIFE_RESTING && life_swap(s, life, 0)) {
-			count(COUNT_mapping_reclaimed);
-			return slot;
-		}
+		if (slot_is_to_be_had(cfg, s, now))
+			break;
 	}
-	return NO_SLOT;
+	if (!s)
+		return NO_SLOT;
+	slot_reap(cfg, slot, false, now);
+	life = s->life;
+	if ((life & LIFE_STATE) != LIFE_RESTING || !life_swap(s, life, 0))
+		return NO_SLOT;
+	count(COUNT_mapping_reclaimed);
+	return slot;
 }
 
 /* Has the gateway a socket of its own at this endpoint, listening or talking to this remote? */
@@ -249,14 +359,16 @@ static __always_inline bool socket_is_at(const struct packet *p, addr_t external
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sock;
+	u64 class = p->class;
 
-	if (p->class == CLASS_ICMP)
+	asm volatile("" : "+r"(class)); /* or LLVM makes loops around this for each class */
+	if (class == CLASS_ICMP)
 		return false;
 	tuple.ipv4.saddr = remote.word[0];
 	tuple.ipv4.sport = remote_port;
 	tuple.ipv4.daddr = external.word[0];
 	tuple.ipv4.dport = port;
-	sock = p->class == CLASS_TCP ?
+	sock = class == CLASS_TCP ?
 		       bpf_skc_lookup_tcp(p->skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0) :
 		       bpf_sk_lookup_udp(p->skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	if (!sock)
@@ -267,30 +379,46 @@ static __always_inline bool socket_is_at(const struct packet *p, addr_t external
 
 static __always_inline bool slot_is_local(const struct settings *cfg, const struct packet *p, u32 slot)
 {
-	return socket_is_at(p, cfg->external[0], bpf_htons(slot % PORTS), p->dst, p->dst_port);
+	return socket_is_at(p, slot_addr(cfg, slot), slot_port(slot), p->dst, p->dst_port);
 }
 
-/* A claimed slot on which the gateway does not listen itself, or NO_SLOT. The gateway's own queries keep their
- * identifier when it is free: a raw socket cannot be asked whether it wants the reply.
+/* Is the internal port tried first? The gateway's own queries always keep their identifier when it is free: a raw socket
+ * cannot be asked whether it wants the reply.
  */
-static __always_inline u32 slot_for_mapping(const struct settings *cfg, const struct packet *p, bool own)
+static __always_inline u32 port_is_preferred(const struct settings *cfg, const struct packet *p, const struct pool *pool)
 {
-	u32 slot = slot_of(0, p->class, p->src_port);
+	u32 own_query = p->own & ~is_any(p->class ^ CLASS_ICMP);
 
-	if (own && p->class == CLASS_ICMP && slot_claim(slot))
-		return slot;
+	return (cfg->preserve | own_query) & pool_has(pool, bpf_ntohs(p->src_port));
+}
+
+/* A claimed slot on which the gateway does not listen itself, or NO_SLOT: a random free port of the pool, uniform over
+ * both ranges (RFC 6056), or when every try met a taken one, whatever is found. A port of the other parity than the
+ * internal one's may lie just outside the pool, where everything is taken.
+ */
+static __always_inline u32 slot_for_mapping(const struct settings *cfg, const struct packet *p)
+{
+	const struct pool *pool = pool_for(cfg, p->class, p->src_port);
+	u32 base = slot_of(0, p->class, 0), port = bpf_ntohs(p->src_port), parity = cfg->parity & 1, slot;
+	u64 fitting = 0x5555555555555555ULL << (port & parity) | ((u64)parity - 1);
+	u32 preferred = port_is_preferred(cfg, p, pool);
+
 #pragma clang loop unroll(disable)
-	for (int i = 0; i < LOCAL_TRIES; i++) {
-		slot = slot_claim_random(cfg, 0, p->class);
-		if (slot == NO_SLOT)
-			break;
+	for (int i = 0; i < CLAIM_TRIES; i++) {
+		u32 number = pool_random_port(pool);
+
+		number ^= (number ^ port) & (parity | -preferred);
+		preferred = 0;
+		slot = base + number;
+		if (!slot_claim(slot))
+			continue;
 		if (!slot_is_local(cfg, p, slot))
 			return slot;
 		slot_release(slot);
 	}
-	slot = slot_claim_scan(slot_of(0, p->class, 0), &cfg->pool[p->class]);
-	if (slot == NO_SLOT)
-		slot = slot_reclaim(cfg, 0, p->class, p->now);
+	slot = slot_claim_scan(base, pool, fitting, CLAIM_WORDS);
+	if (slot == NO_SLOT && !parity)
+		slot = slot_reclaim(cfg, base, pool, p->now);
 	if (slot == NO_SLOT || !slot_is_local(cfg, p, slot))
 		return slot;
 	slot_release(slot);
@@ -300,66 +428,94 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
 /* Makes mapping and session at once. The slot, which is what replies find, is complete before the internal
  * endpoint is published. NULL with *@slot set: another CPU was first, go on with its mapping.
  */
-static __always_inline struct session *mapping_open(const struct settings *cfg, const struct packet *p, bool own,
-						    u32 *slot, enum verdict *verdict)
+static __always_inline struct session *mapping_open(const struct settings *cfg, const struct packet *p,
+						    const struct ends *e, struct host *host, u32 *slot,
+						    enum verdict *verdict)
 {
-	struct mapping_key key = { .addr = p->src, .port = p->src_port, .class = p->class };
-	u32 claimed = slot_for_mapping(cfg, p, own);
+	struct mapping_key key = { .addr = e->internal, .port = e->internal_port, .class = p->class };
+	u32 claimed = slot_blur(slot_for_mapping(cfg, p));
 	struct session *s = session_at(claimed);
 
 	if (claimed == NO_SLOT || !s) {
-		*verdict = drop(COUNT_drop_ports_exhausted);
+		*verdict = REFUSE;
 		return NULL;
 	}
-	session_init(cfg, s, p, claimed, cfg->external[0], bpf_htons(claimed % PORTS));
-	s->life = LIFE_LIVE | LIFE_SESSION;
+	session_init(cfg, s, e, claimed, p->now);
+	s->life = LIFE_LIVE | LIFE_SESSION | (host ? LIFE_COUNTED : 0);
 	if (!mappings.insert(&key, &claimed)) {
 		count(COUNT_mapping_opened);
 		count(COUNT_session_opened);
+		if (host)
+			__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
 		return s;
 	}
 	s->life = 0;
 	slot_release(claimed);
-	*slot = slot_of_internal(p->src, p->class, p->src_port);
+	*slot = slot_of_internal(e->internal, p->class, e->internal_port);
 	if (*slot == NO_SLOT)
-		*verdict = drop(COUNT_drop_sessions_full);
+		*verdict = refuse(COUNT_drop_sessions_full);
 	return NULL;
 }
 
-static __always_inline struct session *further_open(const struct settings *cfg, const struct packet *p, u32 mapping,
-						    struct session *m, u64 life, enum verdict *verdict)
+/* Leads to @slot by the 5-tuple where the mapping does not. */
+static __always_inline bool reply_publish(const struct ends *e, u32 class, u32 slot)
 {
-	struct remote_key key = { .mapping = mapping, .addr = p->dst, .port = p->dst_port };
-	u32 slot = slot_claim_further();
-	struct session *s = session_at(slot);
+	struct reply_key key = { .addr = e->internal,
+				 .remote_addr = e->remote,
+				 .port = e->internal_port,
+				 .remote_port = e->remote_port,
+				 .class = class };
 
-	if (slot == NO_SLOT || !s) {
-		*verdict = drop(COUNT_drop_sessions_full);
+	return !(e->marks & SESSION_BY_REPLY) || !replies.insert(&key, &slot);
+}
+
+static __always_inline struct session *further_open(const struct settings *cfg, const struct ends *e, u32 *slot,
+						    struct session *m, u64 life, u32 now, enum verdict *verdict)
+{
+	struct remote_key key = { .mapping = *slot, .addr = e->remote, .port = e->remote_port };
+	u32 mapping = *slot, further = slot_claim_further();
+	struct session *s = session_at(further);
+
+	if (further == NO_SLOT || !s) {
+		*verdict = refuse(COUNT_drop_sessions_full);
 		return NULL;
 	}
-	session_init(cfg, s, p, mapping, m->out.new_addr, m->out.new_port);
+	session_init(cfg, s, e, mapping, now);
+	if (!reply_publish(e, slot_class(mapping), further)) {
+		*verdict = drop(COUNT_drop_reply_taken);
+		goto release;
+	}
 	if (!life_swap(m, life, life + LIFE_FURTHER))
 		goto busy;
 	s->life = LIFE_LIVE | LIFE_SESSION;
-	if (!remotes.insert(&key, &slot)) {
+	if (!remotes.insert(&key, &further)) {
 		count(COUNT_session_opened);
+		*slot = further;
 		return s;
 	}
 	s->life = 0;
 	__sync_fetch_and_add(&m->life, -LIFE_FURTHER);
 busy:
-	slot_release(slot);
 	*verdict = drop(COUNT_drop_session_busy);
+	if (e->marks & SESSION_BY_REPLY) {
+		struct reply_key reply = reply_key_of(s);
+
+		reply_unpublish(&reply, further);
+	}
+release:
+	slot_release(further);
 	return NULL;
 }
 
-/* Opens a session with a new remote endpoint on the mapping in @slot: in the mapping's own place when that is free
- * or its session expired, else in a further one.
+/* Opens a session with a new remote endpoint on the mapping in *@slot: in the mapping's own place when that is free
+ * or its session expired, else in a further one; *@slot becomes its place.
  */
-static __always_inline struct session *session_join(const struct settings *cfg, const struct packet *p, u32 slot,
+static __always_inline struct session *session_join(const struct settings *cfg, const struct ends *e, u32 *slot, u32 now,
 						    enum verdict *verdict)
 {
-	struct session *m = session_at(slot);
+	struct session *m = session_at(*slot);
+	struct ending ending;
+	bool taken_by_live;
 	u64 life, taken;
 
 	if (!m) {
@@ -372,31 +528,45 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
 	}
-	if (life & LIFE_SESSION && !session_is_expired(cfg, m, p->now))
-		return further_open(cfg, p, slot, m, life, verdict);
-	m->out.last_seen = p->now; /* before the swap, or the reaper could take what it finds there for expired */
+	taken_by_live = life & LIFE_SESSION && !session_is_expired(cfg, m, now);
+	if (taken_by_live && flow_is_with(&m->out, e->remote, e->remote_port)) {
+		*verdict = drop(COUNT_drop_reply_taken);
+		return NULL;
+	}
+	/* The place of a mapping that is not static tells whose it is, so no other host's session may stand there. */
+	if (taken_by_live || (e->marks & SESSION_BY_REPLY && !(life & LIFE_STATIC)))
+		return further_open(cfg, e, slot, m, life, now, verdict);
+	ending = session_ending(m);
+	m->out.last_seen = now; /* before the swap, or the reaper could take what it finds there for expired */
 	if (!life_swap(m, life, taken)) {
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
 	}
 	if (life & LIFE_SESSION)
-		count(COUNT_session_closed);
-	session_init(cfg, m, p, slot, m->out.new_addr, m->out.new_port);
+		session_ended(&ending, *slot);
+	session_init(cfg, m, e, *slot, now);
+	if (!reply_publish(e, slot_class(*slot), *slot)) {
+		life_swap(m, taken, taken & ~LIFE_SESSION);
+		*verdict = drop(COUNT_drop_reply_taken);
+		return NULL;
+	}
 	count(COUNT_session_opened);
 	return m;
 }
 
-/* An expired session that its own host speaks on again starts anew in place. */
-static __always_inline bool session_reopen(const struct settings *cfg, struct session *s, const struct packet *p)
+/* An expired session over the same endpoints starts anew in place. */
+static __always_inline bool session_reopen(const struct settings *cfg, struct session *s, const struct ends *e, u32 now)
 {
+	struct ends same = *e;
 	u64 life = s->life;
 
-	if (!life_is_session(life))
+	if (!life_is_session(life) || s->in.new_port != e->internal_port || !addr_equal(s->in.new_addr, e->internal))
 		return false;
-	s->out.last_seen = p->now; /* as in session_join() */
+	same.marks = (s->out.marks & (SESSION_BY_REPLY | SESSION_COUNTED)) | (e->marks & SESSION_FROM_OUTSIDE);
+	s->out.last_seen = now; /* as in session_join() */
 	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;
-	session_init(cfg, s, p, s->mapping, s->out.new_addr, s->out.new_port);
+	session_init(cfg, s, &same, s->mapping, now);
 	count(COUNT_session_reopened);
 	return true;
 }

@@ -19,6 +19,7 @@ BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interfa
 BPF_TABLE("array", u32, struct settings, settings, 1);
 BPF_DEVMAP(transmitters, INTERFACES); /* interfaces able to take XDP frames, by index */
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
+BPF_TABLE("percpu_array", u32, struct packet, blurred, 1); /* see packet_blur() */
 BPF_TABLE("array", u32, struct manifest, manifest, 1);
 
 static __always_inline u32 jiffies_now(void)
@@ -40,6 +41,33 @@ static __always_inline struct settings *settings_get(void)
 static __always_inline struct interface *interface_at(u32 ifindex)
 {
 	return interfaces.lookup(&ifindex);
+}
+
+/* Makes the verifier forget what it has concluded about a packet. It would otherwise follow the long way of opening a
+ * session once for every way in which a packet may have been parsed, and give up. Only for cold paths.
+ */
+static __always_inline void packet_blur(struct packet *p)
+{
+	u32 zero = 0;
+	struct packet *blur = blurred.lookup(&zero);
+
+	if (!blur)
+		return;
+	__builtin_memcpy(&blur->now, &p->now, sizeof(*p) - offsetof(struct packet, now));
+	asm volatile("" : : "r"(blur) : "memory");
+	__builtin_memcpy(&p->now, &blur->now, sizeof(*p) - offsetof(struct packet, now));
+}
+
+static __always_inline u32 slot_blur(u32 slot)
+{
+	u32 zero = 0;
+	struct packet *blur = blurred.lookup(&zero);
+
+	if (!blur)
+		return NO_SLOT;
+	blur->l3 = slot;
+	asm volatile("" : : "r"(blur) : "memory");
+	return blur->l3;
 }
 
 static __always_inline u32 prefix_role(addr_t addr)

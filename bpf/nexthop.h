@@ -1,4 +1,4 @@
-/* Arming: copying into a flow what the kernel just decided for a packet of it, so that XDP can repeat it. Runs at
+/* The way out. Arming: copying into a flow what the kernel just decided for a packet of it, so that XDP can repeat it. Runs at
  * the egress hooks, where the packet has been routed, filtered by nftables, and given its neighbour's MAC.
  */
 struct ethernet_header {
@@ -48,4 +48,80 @@ static __always_inline void flow_arm(const struct settings *cfg, const struct pa
 static __always_inline bool session_may_fly(const struct settings *cfg, const struct session *s)
 {
 	return cfg->accelerate && (slot_class(s->mapping) != CLASS_TCP || tcp_is_established(s));
+}
+
+/* Where the kernel would send a packet to @dst: an interface index, 0 when nowhere. */
+static __always_inline u32 route_to(const struct packet *p, addr_t dst)
+{
+	struct bpf_fib_lookup way = { .family = ADDR_FAMILY, .ipv4_dst = dst.word[0], .ifindex = p->skb->ifindex };
+	long result = bpf_fib_lookup(p->skb, &way, sizeof(way), 0);
+
+	return result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH ? way.ifindex : 0;
+}
+
+/* bcc declares this helper with an argument too few. */
+static long (*redirect_neigh)(u32 ifindex, void *params, int length, u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+
+/* A hairpinned packet is turned round by way of the WAN's ingress hook. Until then its mark, which is nobody else's
+ * before it has passed netfilter, tells so, and by which interface it came.
+ */
+#define HAIRPIN_MARK 0x4d510000
+#define HAIRPIN_MARKED 0xffff0000
+
+static __always_inline bool hairpin_is_marked(const struct __sk_buff *skb)
+{
+	return (skb->mark & HAIRPIN_MARKED) == HAIRPIN_MARK;
+}
+
+static __always_inline u32 hairpin_came_by(const struct packet *p)
+{
+	return p->skb->mark & ~HAIRPIN_MARKED;
+}
+
+static __always_inline enum verdict hairpin_turn(const struct settings *cfg, const struct packet *p)
+{
+	struct ethernet_header eth = { .proto = bpf_htons(ETH_P_IP) };
+
+	if (!p->l3 && (bpf_skb_change_head(p->skb, sizeof(eth), 0) ||
+		       bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0)))
+		return drop(COUNT_drop_rewrite);
+	p->skb->mark = HAIRPIN_MARK | (p->skb->ifindex & ~HAIRPIN_MARKED);
+	return bpf_redirect(cfg->wan, BPF_F_INGRESS) == TC_ACT_REDIRECT ? REDIRECT : drop(COUNT_drop_hairpin_route);
+}
+
+/* Forwards a hairpinned packet, translated by now, to its LAN: what the kernel does with all others. */
+static __always_inline enum verdict hairpin_send(const struct packet *p)
+{
+	bool own = hairpin_came_by(p) == LOOPBACK;
+	struct ip_header *ip;
+	struct interface *to;
+	u32 ifindex;
+	addr_t dst;
+
+	if (bpf_skb_load_bytes(p->skb, p->l3 + offsetof(struct ip_header, dst), &dst, sizeof(dst)))
+		return drop(COUNT_drop_rewrite);
+	ifindex = route_to(p, dst);
+	to = interface_at(ifindex);
+	ip = packet_at(p, p->l3, sizeof(*ip));
+	if (!ip || !to || to->role != ROLE_LAN)
+		return drop(COUNT_drop_hairpin_route);
+	ip->ttl--;
+	ip->check = csum_apply(ip->check, CSUM_DELTA_TTL);
+	p->skb->mark = 0;
+	if (redirect_neigh(ifindex, NULL, 0, 0) != TC_ACT_REDIRECT)
+		return drop(COUNT_drop_hairpin_route);
+	count(own ? COUNT_slow_hairpin_own : COUNT_slow_hairpin);
+	return REDIRECT;
+}
+
+/* Up the gateway's own stack, by the way on which its packet to itself came. */
+static __always_inline enum verdict loopback_send(const struct packet *p)
+{
+	struct ethernet_header eth = { .proto = bpf_htons(ETH_P_IP) };
+
+	if (p->l3 != sizeof(eth) || bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0) ||
+	    bpf_redirect(LOOPBACK, BPF_F_INGRESS) != TC_ACT_REDIRECT)
+		return drop(COUNT_drop_hairpin_route);
+	count(COUNT_slow_hairpin_own);
+	return REDIRECT;
 }

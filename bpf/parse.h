@@ -42,6 +42,13 @@ struct icmp_header {
 #define IP_MORE_FRAGMENTS 0x2000
 #define IP_OFFSET_UNITS 0x1fff
 
+#define OPTIONS_MAX 40 /* bytes, of IP and of TCP */
+#define OPTIONS_SPAN 64
+#define OPTION_END 0
+#define OPTION_NOP 1
+#define IP_OPTION_LOOSE_ROUTE 131
+#define IP_OPTION_STRICT_ROUTE 137
+
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
@@ -49,6 +56,7 @@ struct icmp_header {
 
 #define ICMP_ECHO_REPLY 0
 #define ICMP_UNREACHABLE 3
+#define ICMP_TOO_BIG 4 /* code of unreachable */
 #define ICMP_REDIRECT 5
 #define ICMP_ECHO 8
 #define ICMP_TIME_EXCEEDED 11
@@ -77,19 +85,41 @@ static __always_inline bool packet_is_later_fragment(const struct packet *p)
 	return p->fragment_offset > 0;
 }
 
+/* Where a packet from outside cannot come from, whoever we are (RFC 6890): this network, loopback, multicast, reserved.
+ * Nobody's address is what asks for one (DHCP).
+ */
+static __always_inline bool addr_is_martian(addr_t addr)
+{
+	u8 first = bpf_ntohl(addr.word[0]) >> 24;
+
+	return !addr_is_unset(addr) && (first == 0 || first == 127 || first >= 224);
+}
+
+/* A later fragment of something whose ports only the first one tells. */
+static __always_inline bool packet_follows_first(const struct packet *p)
+{
+	return packet_is_later_fragment(p) && (p->class != CLASS_NONE || p->proto == IPPROTO_SCTP);
+}
+
 #define IP_HEADER_MAX 60
 #define HEADERS_MAX 256 /* no header of ours lies further out; the verifier insists on a bound */
 
 /* @len bytes at @offset of the packet, or NULL. Good until the next helper that changes the packet. */
-static __always_inline void *packet_at(const struct packet *p, u32 offset, u32 len)
+static __always_inline void *packet_at(const struct packet *p, u64 offset, u32 len)
 {
-	void *at = (void *)(long)p->skb->data + offset;
+	struct __sk_buff *skb = p->skb;
+	void *at;
 
+	/* Else LLVM may keep the address of skb->data, which the verifier does not let it read from; or check a copy of
+	 * what it adds.
+	 */
+	asm volatile("" : "+r"(skb), "+r"(offset));
 	if (offset > HEADERS_MAX)
 		return NULL;
+	at = (void *)(long)skb->data + offset;
 	/* Else LLVM may compute the sum twice, and the verifier not see that the checked one is the one used. */
 	asm volatile("" : "+r"(at));
-	return at + len > (void *)(long)p->skb->data_end ? NULL : at;
+	return at + len > (void *)(long)skb->data_end ? NULL : at;
 }
 
 /* Makes IP and transport header at @l3 reachable by packet_at(), as far as the packet goes. */
@@ -131,6 +161,7 @@ static __always_inline enum verdict parse_tcp(struct packet *p)
 	header = (tcp->data_offset >> 4) * 4;
 	if (header < sizeof(*tcp) || header > p->l4_len)
 		return too_short(p);
+	p->payload = p->l4 + header;
 	p->src_port = tcp->port.src;
 	p->dst_port = tcp->port.dst;
 	p->seq = tcp->seq;
@@ -148,6 +179,48 @@ static __always_inline enum verdict parse_udp(struct packet *p)
 	p->src_port = udp->port.src;
 	p->dst_port = udp->port.dst;
 	return CONTINUE;
+}
+
+/* SCTP's ports stand where TCP's do; its checksum covers no address, and its ports are never changed. */
+static __always_inline enum verdict parse_sctp(struct packet *p)
+{
+	struct port_header *sctp = packet_at(p, p->l4, sizeof(*sctp));
+
+	if (!sctp || p->l4_len < sizeof(*sctp))
+		return too_short(p);
+	p->src_port = sctp->src;
+	p->dst_port = sctp->dst;
+	return CONTINUE;
+}
+
+/* The next option after one of @kind and @len bytes at @offset. Kept within OPTIONS_SPAN in a way that the verifier sees
+ * alike in every round of a loop, or it would follow each sum of lengths on its own.
+ */
+static __always_inline u32 option_next(u32 offset, u8 kind, u8 len)
+{
+	offset += kind == OPTION_NOP ? 1 : len;
+	asm volatile("" : "+r"(offset));
+	return offset & (OPTIONS_SPAN - 1);
+}
+
+/* RFC 791: a packet that dictates its own route goes round every policy. */
+static __always_inline bool is_source_routed(const struct packet *p)
+{
+	u32 first = p->l3 + sizeof(struct ip_header), offset = 0;
+
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < OPTIONS_MAX; i++) {
+		u8 *option = packet_at(p, first + offset, 2);
+
+		if (first + offset >= p->l4 || !option || option[0] == OPTION_END)
+			return false;
+		if (option[0] == IP_OPTION_LOOSE_ROUTE || option[0] == IP_OPTION_STRICT_ROUTE)
+			return true;
+		if (option[0] != OPTION_NOP && option[1] < 2)
+			return false;
+		offset = option_next(offset, option[0], option[1]);
+	}
+	return false;
 }
 
 static __always_inline enum verdict parse_icmp(struct packet *p)
@@ -191,13 +264,18 @@ static __always_inline enum verdict parse(struct packet *p)
 	p->options = header > sizeof(*ip);
 	p->src = ip->src;
 	p->dst = ip->dst;
+	p->ttl = ip->ttl;
 	p->proto = ip->proto;
 	p->class = class_of(ip->proto);
 	p->fragment_id = ip->id;
 	p->fragment_offset = (bpf_ntohs(ip->frag_off) & IP_OFFSET_UNITS) * 8;
 	p->more_fragments = ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS);
+	if (p->options && is_source_routed(p))
+		return drop(COUNT_drop_source_route);
 	if (packet_is_later_fragment(p))
 		return parse_later_fragment(p);
+	if (p->proto == IPPROTO_SCTP)
+		return parse_sctp(p);
 	switch (p->class) {
 	case CLASS_TCP:
 		return parse_tcp(p);

@@ -1,7 +1,7 @@
 /* Run by the agent with BPF_PROG_TEST_RUN, never by a packet: changes slots on its behalf, because only the
  * kernel can do so atomically among packets. The "packet" is a list of slots behind a made-up Ethernet header.
  */
-#define REAP_MAX 256
+#define REAP_MAX 64
 #define REAP_SLOTS 24 /* offset of the list */
 
 enum reap_order {
@@ -9,6 +9,8 @@ enum reap_order {
 	REAP_FORCED, /* close what is there */
 	REAP_RESTED, /* return closed slots to the pool */
 	REAP_CLAIM, /* take slots out of the pool */
+	REAP_KEEP, /* make them static: forwarded ports */
+	REAP_YIELD, /* static no more; running sessions go on */
 };
 
 struct reap_request {
@@ -16,7 +18,7 @@ struct reap_request {
 	u32 count;
 };
 
-static __always_inline void slot_return(u32 slot)
+static __always_inline void slot_return(const struct settings *cfg, u32 slot)
 {
 	struct session *s = session_at(slot);
 	u64 life;
@@ -24,8 +26,35 @@ static __always_inline void slot_return(u32 slot)
 	if (!s)
 		return;
 	life = s->life;
-	if ((life & LIFE_STATE) == LIFE_RESTING && life_swap(s, life, 0))
+	if ((life & LIFE_STATE) == LIFE_RESTING && life_swap(s, life, 0) &&
+	    (slot >= FURTHER_BASE || slot_is_of_pool(cfg, slot)))
 		slot_release(slot);
+}
+
+static __always_inline void slot_keep(const struct settings *cfg, u32 slot, u32 now)
+{
+	struct session *s = session_at(slot);
+	u64 life;
+
+	if (!s || slot >= FURTHER_BASE)
+		return;
+	slot_claim(slot);
+	slot_reap(cfg, slot, true, now);
+	life = s->life;
+	s->mapping = slot;
+	life_swap(s, life, (life & ~LIFE_STATE) | LIFE_LIVE | LIFE_STATIC);
+}
+
+static __always_inline void slot_yield(u32 slot)
+{
+	struct session *s = session_at(slot);
+	u64 life;
+
+	if (!s)
+		return;
+	life = s->life;
+	s->out.last_seen = jiffies_now();
+	life_swap(s, life, life & ~LIFE_STATIC);
 }
 
 int masq_reap(struct __sk_buff *skb)
@@ -49,10 +78,16 @@ int masq_reap(struct __sk_buff *skb)
 			slot_reap(cfg, slot, request.order == REAP_FORCED, now);
 			break;
 		case REAP_RESTED:
-			slot_return(slot);
+			slot_return(cfg, slot);
 			break;
 		case REAP_CLAIM:
 			slot_claim(slot);
+			break;
+		case REAP_KEEP:
+			slot_keep(cfg, slot, now);
+			break;
+		case REAP_YIELD:
+			slot_yield(slot);
 			break;
 		}
 	}

@@ -61,11 +61,17 @@ static __always_inline long rewrite_transport(const struct packet *p, enum side 
 	return 0;
 }
 
+/* In a hairpin the first translation is no end. */
+static __always_inline enum verdict translated(const struct packet *p, enum counter done)
+{
+	return p->hairpin ? PASS : pass(done);
+}
+
 /* A packet half rewritten must not go on, hence DROP. */
 static __always_inline enum verdict rewrite(const struct packet *p, enum side side, addr_t new, __be16 new_port,
 					    enum counter done)
 {
 	if (rewrite_transport(p, side, new, new_port) || rewrite_addr(p, side, new))
 		return drop(COUNT_drop_rewrite);
-	return pass(done);
+	return translated(p, done);
 }

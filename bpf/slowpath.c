@@ -4,26 +4,6 @@
  * The hooks' suffix _l3 is for interfaces without Ethernet header (tun, ppp).
  */
 
-/* RFC 793 has no segment with none of SYN, ACK, RST, nor with two of SYN, FIN, RST. */
-static __always_inline bool tcp_flags_are_sane(u8 flags)
-{
-	u8 kind = flags & (TCP_SYN | TCP_FIN | TCP_RST);
-
-	return flags & (TCP_SYN | TCP_ACK | TCP_RST) && !(kind & (kind - 1));
-}
-
-/* TCP opens a session with SYN; in the middle of a connection (the gateway was restarted) also with a plain ACK,
- * so that the other side can answer and both learn. FIN and RST open nothing.
- */
-static __always_inline enum verdict may_open(const struct packet *p)
-{
-	u8 flags = p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK);
-
-	if (p->class != CLASS_TCP || flags == TCP_SYN || flags == TCP_ACK)
-		return CONTINUE;
-	return drop(tcp_flags_are_sane(p->tcp_flags) ? COUNT_drop_tcp_no_session : COUNT_drop_tcp_flags);
-}
-
 /* Whose packet is it? CONTINUE: an internal host's, to be translated. */
 static __always_inline enum verdict source_policy(const struct packet *p)
 {
@@ -61,55 +41,90 @@ static __always_inline bool own_needs_translation(const struct settings *cfg, co
 	if (s && session_is_alive(cfg, s, p->now))
 		return true;
 	/* Once translated it stays so, when the other session ends too: the remote must not see its port change. */
-	s = session_find(slot_of_internal(p->src, p->class, p->src_port), p->dst, p->dst_port, OUTBOUND);
+	s = session_find_outbound(slot_of_internal(p->src, p->class, p->src_port), p->src, p->src_port, p->dst,
+				  p->dst_port, p->class);
 	return s && session_is_alive(cfg, s, p->now);
 }
 
-/* A new session for @p, or NULL with the reason in @verdict. @s is the expired session over the same endpoints, if any. */
-static __always_inline struct session *session_open(const struct settings *cfg, const struct packet *p, bool own,
-						    u32 slot, struct session *s, enum verdict *verdict)
+/* All ports are taken: when that is allowed, another host's is shared, for this remote only. */
+static __always_inline u32 slot_to_share(const struct settings *cfg, const struct packet *p)
 {
-	*verdict = own ? CONTINUE : source_policy(p);
+	return slot_of(0, p->class, 0) + pool_random_port(pool_for(cfg, p->class, p->src_port));
+}
+
+/* A new session for @p, or NULL with the reason in @verdict. @s is the expired session over the same endpoints, if any. */
+static __always_inline struct session *session_open(const struct settings *cfg, struct packet *p, u32 slot,
+						    struct session *s, enum verdict *verdict)
+{
+	struct host *host = NULL;
+	struct ends e = {};
+
+	packet_blur(p);
+	e.internal = p->src;
+	e.remote = p->dst;
+	e.internal_port = p->src_port;
+	e.remote_port = p->dst_port;
+	*verdict = p->own ? CONTINUE : source_policy(p);
 	if (*verdict == CONTINUE)
 		*verdict = may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
 	if (addr_is_unset(cfg->external[0])) {
-		*verdict = drop(COUNT_drop_no_external);
+		*verdict = refuse(COUNT_drop_no_external);
 		return NULL;
 	}
-	if (s && session_reopen(cfg, s, p))
+	if (s && session_reopen(cfg, s, &e, p->now))
 		return s;
+	if (!p->own)
+		host = host_get(cfg, p->src, p->now);
+	if (host)
+		*verdict = host_may_open(cfg, host, p->class, slot == NO_SLOT, p->now);
+	if (*verdict != CONTINUE)
+		return NULL;
+	s = NULL;
 	if (slot == NO_SLOT) {
-		s = mapping_open(cfg, p, own, &slot, verdict);
-		if (s || *verdict != CONTINUE)
-			return s;
+		s = mapping_open(cfg, p, &e, host, &slot, verdict);
+		if (!s && *verdict == REFUSE && slot == NO_SLOT && cfg->overload) {
+			*verdict = CONTINUE;
+			slot = slot_to_share(cfg, p);
+			e.marks = SESSION_BY_REPLY;
+		} else if (!s && *verdict == REFUSE) {
+			count(COUNT_drop_ports_exhausted);
+		}
 	}
-	return session_join(cfg, p, slot, verdict);
+	if (!s && *verdict == CONTINUE)
+		s = session_join(cfg, &e, &slot, p->now, verdict);
+	if (s && host) {
+		s->out.marks |= SESSION_COUNTED;
+		__sync_fetch_and_add(&host->sessions, 1);
+	}
+	return s;
 }
 
 /* The session is looked for first: of an established flow nothing else needs to be asked. */
-static __always_inline enum verdict translate_outbound(const struct settings *cfg, const struct packet *p, bool own)
+static __always_inline enum verdict translate_outbound(const struct settings *cfg, struct packet *p)
 {
 	u32 slot = slot_of_internal(p->src, p->class, p->src_port);
-	struct session *s = session_find(slot, p->dst, p->dst_port, OUTBOUND);
+	struct session *s = session_find_outbound(slot, p->src, p->src_port, p->dst, p->dst_port, p->class);
 	enum verdict verdict;
 
 	if (!s || !session_is_alive(cfg, s, p->now)) {
-		s = session_open(cfg, p, own, slot, s, &verdict);
+		s = session_open(cfg, p, slot, s, &verdict);
 		if (!s)
-			return verdict;
+			return refusal_send(cfg, p, verdict);
 	}
 	if (p->class == CLASS_TCP) {
 		if (!tcp_flags_are_sane(p->tcp_flags))
 			return drop(COUNT_drop_tcp_flags);
 		tcp_track(cfg, s, &s->out, &s->in, p);
+		mss_clamp(p);
 	}
 	flow_touch(&s->out, p->now, p->l4 - p->l3 + p->l4_len);
-	if (session_may_fly(cfg, s))
+	contact_remember(cfg, p, s->mapping);
+	if (session_may_fly(cfg, s) && !p->hairpin)
 		flow_arm(cfg, p, &s->out, p->src, p->src_port);
-	if (p->more_fragments)
-		fragment_remember(p, SOURCE, s->out.new_addr);
+	if (p->more_fragments && fragment_begin(cfg, p, SOURCE, s->out.new_addr) != CONTINUE)
+		return DROP;
 	return rewrite(p, SOURCE, s->out.new_addr, s->out.new_port, COUNT_slow_outbound);
 }
 
@@ -119,9 +134,15 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 	enum verdict verdict;
 
 	if (first)
-		return fragment_rewrite(p, SOURCE, first, COUNT_slow_fragment_outbound);
+		return fragment_rewrite(p, first, COUNT_slow_fragment_outbound);
 	verdict = source_policy(p);
-	return verdict == CONTINUE ? drop(COUNT_drop_fragment_orphan) : verdict;
+	if (verdict != CONTINUE)
+		return verdict;
+	if (!p->hairpin && punt(cfg, p, PUNT_FRAGMENT_OUT)) {
+		count(COUNT_punt_fragment);
+		return REDIRECT;
+	}
+	return drop(COUNT_drop_fragment_orphan);
 }
 
 /* What has no endpoint of its own, from whoever it is. */
@@ -138,25 +159,29 @@ static __always_inline enum verdict other_outbound(const struct settings *cfg, c
 	verdict = source_policy(p);
 	if (verdict != CONTINUE)
 		return verdict;
-	return drop(p->proto == IPPROTO_ICMP ? COUNT_drop_icmp_type : COUNT_drop_protocol);
+	if (p->proto == IPPROTO_ICMP)
+		return drop(COUNT_drop_icmp_type);
+	return refusal_send(cfg, p, portless_outbound(cfg, p));
+}
+
+static __always_inline enum verdict walk_outbound(const struct settings *cfg, struct packet *p)
+{
+	if (packet_follows_first(p))
+		return fragment_outbound(cfg, p);
+	if (p->class == CLASS_NONE || (p->class == CLASS_ICMP && p->icmp_type != ICMP_ECHO))
+		return other_outbound(cfg, p);
+	p->own = external_of(cfg, p->src) != NO_EXTERNAL;
+	if (p->own && !own_needs_translation(cfg, p))
+		return pass(COUNT_own_outbound);
+	return translate_outbound(cfg, p);
 }
 
 static __always_inline enum verdict slow_outbound(struct packet *p)
 {
 	struct settings *cfg = settings_get();
 	enum verdict verdict = parse(p);
-	bool own;
 
-	if (verdict != CONTINUE || !cfg)
-		return verdict;
-	if (packet_is_later_fragment(p))
-		return fragment_outbound(cfg, p);
-	if (p->class == CLASS_NONE || (p->class == CLASS_ICMP && p->icmp_type != ICMP_ECHO))
-		return other_outbound(cfg, p);
-	own = external_of(cfg, p->src) != NO_EXTERNAL;
-	if (own && !own_needs_translation(cfg, p))
-		return pass(COUNT_own_outbound);
-	return translate_outbound(cfg, p, own);
+	return verdict == CONTINUE && cfg ? walk_outbound(cfg, p) : verdict;
 }
 
 static __always_inline enum verdict fragment_inbound(const struct settings *cfg, const struct packet *p)
@@ -164,61 +189,184 @@ static __always_inline enum verdict fragment_inbound(const struct settings *cfg,
 	struct fragment *first = fragment_recall(cfg, p);
 
 	if (first)
-		return fragment_rewrite(p, DESTINATION, first, COUNT_slow_fragment_inbound);
-	return pass(COUNT_own_inbound);
+		return addr_is_unset(first->new_addr[DESTINATION]) ?
+			       own_inbound(cfg, p) :
+			       fragment_rewrite(p, first, COUNT_slow_fragment_inbound);
+	if (!p->hairpin && punt(cfg, p, PUNT_FRAGMENT_IN)) {
+		count(COUNT_punt_fragment);
+		return REDIRECT;
+	}
+	return own_inbound(cfg, p);
 }
 
-/* Nothing that was asked for. A port that is mapped stays silent (RFC 5382 REQ-4): an answer from the gateway's stack
- * would end a simultaneous open whose other SYN is still on its way. Other ports are the gateway's own.
- */
-static __always_inline enum verdict stranger_inbound(const struct packet *p, u32 slot)
-{
-	struct session *mapping = session_at(slot);
-
-	if (!mapping || (mapping->life & LIFE_STATE) != LIFE_LIVE || p->class == CLASS_ICMP ||
-	    socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port))
-		return pass(COUNT_own_inbound);
-	return drop(COUNT_drop_filtered);
-}
-
-static __always_inline enum verdict translate_inbound(const struct settings *cfg, const struct packet *p, u32 slot)
+static __always_inline enum verdict translate_inbound(const struct settings *cfg, struct packet *p, u32 slot)
 {
 	struct session *s = session_find(slot, p->src, p->src_port, INBOUND);
+	enum verdict verdict;
 
-	if (!s || !session_is_alive(cfg, s, p->now))
-		return stranger_inbound(p, slot);
-	if (p->class == CLASS_TCP && !tcp_flags_are_sane(p->tcp_flags))
-		return drop(COUNT_drop_tcp_flags);
-	if (p->class == CLASS_TCP)
-		tcp_track(cfg, s, &s->in, &s->out, p);
+	if (!s || !session_is_alive(cfg, s, p->now)) {
+		s = session_admit(cfg, p, slot, s, &verdict);
+		if (!s)
+			return verdict;
+	}
+	if (p->class == CLASS_TCP) {
+		if (!tcp_flags_are_sane(p->tcp_flags))
+			return drop(COUNT_drop_tcp_flags);
+		/* A reset that will not get beyond this gateway must not end what its addressee goes on with. */
+		if (!(p->tcp_flags & TCP_RST && p->ttl <= 1))
+			tcp_track(cfg, s, &s->in, &s->out, p);
+		mss_clamp(p);
+	}
 	flow_touch(&s->in, p->now, p->l4 - p->l3 + p->l4_len);
-	if (p->more_fragments)
-		fragment_remember(p, DESTINATION, s->in.new_addr);
+	if (p->more_fragments && fragment_begin(cfg, p, DESTINATION, s->in.new_addr) != CONTINUE)
+		return DROP;
 	return rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);
+}
+
+static __always_inline enum verdict portless_or_own(const struct settings *cfg, const struct packet *p)
+{
+	enum verdict verdict = p->proto == IPPROTO_ICMP ? CONTINUE : portless_inbound(cfg, p);
+
+	return verdict == CONTINUE ? own_inbound(cfg, p) : verdict;
+}
+
+static __always_inline enum verdict walk_inbound(const struct settings *cfg, struct packet *p)
+{
+	/* Before anything else: no kind of packet may name an internal host from outside. */
+	if (external_of(cfg, p->dst) == NO_EXTERNAL)
+		return prefix_role(p->dst) == PREFIX_INTERNAL ? drop(COUNT_drop_destination_internal) :
+								 own_inbound(cfg, p);
+	if (packet_follows_first(p))
+		return fragment_inbound(cfg, p);
+	if (packet_is_icmp_error(p))
+		return icmp_error_inbound(cfg, p);
+	if (p->class == CLASS_NONE || (p->class == CLASS_ICMP && p->icmp_type != ICMP_ECHO_REPLY))
+		return portless_or_own(cfg, p);
+	return translate_inbound(cfg, p, slot_of_external(cfg, p->dst, p->class, p->dst_port));
 }
 
 static __always_inline enum verdict slow_inbound(struct packet *p)
 {
 	struct settings *cfg = settings_get();
 	enum verdict verdict = parse(p);
-	u32 slot;
 
 	if (verdict != CONTINUE || !cfg)
 		return verdict;
-	/* Before anything else: no kind of packet may name an internal host from outside. */
-	if (external_of(cfg, p->dst) == NO_EXTERNAL)
-		return prefix_role(p->dst) == PREFIX_INTERNAL ? drop(COUNT_drop_destination_internal) :
-								 pass(COUNT_own_inbound);
-	if (packet_is_later_fragment(p))
-		return fragment_inbound(cfg, p);
+	p->hairpin = hairpin_is_marked(p->skb);
+	verdict = walk_inbound(cfg, p);
+	return verdict == PASS && p->hairpin ? hairpin_send(p) : verdict;
+}
+
+/* Is what @p quotes of a mapping, so that the error goes to an internal host? */
+static __always_inline bool error_leads_inside(const struct settings *cfg, const struct packet *p)
+{
+	struct quote q = {};
+
+	return quote_parse(p, &q) && q.inner.class < CLASSES && addr_equal(p->dst, q.inner.src) &&
+	       mapping_is_live(slot_of_external(cfg, q.inner.src, q.inner.class, q.inner.src_port));
+}
+
+/* Does @p, from inside to an external address, lead to another internal host? Else it is the gateway's. */
+static __always_inline bool leads_inside(const struct settings *cfg, const struct packet *p)
+{
+	u32 slot = slot_of_external(cfg, p->dst, p->class, p->dst_port);
+	struct fragment *first;
+
+	if (packet_follows_first(p)) {
+		first = fragment_recall(cfg, p);
+		return first && !addr_is_unset(first->new_addr[SOURCE]);
+	}
 	if (packet_is_icmp_error(p))
-		return icmp_error_inbound(cfg, p);
-	if (p->proto == IPPROTO_ICMP && p->icmp_type != ICMP_ECHO_REPLY)
-		return pass(COUNT_own_inbound);
-	if (p->class == CLASS_NONE)
-		return pass(COUNT_own_inbound);
-	slot = slot_of_external(cfg, p->dst, p->class, p->dst_port);
-	return translate_inbound(cfg, p, slot);
+		return error_leads_inside(cfg, p);
+	return p->class < CLASS_ICMP && (mapping_is_live(slot) || forward_for(p, slot));
+}
+
+/* Is @p the answer of a forward's host to the gateway itself? */
+static __always_inline bool answers_gateway(const struct settings *cfg, const struct packet *p)
+{
+	struct session *s;
+
+	if (p->class >= CLASS_ICMP || packet_is_later_fragment(p))
+		return false;
+	s = session_find_outbound(slot_of_internal(p->src, p->class, p->src_port), p->src, p->src_port, p->dst,
+				  p->dst_port, p->class);
+	return s && session_is_alive(cfg, s, p->now);
+}
+
+static __always_inline bool goes_to_external(const struct settings *cfg, const struct packet *p)
+{
+	addr_t dst;
+
+	return p->skb->protocol == bpf_htons(ETH_P_IP) &&
+	       !bpf_skb_load_bytes(p->skb, p->l3 + offsetof(struct ip_header, dst), &dst, sizeof(dst)) &&
+	       external_of(cfg, dst) != NO_EXTERNAL;
+}
+
+/* LAN ingress: hairpinning (RFC 4787 REQ-9). A packet from inside to an external endpoint goes out and comes in again
+ * without ever leaving: here it is translated as on its way out of the WAN, there as on its way in, by the same sessions,
+ * and the other host sees the external endpoint as its source.
+ */
+static __always_inline enum verdict slow_hairpin(struct packet *p)
+{
+	struct settings *cfg = settings_get();
+	enum verdict verdict;
+	bool inside;
+
+	if (!cfg || !goes_to_external(cfg, p))
+		return PASS;
+	verdict = parse(p);
+	if (verdict != CONTINUE)
+		return verdict;
+	inside = leads_inside(cfg, p);
+	if (prefix_role(p->src) != PREFIX_INTERNAL || !(inside || answers_gateway(cfg, p)))
+		return PASS;
+	if (p->ttl <= 1)
+		return punt(cfg, p, PUNT_TTL) ? REDIRECT : drop(COUNT_drop_ttl);
+	p->hairpin = true;
+	packet_blur(p);
+	verdict = walk_outbound(cfg, p);
+	if (verdict != PASS)
+		return verdict;
+	return inside ? hairpin_turn(cfg, p) : loopback_send(p);
+}
+
+/* lo egress: the gateway itself, asking for a forward by its external address, comes in like everybody. */
+static __always_inline enum verdict slow_loopback(struct packet *p)
+{
+	struct settings *cfg = settings_get();
+	struct forward *f;
+
+	if (!cfg || !goes_to_external(cfg, p) || parse(p) != CONTINUE || external_of(cfg, p->src) == NO_EXTERNAL ||
+	    p->class >= CLASS_ICMP || packet_is_later_fragment(p))
+		return PASS;
+	f = forward_find(p, external_of(cfg, p->dst));
+	return f && !(f->flags & FORWARD_DEFAULT) ? hairpin_turn(cfg, p) : PASS;
+}
+
+/* The punt port's ingress: a fragment that the agent has kept goes back to the hook that sent it there. */
+static __always_inline enum verdict punt_back(struct __sk_buff *skb)
+{
+	struct settings *cfg = settings_get();
+	struct interface *interface;
+	struct punt_header header;
+	u32 ifindex;
+
+	if (!cfg || skb->ifindex != cfg->punt || bpf_skb_load_bytes(skb, 0, &header, sizeof(header)))
+		return drop(COUNT_drop_punt_stray);
+	ifindex = (u32)bpf_ntohs(header.ifindex[0]) << 16 | bpf_ntohs(header.ifindex[1]);
+	interface = interface_at(ifindex);
+	if (header.local != 2 || !interface || interface->role != ROLE_WAN)
+		return drop(COUNT_drop_punt_stray);
+	if (header.reason == PUNT_FRAGMENT_OUT && redirect_neigh(ifindex, NULL, 0, 0) == TC_ACT_REDIRECT) {
+		count(COUNT_punt_return);
+		return REDIRECT;
+	}
+	if (header.reason == PUNT_FRAGMENT_IN && !bpf_skb_store_bytes(skb, 0, interface->mac, sizeof(interface->mac), 0) &&
+	    bpf_redirect(ifindex, BPF_F_INGRESS) == TC_ACT_REDIRECT) {
+		count(COUNT_punt_return);
+		return REDIRECT;
+	}
+	return drop(COUNT_drop_punt_stray);
 }
 
 /* LAN egress, in XDP mode only: the translated packet as the kernel delivers it. Changes nothing. */
@@ -232,7 +380,8 @@ static __always_inline void learn_inbound(struct packet *p)
 	if (!cfg || !from || from->role != ROLE_WAN || p->skb->protocol != bpf_htons(ETH_P_IP) || parse(p) != CONTINUE ||
 	    packet_is_later_fragment(p) || p->class == CLASS_NONE)
 		return;
-	s = session_find(slot_of_internal(p->dst, p->class, p->dst_port), p->src, p->src_port, OUTBOUND);
+	s = session_find_outbound(slot_of_internal(p->dst, p->class, p->dst_port), p->dst, p->dst_port, p->src,
+				  p->src_port, p->class);
 	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s))
 		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port);
 }
@@ -266,4 +415,27 @@ int masq_lan_learn(struct __sk_buff *skb)
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
 	learn_inbound(&p);
 	return TC_ACT_UNSPEC;
+}
+
+int masq_lan_in(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	return tc_verdict(slow_hairpin(&p));
+}
+
+int masq_lan_in_l3(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_hairpin(&p));
+}
+
+int masq_lo_out(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	return tc_verdict(slow_loopback(&p));
+}
+
+int masq_punt_in(struct __sk_buff *skb)
+{
+	return tc_verdict(punt_back(skb));
 }

@@ -11,6 +11,7 @@
 #endif
 #define ADDR_WORDS (IP_VERSION == 4 ? 1 : 4)
 #define ADDR_BITS (IP_VERSION == 4 ? 32 : 128)
+#define ADDR_FAMILY (IP_VERSION == 4 ? 2 : 10) /* AF_INET, AF_INET6 */
 
 typedef struct {
 	__be32 word[ADDR_WORDS];
@@ -18,6 +19,9 @@ typedef struct {
 
 /* Protocols that share a space of ports. An ICMP query's identifier is its port (RFC 5508). */
 enum proto_class { CLASS_TCP, CLASS_UDP, CLASS_ICMP, CLASSES, CLASS_NONE = CLASSES };
+
+#define CLASS_ROOM 4 /* of arrays indexed by class & CLASS_MASK: a comparison would be one way more for the verifier */
+#define CLASS_MASK (CLASS_ROOM - 1)
 
 /* A slot is a place in `sessions`. The first session of a mapping lives in the slot of its external
  * endpoint; further sessions of the same mapping live behind all of those.
@@ -62,6 +66,7 @@ struct flow {
 #define LIFE_STATE 3ULL
 #define LIFE_SESSION 4ULL
 #define LIFE_STATIC 8ULL /* a forwarded port: live with and without sessions */
+#define LIFE_COUNTED 16ULL /* among its internal host's mappings */
 #define LIFE_FURTHER (1ULL << 8)
 #define LIFE_FURTHER_MASK (0xffffffULL << 8)
 #define LIFE_CHANGE (1ULL << 32) /* grows with every reopening, so that no swap succeeds on an old reading */
@@ -139,7 +144,7 @@ struct forward {
 /* What one internal host has open (RFC 6888 REQ-4). Counts change atomically, hence 64 bits. */
 struct host {
 	u64 sessions;
-	u64 mappings[CLASSES];
+	u64 mappings[CLASS_ROOM];
 	u64 refused;
 	u32 tokens; /* new sessions it may open at once, as of refilled_at */
 	u32 refilled_at; /* jiffies */
@@ -151,7 +156,7 @@ struct fragment_key {
 	u32 proto;
 };
 
-#define FRAGMENT_SPANS 12
+#define FRAGMENT_SPANS 16
 
 struct span {
 	u16 from, to; /* bytes of the datagram's payload */
@@ -162,6 +167,8 @@ struct fragment {
 	addr_t new_addr[2]; /* by enum side; unset: stays */
 	u32 seen_at; /* jiffies */
 	u16 spans;
+	u16 covered; /* bytes that have come */
+	u16 total; /* bytes in all, once the last fragment has come */
 	u8 bad; /* fragments overlapped: the rest is dropped */
 	u8 pad;
 	struct span span[FRAGMENT_SPANS];
@@ -224,6 +231,8 @@ struct prefix_key {
 enum prefix_role { PREFIX_FOREIGN, PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE };
 
 #define INTERFACES 65536
+#define LOOPBACK 1 /* its index in every namespace */
+
 enum interface_role { ROLE_NONE, ROLE_LAN, ROLE_WAN };
 
 #define XDP_FROM 1 /* our XDP program is on it: flows entering here can be armed */
@@ -248,8 +257,7 @@ enum filtering { FILTER_ADDRESS_AND_PORT, FILTER_ADDRESS, FILTER_NONE }; /* RFC 
 
 struct settings { /* times in jiffies */
 	addr_t external[EXTERNALS]; /* zero: none */
-	struct pool pool[CLASSES];
-	struct pool low_pool[CLASSES]; /* for internal ports below 1024 (RFC 4787 REQ-3a); empty: as all others */
+	struct pool pool[2 * CLASS_ROOM]; /* by class; upper half: for internal ports below 1024 (RFC 4787 REQ-3a), if any */
 	u32 tcp_established;
 	u32 tcp_transitory;
 	u32 udp;
@@ -259,23 +267,31 @@ struct settings { /* times in jiffies */
 	u32 disarmed_at; /* flows armed before this are not */
 	u8 accelerate; /* XDP programs are attached */
 	u8 inbound_refresh; /* RFC 4787 REQ-6 */
-	u8 filtering[CLASSES];
+	u8 filtering[CLASS_ROOM];
 	u8 preserve; /* an internal port is kept where it is free */
 	u8 parity; /* even to even, odd to odd (RFC 4787 REQ-4) */
 	u8 overload; /* a used-up pool shares its ports among hosts, for different remotes */
 	u8 drop_other; /* protocols without ports that are not known */
-	u8 pad[3];
+	u8 pad[2];
 	u32 hz; /* jiffies a second */
 	u32 host_sessions; /* limits for each internal host */
 	u32 host_mappings; /* per protocol */
 	u32 host_rate; /* new sessions a second */
 	u32 host_burst;
-	u32 punt; /* interface index of the punt port; 0: none */
+	u32 wan; /* interface index: hairpinned packets are turned round there */
+	u32 punt; /* the punt port's; 0: none */
 	u32 heartbeat; /* jiffies at the agent's last tick */
 };
 
 struct manifest { /* JSON, zero-terminated: what the agent must know after a restart; no packet reads it */
 	u8 text[65536];
+};
+
+struct ends { /* of a session to be opened */
+	addr_t internal, remote;
+	__be16 internal_port, remote_port;
+	u8 marks; /* SESSION_* */
+	u8 pad[3];
 };
 
 enum side { SOURCE, DESTINATION };
@@ -285,6 +301,7 @@ struct packet {
 	u32 now; /* jiffies */
 	u32 l3; /* offsets from the start of the packet */
 	u32 l4;
+	u32 payload; /* where TCP's options end */
 	u32 l4_len; /* bytes of this packet from l4 on, by the IP header's word */
 	addr_t src, dst;
 	__be16 src_port, dst_port; /* of ICMP queries: identifier on the asker's side, 0 on the other */
@@ -296,7 +313,8 @@ struct packet {
 	u16 fragment_offset; /* bytes */
 	bool more_fragments;
 	bool options;
-	bool hairpin; /* its first half of two translations */
+	bool hairpin; /* one of two translations in one place */
+	bool own; /* from one of the gateway's external addresses */
 	u8 ttl;
 	u32 fragment_id;
 };

@@ -5,6 +5,8 @@ enum verdict {
 	CONTINUE, /* not decided yet: the walk goes on */
 	PASS,
 	DROP,
+	REFUSE, /* dropped, but the sender is to be told */
+	REDIRECT,
 };
 
 static __always_inline void count(u32 reason)
@@ -26,8 +28,22 @@ static __always_inline enum verdict drop(enum counter reason)
 	return DROP;
 }
 
+static __always_inline enum verdict refuse(enum counter reason)
+{
+	count(reason);
+	return REFUSE;
+}
+
 /* TC_ACT_UNSPEC lets further filters and the stack have the packet, as if we were not there. */
 static __always_inline int tc_verdict(enum verdict verdict)
 {
-	return verdict == DROP ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	switch (verdict) {
+	case DROP:
+	case REFUSE:
+		return TC_ACT_SHOT;
+	case REDIRECT:
+		return TC_ACT_REDIRECT;
+	default:
+		return TC_ACT_UNSPEC;
+	}
 }

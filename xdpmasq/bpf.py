@@ -394,6 +394,7 @@ def compile(text: str, defines: Mapping[str, object] | None = None, flags: Seque
         theirs.close()
         message, fds, _, _ = socket.recv_fds(ours, 16, 253)
         os.waitpid(child, 0)
+        stderr.seek(0)  # the child shares the position
         words = stderr.read().decode(errors="replace").strip()
         if message == b"ok":
             code, layouts = pickle.loads(answer.read())

@@ -29,6 +29,7 @@ PRIORITY = 0x4D51  # after filters that users put at low numbers, before those t
 PROGRAM = "masq_"  # prefix of our programs' names
 EXTERNALS = 1
 CLASSES = ("tcp", "udp", "icmp")
+CLASS_ROOM = 4
 PORTS = 65536
 FURTHER_BASE = EXTERNALS * len(CLASSES) * PORTS
 
@@ -38,7 +39,7 @@ XDP_FROM, XDP_TO = 1, 2
 PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
 LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_FURTHER_MASK = 1, 2, 3, 4, 0xFFFFFF00
 REAP_EXPIRED, REAP_FORCED, REAP_RESTED = 0, 1, 2
-REAP_MAX = 256
+REAP_MAX = 64
 
 # Never routed on the Internet, so never to leave with such a source (RFC 6890).
 PRIVATE = tuple(

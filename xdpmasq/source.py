@@ -8,16 +8,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-HEADERS = ("counters.h", "types.h", "maps.h", "verdict.h", "parse.h", "csum.h", "flow.h", "mapping.h")
 DATAPATH = (
-    *HEADERS,
-    "rewrite.h",
-    "fragment.h",
-    "nexthop.h",
-    "icmp.h",
-    "slowpath.c",
-    "fastpath.c",
-    "reaper.c",
+    *("counters.h", "types.h", "maps.h", "verdict.h", "parse.h", "csum.h", "flow.h", "host.h", "mapping.h"),
+    *("rewrite.h", "fragment.h", "nexthop.h", "mss.h", "punt.h", "inbound.h", "portless.h", "icmp.h"),
+    *("slowpath.c", "fastpath.c", "reaper.c"),
 )
 
 

@@ -190,7 +190,7 @@ class Bench:
         """Everything as after attaching."""
         tables = self.tables
         tables.sessions.view(np.uint8)[:] = 0
-        for name in ("mappings", "remotes", "fragments"):
+        for name in ("mappings", "remotes", "fragments", "replies", "hosts", "bindings", "contacts", "forwards"):
             for keys, _ in tables.maps[name].items(chunk=max(FURTHER, 16384)):
                 for key in keys:
                     tables.maps[name].delete(key)
@@ -205,6 +205,19 @@ class Bench:
             disarmed_at=bpf.jiffies() - TICKS,
             accelerate=0,
             inbound_refresh=1,
+            filtering=(0, 0, 0, 0),
+            preserve=0,
+            parity=0,
+            overload=0,
+            drop_other=0,
+            hz=TICKS,
+            host_sessions=1 << 20,
+            host_mappings=1 << 20,
+            host_rate=1 << 20,
+            host_burst=1 << 20,
+            wan=self.wan.index,
+            punt=0,
+            heartbeat=0,
         )
         tables.set_prefixes(PREFIXES)
         tables.set_interface(self.lan, "lan", xdp_from=True, xdp_to=True)

@@ -1,0 +1,224 @@
+/* Who may come in uninvited: forwards, and filtering looser than the default (RFC 4787 section 5). What comes in opens
+ * a session on the external port, like any other; those that nobody inside has answered yet have a bounded number of
+ * places, in which new ones push out old ones (a SYN flood meets itself there, established sessions never).
+ */
+static __always_inline struct forward *forward_find(const struct packet *p, u32 external)
+{
+	struct forward_key key = { .bits = FORWARD_REMOTE_AT + ADDR_BITS,
+				   .external = external,
+				   .class = p->class,
+				   .port = p->dst_port,
+				   .remote_addr = p->src };
+	u32 *rule = forwards.lookup(&key);
+
+	return rule ? forward_rules.lookup(rule) : NULL;
+}
+
+/* The same remote host meets the same internal one, as long as the weights stay. */
+static __always_inline u32 remote_hash(addr_t remote)
+{
+	u32 hash = 0;
+
+	for (int i = 0; i < ADDR_WORDS; i++)
+		hash = (hash ^ remote.word[i]) * 0x9e3779b1;
+	hash ^= hash >> 15;
+	hash *= 0x85ebca6b;
+	return hash ^ hash >> 13;
+}
+
+static __always_inline bool forward_target(const struct forward *f, const struct packet *p, struct ends *e)
+{
+	u32 last = f->targets - 1;
+	u32 pick;
+
+	if (last >= TARGETS)
+		return false;
+	pick = ((u64)remote_hash(p->src) * f->target[last].until) >> 32;
+#pragma clang loop unroll(full)
+	for (u32 i = 0; i < TARGETS; i++) {
+		const struct target *target = &f->target[i];
+
+		if (i > last || pick >= target->until)
+			continue;
+		e->internal = target->addr;
+		e->internal_port = bpf_htons(target->port + bpf_ntohs(p->dst_port) - f->first);
+		return true;
+	}
+	return false;
+}
+
+/* Handed to the gateway's own stack, unless it claims to come from where nothing from outside can. */
+static __always_inline enum verdict own_inbound(const struct settings *cfg, const struct packet *p)
+{
+	u32 role = prefix_role(p->src);
+	addr_t nobody = {};
+
+	if (p->hairpin)
+		return drop(COUNT_drop_filtered);
+	if (role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src))
+		return drop(COUNT_drop_source_martian);
+	/* its later fragments are the gateway's, too, should they be waiting */
+	if (p->more_fragments && !packet_is_later_fragment(p))
+		fragment_begin(cfg, p, DESTINATION, nobody);
+	return pass(COUNT_own_inbound);
+}
+
+static __always_inline bool mapping_is_live(u32 slot)
+{
+	struct session *mapping = session_at(slot);
+
+	return mapping && (mapping->life & LIFE_STATE) == LIFE_LIVE;
+}
+
+/* The forward that takes @p, or NULL. The default host gets what nobody else has. */
+static __always_inline struct forward *forward_for(const struct packet *p, u32 slot)
+{
+	struct forward *f = p->class < CLASS_ICMP ? forward_find(p, slot / PORTS / CLASSES) : NULL;
+
+	if (f && f->flags & FORWARD_DEFAULT &&
+	    (mapping_is_live(slot) || socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port)))
+		return NULL;
+	return f;
+}
+
+static __always_inline void contact_remember(const struct settings *cfg, const struct packet *p, u32 mapping)
+{
+	struct contact_key key = { .mapping = mapping, .remote_addr = p->dst };
+	struct contact contact = { .seen_at = p->now };
+
+	if (cfg->filtering[p->class & CLASS_MASK] != FILTER_ADDRESS)
+		return;
+	contact.internal.addr = p->src;
+	contact.internal.port = p->src_port;
+	contacts.update(&key, &contact);
+}
+
+static __always_inline bool contact_is_known(const struct settings *cfg, const struct packet *p, u32 mapping,
+					     const struct session *m)
+{
+	struct contact_key key = { .mapping = mapping, .remote_addr = p->src };
+	struct contact *contact = contacts.lookup(&key);
+	u32 limit = p->class == CLASS_TCP ? cfg->tcp_established : cfg->udp;
+
+	return contact && contact->internal.port == m->in.new_port &&
+	       addr_equal(contact->internal.addr, m->in.new_addr) && !idle_longer(p->now, contact->seen_at, limit);
+}
+
+/* Hosts on one LAN reach each other anyway, so there is nothing to filter when they meet in a hairpin. */
+static __always_inline bool is_on_same_lan(const struct packet *p, addr_t internal)
+{
+	return p->hairpin && route_to(p, internal) == hairpin_came_by(p);
+}
+
+/* May a stranger speak to the host whose mapping is in @slot? */
+static __always_inline bool filter_admits(const struct settings *cfg, const struct packet *p, u32 slot, struct ends *e)
+{
+	u8 filtering = cfg->filtering[p->class & CLASS_MASK];
+	struct session *m = session_at(slot);
+
+	if (!m || !mapping_is_live(slot) || p->class >= CLASS_ICMP)
+		return false;
+	e->internal = m->in.new_addr;
+	e->internal_port = m->in.new_port;
+	if (slot_of_internal(e->internal, p->class, e->internal_port) != slot)
+		return false;
+	return filtering == FILTER_NONE || is_on_same_lan(p, e->internal) ||
+	       (filtering == FILTER_ADDRESS && contact_is_known(cfg, p, slot, m));
+}
+
+/* A port for the default host: no mapping has it, so it becomes one here. Its rest is none, nobody else wants it. */
+static __always_inline bool slot_adopt(const struct settings *cfg, u32 slot, const struct ends *e, u32 now)
+{
+	struct mapping_key key = { .addr = e->internal, .port = e->internal_port, .class = slot_class(slot) };
+	struct session *s = session_at(slot);
+	u64 life;
+
+	if (!s)
+		return false;
+	life = s->life;
+	if ((life & LIFE_STATE) == LIFE_LIVE)
+		return true;
+	if (!(life & LIFE_STATE) && slot_is_of_pool(cfg, slot) && !slot_claim(slot))
+		return false;
+	s->in.new_addr = e->internal;
+	s->in.new_port = e->internal_port;
+	s->out.last_seen = now;
+	s->mapping = slot;
+	if (!life_swap(s, life, ((life & ~LIFE_STATE) + LIFE_CHANGE) | LIFE_LIVE))
+		return false;
+	count(COUNT_mapping_opened);
+	mappings.insert(&key, &slot);
+	return true;
+}
+
+static __always_inline bool session_is_embryo(const struct session *s)
+{
+	if (!(s->out.marks & SESSION_FROM_OUTSIDE) || !life_is_session(s->life))
+		return false;
+	return slot_class(s->mapping) == CLASS_TCP ? !tcp_is_established(s) : !s->out.packets;
+}
+
+/* A random place: on average every embryo has as long as with a queue, and no counter is shared between CPUs. */
+static __always_inline void embryo_admit(const struct settings *cfg, u32 slot, u32 now)
+{
+	u32 place = random_below(EMBRYOS);
+	u32 *embryo = embryos.lookup(&place);
+	struct session *old;
+
+	if (!embryo)
+		return;
+	old = session_at(*embryo);
+	if (*embryo != slot && old && session_is_embryo(old)) {
+		slot_reap(cfg, *embryo, true, now);
+		count(COUNT_embryo_evicted);
+	}
+	*embryo = slot;
+}
+
+/* Nothing that was asked for. A port that is mapped stays silent (RFC 5382 REQ-4): an answer from the gateway's stack
+ * would end a simultaneous open whose other SYN is still on its way. Other ports are the gateway's own.
+ */
+static __always_inline enum verdict stranger_inbound(const struct settings *cfg, const struct packet *p, u32 slot)
+{
+	if (!mapping_is_live(slot) || p->class == CLASS_ICMP ||
+	    socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port))
+		return own_inbound(cfg, p);
+	return drop(COUNT_drop_filtered);
+}
+
+/* The session that @p opens from outside, or NULL with the verdict. @s is the expired one over the same endpoints. */
+static __always_inline struct session *session_admit(const struct settings *cfg, struct packet *p, u32 slot,
+						     struct session *s, enum verdict *verdict)
+{
+	struct ends e = { .marks = SESSION_FROM_OUTSIDE };
+	struct forward *f;
+
+	packet_blur(p);
+	e.remote = p->src;
+	e.remote_port = p->src_port;
+	f = forward_for(p, slot);
+	if (f ? !forward_target(f, p, &e) : !filter_admits(cfg, p, slot, &e)) {
+		*verdict = stranger_inbound(cfg, p, slot);
+		return NULL;
+	}
+	*verdict = may_open(p);
+	if (*verdict != CONTINUE)
+		return NULL;
+	if (s && session_reopen(cfg, s, &e, p->now))
+		return s;
+	if (f && !slot_adopt(cfg, slot, &e, p->now)) {
+		*verdict = drop(COUNT_drop_session_busy);
+		return NULL;
+	}
+	if (slot_of_internal(e.internal, p->class, e.internal_port) != slot)
+		e.marks |= SESSION_BY_REPLY;
+	s = session_join(cfg, &e, &slot, p->now, verdict);
+	if (!s)
+		return NULL;
+	if (f) {
+		__sync_fetch_and_add(&f->opened, 1);
+		count(COUNT_forward_opened);
+	}
+	embryo_admit(cfg, slot, p->now);
+	return s;
+}
