@@ -66,6 +66,16 @@ static __always_inline enum verdict fragment_begin(const struct settings *cfg, c
 	return CONTINUE;
 }
 
+/* The gateway's own: later ones need no translation, and are not to wait for one. */
+static __always_inline void fragment_begin_own(const struct packet *p)
+{
+	struct fragment_key key = fragment_key_of(p);
+	struct fragment untouched = { .seen_at = p->now };
+
+	if (p->more_fragments && !packet_is_later_fragment(p))
+		fragments.insert(&key, &untouched);
+}
+
 /* Translates a later fragment as its first was: one address, or in a hairpin both. */
 static __always_inline enum verdict fragment_rewrite(const struct packet *p, struct fragment *first, enum counter done)
 {

@@ -204,7 +204,7 @@ static __always_inline enum verdict portless_error_inbound(const struct settings
 	struct binding *b = binding_find(cfg, &key, p->now);
 
 	if (!b)
-		return own_inbound(cfg, p);
+		return own_inbound(p);
 	if (rewrite_addr(inner, SOURCE, b->internal) || rewrite_addr(p, DESTINATION, b->internal))
 		return drop(COUNT_drop_rewrite);
 	return translated(p, COUNT_slow_icmp_error_inbound);
@@ -217,13 +217,13 @@ static __always_inline enum verdict icmp_error_inbound(const struct settings *cf
 	u32 slot;
 
 	if (!quote_parse(p, &q) || !addr_equal(p->dst, q.inner.src))
-		return own_inbound(cfg, p);
+		return own_inbound(p);
 	if (q.inner.class == CLASS_NONE)
 		return portless_error_inbound(cfg, p, &q);
 	slot = slot_of_external(cfg, q.inner.src, q.inner.class, q.inner.src_port);
 	s = session_find(slot, q.inner.dst, q.inner.dst_port, INBOUND);
 	if (!s || !session_is_alive(cfg, s, p->now))
-		return own_inbound(cfg, p);
+		return own_inbound(p);
 	if (!icmp_error_is_intact(p, &q))
 		return drop(COUNT_drop_icmp_checksum);
 	if (!icmp_error_is_plausible(p, &q, s))

@@ -48,18 +48,15 @@ static __always_inline bool forward_target(const struct forward *f, const struct
 }
 
 /* Handed to the gateway's own stack, unless it claims to come from where nothing from outside can. */
-static __always_inline enum verdict own_inbound(const struct settings *cfg, const struct packet *p)
+static __always_inline enum verdict own_inbound(const struct packet *p)
 {
 	u32 role = prefix_role(p->src);
-	addr_t nobody = {};
 
 	if (p->hairpin)
 		return drop(COUNT_drop_filtered);
 	if (role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src))
 		return drop(COUNT_drop_source_martian);
-	/* its later fragments are the gateway's, too, should they be waiting */
-	if (p->more_fragments && !packet_is_later_fragment(p))
-		fragment_begin(cfg, p, DESTINATION, nobody);
+	fragment_begin_own(p);
 	return pass(COUNT_own_inbound);
 }
 
@@ -178,11 +175,11 @@ static __always_inline void embryo_admit(const struct settings *cfg, u32 slot, u
 /* Nothing that was asked for. A port that is mapped stays silent (RFC 5382 REQ-4): an answer from the gateway's stack
  * would end a simultaneous open whose other SYN is still on its way. Other ports are the gateway's own.
  */
-static __always_inline enum verdict stranger_inbound(const struct settings *cfg, const struct packet *p, u32 slot)
+static __always_inline enum verdict stranger_inbound(const struct packet *p, u32 slot)
 {
 	if (!mapping_is_live(slot) || p->class == CLASS_ICMP ||
 	    socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port))
-		return own_inbound(cfg, p);
+		return own_inbound(p);
 	return drop(COUNT_drop_filtered);
 }
 
@@ -198,7 +195,7 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 	e.remote_port = p->src_port;
 	f = forward_for(p, slot);
 	if (f ? !forward_target(f, p, &e) : !filter_admits(cfg, p, slot, &e)) {
-		*verdict = stranger_inbound(cfg, p, slot);
+		*verdict = stranger_inbound(p, slot);
 		return NULL;
 	}
 	*verdict = may_open(p);

@@ -190,13 +190,13 @@ static __always_inline enum verdict fragment_inbound(const struct settings *cfg,
 
 	if (first)
 		return addr_is_unset(first->new_addr[DESTINATION]) ?
-			       own_inbound(cfg, p) :
+			       own_inbound(p) :
 			       fragment_rewrite(p, first, COUNT_slow_fragment_inbound);
 	if (!p->hairpin && punt(cfg, p, PUNT_FRAGMENT_IN)) {
 		count(COUNT_punt_fragment);
 		return REDIRECT;
 	}
-	return own_inbound(cfg, p);
+	return own_inbound(p);
 }
 
 static __always_inline enum verdict translate_inbound(const struct settings *cfg, struct packet *p, u32 slot)
@@ -227,7 +227,7 @@ static __always_inline enum verdict portless_or_own(const struct settings *cfg, 
 {
 	enum verdict verdict = p->proto == IPPROTO_ICMP ? CONTINUE : portless_inbound(cfg, p);
 
-	return verdict == CONTINUE ? own_inbound(cfg, p) : verdict;
+	return verdict == CONTINUE ? own_inbound(p) : verdict;
 }
 
 static __always_inline enum verdict walk_inbound(const struct settings *cfg, struct packet *p)
@@ -235,7 +235,7 @@ static __always_inline enum verdict walk_inbound(const struct settings *cfg, str
 	/* Before anything else: no kind of packet may name an internal host from outside. */
 	if (external_of(cfg, p->dst) == NO_EXTERNAL)
 		return prefix_role(p->dst) == PREFIX_INTERNAL ? drop(COUNT_drop_destination_internal) :
-								 own_inbound(cfg, p);
+								 own_inbound(p);
 	if (packet_follows_first(p))
 		return fragment_inbound(cfg, p);
 	if (packet_is_icmp_error(p))

@@ -40,7 +40,7 @@ def whole(fragments: list[bytes]) -> bytes:
 
 
 def later(src: str, dst: str, number: int = 77, proto: int = 17, **ip: object) -> Packet:
-    return IP(src=src, dst=dst, id=number, proto=proto, frag=10, **ip) / Raw(b"the rest of it")
+    return IP(src=src, dst=dst, id=number, proto=proto, frag=185, **ip) / Raw(b"the rest of it")
 
 
 @pytest.mark.parametrize(("packet", "port_field"), KINDS.values(), ids=KINDS)
