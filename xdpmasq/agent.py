@@ -250,7 +250,6 @@ class Agent:
         for each in hooks:
             attachment.put(link, each, self._programs)
         attachment.clear(link, keep=hooks)
-        attachment.drop_qdisc(link, self._manifest)
         self._attached[link.name] = (link, hooks)
         log.info("attached to %s as %s by %s", link.name, role, hook)
 

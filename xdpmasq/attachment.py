@@ -7,6 +7,7 @@ with ``XDPMASQ_TC=clsact`` in the environment, for comparison and for tests.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 from collections.abc import Iterator
@@ -86,7 +87,9 @@ def _put_on_tcx(link: netdev.Link, hook: bpf.TcHook, program: bpf.Program) -> No
         bpf.tcx_attach(link.index, hook, program, there)
     except OSError as error:
         what = f"cannot attach {program.name} to TCX {hook} of {link.name}"
-        raise InterfaceError(what, f"the kernel says: {error.strerror}", "see `bpftool net`") from error
+        full = error.errno == errno.ERANGE
+        why = f"it holds {bpf.TCX_ROOM} programs already" if full else f"the kernel says: {error.strerror}"
+        raise InterfaceError(what, why, "see `bpftool net` of a release as new as the kernel") from error
 
 
 def clear(link: netdev.Link, keep: tuple[Hook, ...] = ()) -> bool:
@@ -126,15 +129,11 @@ def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
 def leave(link: netdev.Link, manifest: dict[str, Any]) -> bool:
     """Takes everything of ours off a link; True when there were programs."""
     found = clear(link)
-    drop_qdisc(link, manifest)
-    return found
-
-
-def drop_qdisc(link: netdev.Link, manifest: dict[str, Any]) -> None:
-    """Removes the clsact that we made, when nothing is on it any more."""
+    # Not when moving to TCX: while a qdisc comes or goes, even this one, the kernel drops what is to be sent.
     if link.index in manifest["qdiscs"] and netdev.clsact_is_empty(link.index):
         netdev.clsact_del(link.index)
         manifest["qdiscs"].remove(link.index)
+    return found
 
 
 def belongs(link: netdev.Link, manifest: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from netkit import GATE, Gateway, strangers_program
 
-from xdpmasq import netdev
+from xdpmasq import bpf, netdev
 from xdpmasq.lab import netns
 from xdpmasq.lab.snapshot import differences, snapshot
 
@@ -96,7 +96,8 @@ def test_somebody_elses_program_on_the_xdp_hook(gateway: Gateway, interface: str
         gateway.gate("ip", "link", "set", interface, "xdpdrv", "off")
 
 
-def test_a_filter_in_our_place(gateway: Gateway) -> None:
+def test_a_filter_in_our_place(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDPMASQ_TC", "clsact")
     gateway.gate("tc", "qdisc", "add", "dev", "wan0", "clsact")
     with gateway.inside(), strangers_program("tc", 0) as program:
         netdev.tc_attach(netdev.link("wan0").index, "ingress", program.fd, "firewall", 0x4D51)
@@ -104,6 +105,22 @@ def test_a_filter_in_our_place(gateway: Gateway) -> None:
         assert "someone else's filter 'firewall'" in refuse(gateway, "--wan", "wan0", "--lan", "lan0")
     finally:
         gateway.gate("tc", "qdisc", "del", "dev", "wan0", "clsact")
+
+
+def test_no_room_on_tcx(gateway: Gateway) -> None:
+    with contextlib.ExitStack() as stack:
+        programs = [stack.enter_context(strangers_program("tc", -1)) for _ in range(64)]  # BPF_MPROG_MAX
+        with gateway.inside():
+            index = netdev.link("wan0").index
+            for program in programs:
+                stack.callback(bpf.tcx_detach, index, "ingress", program)
+                bpf.tcx_attach(index, "ingress", program)
+        try:
+            told = refuse(gateway, "--wan", "wan0", "--lan", "lan0")
+            assert "cannot attach masq_wan_in to TCX ingress of wan0: it holds 64 programs already" in told
+        finally:
+            with gateway.inside():
+                stack.close()
 
 
 def test_not_root(gateway: Gateway) -> None:
