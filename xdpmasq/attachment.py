@@ -87,8 +87,8 @@ def _put_on_tcx(link: netdev.Link, hook: bpf.TcHook, program: bpf.Program) -> No
         bpf.tcx_attach(link.index, hook, program, there)
     except OSError as error:
         what = f"cannot attach {program.name} to TCX {hook} of {link.name}"
-        full = error.errno == errno.ERANGE
-        why = f"it holds {bpf.TCX_ROOM} programs already" if full else f"the kernel says: {error.strerror}"
+        full = "no more programs fit there; " if error.errno == errno.ERANGE else ""
+        why = f"{full}the kernel says: {error.strerror}"
         raise InterfaceError(what, why, "see `bpftool net` of a release as new as the kernel") from error
 
 

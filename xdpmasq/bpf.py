@@ -60,7 +60,7 @@ UPDATE_ANY, UPDATE_NOEXIST, UPDATE_EXIST = 0, 1, 2
 TcHook = Literal["ingress", "egress"]
 # BPF_TCX_INGRESS, BPF_TCX_EGRESS and BPF_MPROG_MAX, which Debian 12's headers do not know
 _TCX: dict[TcHook, int] = {"ingress": 46, "egress": 47}
-TCX_ROOM = 64
+_TCX_ROOM = 64
 _REPLACE = 4
 LIVE_FRAMES = 2  # test run: send what XDP_TX and redirect decide
 
@@ -503,7 +503,7 @@ def tcx_detach(index: int, hook: TcHook, program: Program) -> bool:
 
 
 def _tcx_query(index: int, hook: TcHook) -> list[int]:
-    ids = np.zeros(TCX_ROOM, np.uint32)
+    ids = np.zeros(_TCX_ROOM, np.uint32)
     attr = struct.pack("<IIIIQI36x", index, _TCX[hook], 0, 0, ids.ctypes.data, len(ids))
     _, result = _bpf(_PROG_QUERY, attr)
     return [int(number) for number in ids[: struct.unpack_from("<I", result, 24)[0]]]
