@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pytest
 
 from xdpmasq import attachment, bpf, datapath, netdev, presence
 from xdpmasq.config import Config, as_fields
@@ -32,6 +33,10 @@ from xdpmasq.lab.topology import HOSTS, INTERNET, TRANSIT
 GATE = "masq-gate"
 ECHO = (INTERNET, ECHO_PORT)
 CURL = ["curl", "-sS", "--fail", "--connect-timeout", "4", "--max-time", "25"]
+
+needs_tcx = pytest.mark.skipif(
+    os.geteuid() != 0 or not attachment.uses_tcx(), reason="needs root, and TCX in the kernel (6.6)"
+)
 
 _numbers = itertools.count()
 _BIG_DATAGRAM = 65535

@@ -187,12 +187,7 @@ def test_detach_and_attach_when_half_attached() -> None:
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize(
     ("step", "then"),
-    [
-        ("bpf.tcx_attach", "detach"),
-        ("bpf.tcx_attach", "attach"),
-        ("netdev.xdp_attach", "detach"),
-        ("netdev.sysctl_set", "attach"),
-    ],
+    [("netdev.xdp_attach", "detach"), ("netdev.sysctl_set", "attach")],
 )
 def test_killed_in_the_middle_of_attaching(step: str, then: str) -> None:
     """At the second call of each step; what is there by then is found, and detached or attached to anew."""

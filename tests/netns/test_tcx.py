@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from netkit import Gateway, Stream, answers, soon, strangers_program, who
+from netkit import Gateway, Stream, answers, needs_tcx, soon, strangers_program, who
 
 from xdpmasq import bpf, netdev
 from xdpmasq.lab import netns
@@ -47,6 +47,7 @@ def near() -> Iterator[int]:
         netns.delete([name])
 
 
+@needs_tcx
 @pytest.mark.parametrize("hook", ["ingress", "egress"])
 def test_a_chain(near: int, hook: bpf.TcHook) -> None:
     first, second, third, new = (strangers_program("tc", GOES_ON) for _ in range(4))
@@ -68,6 +69,7 @@ def test_a_chain(near: int, hook: bpf.TcHook) -> None:
     assert bpf.tcx_programs(near, hook) == []
 
 
+@needs_tcx
 def test_an_interface_that_is_gone(near: int) -> None:
     program = strangers_program("tc", GOES_ON)
     assert bpf.tcx_programs(near + 100, "egress") == []
@@ -76,6 +78,7 @@ def test_an_interface_that_is_gone(near: int) -> None:
         bpf.tcx_attach(near + 100, "egress", program)
 
 
+@needs_tcx
 def test_no_packet_passes_between_two_programs(near: int) -> None:
     """Programs that drop everything take turns under a flood; the sender is told of every packet dropped."""
     frame = bytes(12) + struct.pack("!H", 0x88B5) + bytes(50)
@@ -109,6 +112,7 @@ def test_no_packet_passes_between_two_programs(near: int) -> None:
 # --- beside others' --------------------------------------------------------------------------------
 
 
+@needs_tcx
 @in_tc
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize("hook", ["ingress", "egress"])
@@ -151,6 +155,7 @@ def test_somebody_elses_program_runs_beside_ours_and_stays(bare: Gateway, hook: 
         assert bpf.tcx_programs(index, hook) == [stranger.id]
 
 
+@needs_tcx
 @in_tc
 def test_an_ingress_qdisc_is_no_obstacle(bare: Gateway) -> None:
     bare.gate("tc", "qdisc", "add", "dev", "wan0", "ingress")
@@ -202,12 +207,18 @@ def test_without_tcx(bare: Gateway) -> None:
     assert differences(before, snapshot(bare.lab)) == []
 
 
-@pytest.mark.usefixtures("on_clsact")
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize(
-    ("step", "then"), [("netdev.clsact_add", "detach"), ("netdev.tc_attach", "attach")], ids=["qdisc", "filter"]
+    ("way", "step", "then"),
+    [
+        pytest.param("tcx", "bpf.tcx_attach", "detach", marks=needs_tcx),
+        pytest.param("tcx", "bpf.tcx_attach", "attach", marks=needs_tcx),
+        ("clsact", "netdev.clsact_add", "detach"),
+        ("clsact", "netdev.tc_attach", "attach"),
+    ],
 )
-def test_killed_in_the_middle_of_attaching_to_clsact(step: str, then: str) -> None:
+def test_killed_in_the_middle_of_attaching(monkeypatch: pytest.MonkeyPatch, way: str, step: str, then: str) -> None:
+    monkeypatch.setenv("XDPMASQ_TC", way)
     with Gateway.in_new_lab("xdp", attach=False) as gateway:
         before = snapshot(gateway.lab)
         gateway.die_at(step, call=2)
@@ -221,6 +232,7 @@ def test_killed_in_the_middle_of_attaching_to_clsact(step: str, then: str) -> No
 # --- moving from one to the other ------------------------------------------------------------------
 
 
+@needs_tcx
 @in_tc
 @pytest.mark.req("reliability-restart")
 @pytest.mark.req("attacks-leak")
@@ -252,6 +264,7 @@ def test_moving_under_load_neither_loses_nor_translates_twice(bare: Gateway, mon
     assert differences(before, snapshot(bare.lab)) == []
 
 
+@needs_tcx
 @in_xdp
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize("then", ["attach", "detach"])
@@ -275,6 +288,7 @@ def test_killed_while_it_moves(bare: Gateway, monkeypatch: pytest.MonkeyPatch, t
     assert differences(before, snapshot(bare.lab)) == []
 
 
+@needs_tcx
 @in_tc
 def test_what_others_have_on_our_clsact_stays_when_we_move(bare: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
