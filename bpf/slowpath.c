@@ -414,7 +414,7 @@ int masq_lan_learn(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
 	learn_inbound(&p);
-	return TC_ACT_UNSPEC;
+	return tc_verdict(PASS);
 }
 
 int masq_lan_in(struct __sk_buff *skb)

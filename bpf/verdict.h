@@ -34,7 +34,13 @@ static __always_inline enum verdict refuse(enum counter reason)
 	return REFUSE;
 }
 
-/* TC_ACT_UNSPEC lets further filters and the stack have the packet, as if we were not there. */
+/* TC_ACT_UNSPEC lets further programs and the stack have the packet, as if we were not there. Compiled with TC_ACT_OK,
+ * ours are the last, and clsact's filters do not run: so they take over from each other, see attachment.py.
+ */
+#ifndef TC_GOES_ON
+#define TC_GOES_ON TC_ACT_UNSPEC
+#endif
+
 static __always_inline int tc_verdict(enum verdict verdict)
 {
 	switch (verdict) {
@@ -44,6 +50,6 @@ static __always_inline int tc_verdict(enum verdict verdict)
 	case REDIRECT:
 		return TC_ACT_REDIRECT;
 	default:
-		return TC_ACT_UNSPEC;
+		return TC_GOES_ON;
 	}
 }

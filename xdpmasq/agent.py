@@ -242,12 +242,13 @@ class Agent:
         if before and before[1] == hooks and before[0].index == link.index and self._is_whole(link, hooks):
             return
         self._check_free(link)
-        if any(each.kind != "xdp" for each in hooks) and not netdev.clsact_present(link.index):
+        on_clsact = not attachment.uses_tcx() and any(each.kind != "xdp" for each in hooks)
+        if on_clsact and not netdev.clsact_present(link.index):
             self._manifest["qdiscs"] = sorted({*self._manifest["qdiscs"], link.index})
             self._save()
             netdev.clsact_add(link.index)
         for each in hooks:
-            attachment.put(link, each, self._programs[each.function])
+            attachment.put(link, each, self._programs)
         attachment.clear(link, keep=hooks)
         self._attached[link.name] = (link, hooks)
         log.info("attached to %s as %s by %s", link.name, role, hook)
@@ -260,8 +261,7 @@ class Agent:
 
     def _is_whole(self, link: netdev.Link, hooks: tuple[Hook, ...]) -> bool:
         """Nobody took our programs away, or put another in their place, meanwhile."""
-        present = {(each.direction, each.prog_id) for each in netdev.tc_programs(link.index)}
-        present.add(("xdp", link.xdp_prog_id))  # type: ignore[arg-type]
+        present = attachment.tc_programs(link) | {("xdp", link.xdp_prog_id)}
         return all((hook.kind, self._programs[hook.function].id) in present for hook in hooks)
 
     def _tell(self, chosen: list[tuple[netdev.Link, Role, str, str]]) -> list[dict[str, Any]]:
@@ -393,6 +393,7 @@ class Agent:
                     next_disarm = now + DISARM_ALL_S
                 if now >= next_tick:
                     self._safely(self._expiry.run)
+                    self._safely(self._look_after_tcx)
                     self._safely(self._route)
                     next_tick = now + TICK_S
 
@@ -431,6 +432,15 @@ class Agent:
             # A third of the time at most goes into looks, however fast changes come.
             self._rested_at = ended + min(max(SETTLE_S, 2 * (ended - started)), BUSY_S)
         self._safely(self._follow_neighbours)
+
+    def _look_after_tcx(self) -> None:
+        """Of programs taken off TCX netlink says nothing."""
+        if self._retry_s or not attachment.uses_tcx():
+            return
+        for link, hooks in self._attached.values():
+            if not self._is_whole(link, tuple(hook for hook in hooks if hook.kind != "xdp")):
+                self._plan_retry(self._safely(self.reconcile) and not self._troubled)
+                break
 
     def _plan_retry(self, done: bool) -> None:
         first, last = RETRY_S

@@ -1,13 +1,27 @@
-"""Our programs on the hooks of interfaces: putting them there, finding whose they are, taking them off."""
+"""Our programs on the hooks of interfaces: putting them there, finding whose they are, taking them off.
+
+TC programs go on TCX; where the kernel has none (before 6.6) they are filters on a clsact qdisc, as they also are
+with ``XDPMASQ_TC=clsact`` in the environment, for comparison and for tests.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from xdpmasq import bpf, datapath, netdev, sysctls
 from xdpmasq.datapath import Hook
+from xdpmasq.errors import InterfaceError
+
+
+@functools.cache
+def uses_tcx() -> bool:
+    """Whether this process attaches TC programs by TCX."""
+    return os.environ.get("XDPMASQ_TC") != "clsact" and bpf.has_tcx()
 
 
 @contextlib.contextmanager
@@ -22,13 +36,60 @@ def _current(index: int) -> Iterator[int | None]:
         yield program.fd if ours else None
 
 
-def put(link: netdev.Link, hook: Hook, program: bpf.Program) -> None:
-    """Attaches, or replaces our own program without a gap."""
+def _ours_on_tcx(index: int, hook: bpf.TcHook) -> list[bpf.Program]:
+    found = []
+    for number in bpf.tcx_programs(index, hook):
+        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            found.append(bpf.Program.by_id(number))
+    return [program for program in found if program.name.startswith(datapath.PROGRAM)]
+
+
+def _our_filters(index: int, hook: bpf.TcHook) -> list[netdev.TcProgram]:
+    return [each for each in netdev.tc_programs(index) if (each.name, each.direction) == (datapath.FILTER, hook)]
+
+
+def tc_programs(link: netdev.Link) -> set[tuple[str, int]]:
+    """(hook, program's id) of all programs where ours would be attached, others' included."""
+    if uses_tcx():
+        return {(hook, number) for hook in datapath.TC_HOOKS for number in bpf.tcx_programs(link.index, hook)}
+    return {(each.direction, each.prog_id) for each in netdev.tc_programs(link.index)}
+
+
+def put(link: netdev.Link, hook: Hook, programs: datapath.Programs) -> None:
+    """Attaches, or replaces our own program without a gap.
+
+    Raises:
+        InterfaceError: the hook is taken, or the kernel refuses for another reason.
+    """
+    program = programs[hook.function]
     if hook.kind == "xdp":
         with _current(link.index) as there:
             netdev.xdp_attach(link.index, program.fd, "native", there)
+        return
+    # No packet may be translated twice, nor never. As clsact's filters run after TCX, a move between the two, either
+    # way, is covered by a program on TCX after which they do not run. For that moment others' filters do not either.
+    moves = _our_filters(link.index, hook.kind) if uses_tcx() else _ours_on_tcx(link.index, hook.kind)
+    if moves:
+        _put_on_tcx(link, hook.kind, programs.last[hook.function])
+    if uses_tcx():
+        _clear_clsact(link, hook.kind)
+        _put_on_tcx(link, hook.kind, program)
     else:
         netdev.tc_attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
+        _clear_tcx(link, hook.kind)
+
+
+def _put_on_tcx(link: netdev.Link, hook: bpf.TcHook, program: bpf.Program) -> None:
+    there = next(iter(_ours_on_tcx(link.index, hook)), None)
+    if there and there.id == program.id:
+        return
+    try:
+        bpf.tcx_attach(link.index, hook, program, there)
+    except OSError as error:
+        what = f"cannot attach {program.name} to TCX {hook} of {link.name}"
+        full = "no more programs fit there; " if error.errno == errno.ERANGE else ""
+        why = f"{full}the kernel says: {error.strerror}"
+        raise InterfaceError(what, why, "see `bpftool net` of a release as new as the kernel") from error
 
 
 def clear(link: netdev.Link, keep: tuple[Hook, ...] = ()) -> bool:
@@ -38,10 +99,20 @@ def clear(link: netdev.Link, keep: tuple[Hook, ...] = ()) -> bool:
     if "xdp" not in kept:
         with _current(link.index) as there:
             found = there is not None and netdev.xdp_detach(link.index, "native", there)
-    for each in netdev.tc_programs(link.index):
-        if each.name == datapath.FILTER and each.direction not in kept:
-            found |= netdev.tc_detach(link.index, each.direction, each.priority, each.handle)
+    for hook in datapath.TC_HOOKS:
+        if hook not in kept:
+            found |= _clear_clsact(link, hook)
+            found |= _clear_tcx(link, hook)
     return found
+
+
+def _clear_clsact(link: netdev.Link, hook: bpf.TcHook) -> bool:
+    filters = _our_filters(link.index, hook)
+    return any([netdev.tc_detach(link.index, hook, each.priority, each.handle) for each in filters])
+
+
+def _clear_tcx(link: netdev.Link, hook: bpf.TcHook) -> bool:
+    return any([bpf.tcx_detach(link.index, hook, program) for program in _ours_on_tcx(link.index, hook)])
 
 
 def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
@@ -58,7 +129,8 @@ def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
 def leave(link: netdev.Link, manifest: dict[str, Any]) -> bool:
     """Takes everything of ours off a link; True when there were programs."""
     found = clear(link)
-    if link.index in manifest["qdiscs"] and not netdev.tc_programs(link.index):
+    # Not when moving to TCX: while a qdisc comes or goes, even this one, the kernel drops what is to be sent.
+    if link.index in manifest["qdiscs"] and netdev.clsact_is_empty(link.index):
         netdev.clsact_del(link.index)
         manifest["qdiscs"].remove(link.index)
     return found

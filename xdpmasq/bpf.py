@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -43,17 +43,25 @@ PROG_TYPES = {"tc": 3, "xdp": 6}
     _MAP_UPDATE,
     _MAP_DELETE,
     _PROG_LOAD,
+    _PROG_ATTACH,
+    _PROG_DETACH,
     _TEST_RUN,
     _PROG_BY_ID,
     _MAP_BY_ID,
     _OBJ_INFO,
+    _PROG_QUERY,
     _LOOKUP_BATCH,
     _BIND_MAP,
-) = (1, 2, 3, 5, 10, 13, 14, 15, 24, 35)
+) = (1, 2, 3, 5, 8, 9, 10, 13, 14, 15, 16, 24, 35)
 
 _LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
 _MAP_PERCPU_ARRAY = 6
 UPDATE_ANY, UPDATE_NOEXIST, UPDATE_EXIST = 0, 1, 2
+TcHook = Literal["ingress", "egress"]
+# BPF_TCX_INGRESS, BPF_TCX_EGRESS and BPF_MPROG_MAX, which Debian 12's headers do not know
+_TCX: dict[TcHook, int] = {"ingress": 46, "egress": 47}
+_TCX_ROOM = 64
+_REPLACE = 4
 LIVE_FRAMES = 2  # test run: send what XDP_TX and redirect decide
 
 
@@ -445,6 +453,64 @@ def _compile_in_child(text: str, cflags: list[str], channel: socket.socket, said
 
 def _names(module: Any, count: Any, name_of: Any) -> list[str]:
     return [name_of(module.module, i).decode() for i in range(count(module.module))]
+
+
+# --- TCX -------------------------------------------------------------------------------------------
+# Chains of programs at an interface's TC hooks (kernel 6.6), which run before clsact's filters and need no qdisc.
+# A program attached without a bpf_link stays until it is detached or the interface goes. Netlink tells nobody.
+
+
+@functools.cache
+def has_tcx() -> bool:
+    """Whether this kernel has TCX; asked about the loopback interface."""
+    try:
+        _tcx_query(1, "ingress")
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
+def tcx_programs(index: int, hook: TcHook) -> list[int]:
+    """Ids of the programs on a TCX hook, in their order; none where there is no such interface, or no TCX."""
+    try:
+        return _tcx_query(index, hook)
+    except OSError as error:
+        if error.errno in (errno.ENODEV, errno.EINVAL):
+            return []
+        raise
+
+
+def tcx_attach(index: int, hook: TcHook, program: Program, replaced: Program | None = None) -> None:
+    """Puts a program behind those on a TCX hook, or in the place of one of them: then no packet passes between.
+
+    Raises:
+        OSError: ENODEV no such interface, EEXIST it is there already, ENOENT ``replaced`` is not, ERANGE all full.
+    """
+    flags, old = (_REPLACE, replaced.fd) if replaced else (0, 0)
+    _bpf(_PROG_ATTACH, struct.pack("<IIIIIIQ", index, program.fd, _TCX[hook], flags, old, 0, 0))
+
+
+def tcx_detach(index: int, hook: TcHook, program: Program) -> bool:
+    """Takes a program off a TCX hook; False when it was not there."""
+    try:
+        _bpf(_PROG_DETACH, struct.pack("<IIIIIIQ", index, program.fd, _TCX[hook], 0, 0, 0, 0))
+    except OSError as error:
+        if error.errno in (errno.ENODEV, errno.ENOENT):
+            return False
+        raise
+    return True
+
+
+def _tcx_query(index: int, hook: TcHook) -> list[int]:
+    ids = np.zeros(_TCX_ROOM, np.uint32)
+    attr = struct.pack("<IIIIQI36x", index, _TCX[hook], 0, 0, ids.ctypes.data, len(ids))
+    _, result = _bpf(_PROG_QUERY, attr)
+    return [int(number) for number in ids[: struct.unpack_from("<I", result, 24)[0]]]
+
+
+# --- the clock -------------------------------------------------------------------------------------
 
 
 @functools.cache

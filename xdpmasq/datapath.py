@@ -24,8 +24,9 @@ from xdpmasq.errors import DatapathError, NotAttachedError
 Slots = npt.NDArray[np.uint32]
 Role = Literal["lan", "wan"]
 
-FILTER = "xdpmasq"  # name of our TC filters
+FILTER = "xdpmasq"  # name of our filters on clsact
 PRIORITY = 0x4D51  # after filters that users put at low numbers, before those that the kernel numbers itself
+TC_HOOKS: tuple[bpf.TcHook, ...] = ("ingress", "egress")
 PROGRAM = "masq_"  # prefix of our programs' names
 EXTERNALS = 1
 CLASSES = ("tcp", "udp", "icmp")
@@ -200,12 +201,32 @@ def addr(address: IPv4Address | None) -> tuple[list[int]]:
 
 
 class Programs:
-    """The compiled datapath: its functions are loaded when first asked for."""
+    """The compiled datapath: its functions are loaded when first asked for.
 
-    def __init__(self, further: int, maps: Mapping[str, bpf.Map] | None = None) -> None:
-        self._object = bpf.compile(source.flatten(), {"EXTERNALS": EXTERNALS, "FURTHER": further})
+    Args:
+        further: how many slots for further sessions.
+        maps: existing maps to use.
+        defines: for the compiler, beside the sizes.
+    """
+
+    def __init__(
+        self,
+        further: int,
+        maps: Mapping[str, bpf.Map] | None = None,
+        defines: Mapping[str, str] | None = None,
+    ) -> None:
+        self._further = further
+        sizes = {"EXTERNALS": EXTERNALS, "FURTHER": further}
+        self._object = bpf.compile(source.flatten(), {**sizes, **(defines or {})})
         self._loaded: dict[str, bpf.Program] = {}
         self.maps = {**self._object.maps, **(maps or {})}
+        for name in self._object.maps.keys() & (maps or {}).keys():
+            self._object.maps[name].close()
+
+    @cached_property
+    def last(self) -> Programs:
+        """The same, except that a packet let through by one of its TC programs meets no other on that hook."""
+        return Programs(self._further, self.maps, {"TC_GOES_ON": "TC_ACT_OK"})
 
     @property
     def layouts(self) -> dict[str, tuple[Any, Any]]:
@@ -293,8 +314,9 @@ def _with_layout(map_: bpf.Map, key: Any, value: Any) -> bpf.Map:
 
 
 def program_ids(link: netdev.Link) -> list[int]:
-    """Ids of the programs on a link that may be ours: our filters', and whatever is on the XDP hook."""
+    """Ids of the programs on a link that may be ours: our filters', and whatever is on TCX and the XDP hook."""
     ids = [each.prog_id for each in netdev.tc_programs(link.index) if each.name == FILTER]
+    ids += [number for hook in TC_HOOKS for number in bpf.tcx_programs(link.index, hook)]
     return ids + ([link.xdp_prog_id] if link.xdp_prog_id else [])
 
 

@@ -4,6 +4,7 @@ Each check yields findings. What netdev cannot tell is read under /proc and /sys
 `iptables-save` where those exist. Nothing loads a kernel module.
 """
 
+import contextlib
 import fnmatch
 import importlib
 import ipaddress
@@ -17,7 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from xdpmasq import drivers, netdev
+from xdpmasq import attachment, drivers, netdev
+from xdpmasq.errors import HostError
 
 Level = Literal["ok", "warn", "block"]
 Mode = Literal["auto", "xdp", "tc"]
@@ -127,6 +129,14 @@ def check_kernel(host: Host) -> Iterator[Finding]:
         yield Finding("kernel", "block", f"Linux {release} is too old: {why}", f"use {needed} or later")
     else:
         yield Finding("kernel", "ok", f"Linux {release}; tested on {KERNELS_TESTED}")
+
+
+def check_tc(host: Host) -> Iterator[Finding]:
+    with contextlib.suppress(OSError, HostError):  # no privileges, no bpf(2): other checks say so
+        if attachment.uses_tcx():
+            yield Finding("tc", "ok", "TC programs go on TCX")
+        else:
+            yield Finding("tc", "ok", "TC programs go on clsact; TCX, from Linux 6.6 on, would cost less")
 
 
 def check_jit(host: Host) -> Iterator[Finding]:
@@ -522,6 +532,7 @@ def _read(path: str) -> str:
 CHECKS: tuple[Callable[[Host], Iterator[Finding]], ...] = (
     check_privileges,
     check_kernel,
+    check_tc,
     check_jit,
     check_btf,
     check_bpffs,

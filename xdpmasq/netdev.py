@@ -511,6 +511,11 @@ def clsact_del(index: int) -> bool:
     return True
 
 
+def clsact_is_empty(index: int) -> bool:
+    """Whether no filter of any kind is on the link's clsact hooks."""
+    return not any(_filters_on(index, direction) for direction in CLSACT_PARENTS)
+
+
 def _ingress_qdisc(index: int) -> str | None:
     for qdisc in _dump(lambda ipr: ipr.get_qdiscs()):
         if qdisc["index"] == index and qdisc["handle"] == CLSACT_HANDLE:
@@ -572,10 +577,13 @@ def _tc_program_at(index: int, direction: Direction, priority: int, handle: int)
     return next((each for each in at if (each.priority, each.handle) == (priority, handle)), None)
 
 
+def _filters_on(index: int, direction: Direction) -> list[Any]:
+    return _dump(lambda ipr: ipr.get_filters(index=index, parent=CLSACT_PARENTS[direction]))
+
+
 def _tc_programs(index: int, direction: Direction) -> list[TcProgram]:
-    messages = _dump(lambda ipr: ipr.get_filters(index=index, parent=CLSACT_PARENTS[direction]))
     found = []
-    for message in messages:
+    for message in _filters_on(index, direction):
         options = message.get_attr("TCA_OPTIONS")
         # the first message of each priority is its empty head
         if message.get_attr("TCA_KIND") != "bpf" or not message["handle"] or options is None:

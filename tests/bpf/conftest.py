@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves test mod
 
 from harness import NETWORK, Bench, Gateway
 
-from xdpmasq import netdev
-from xdpmasq.datapath import FILTER, PRIORITY
+from xdpmasq import attachment, datapath, netdev
 from xdpmasq.lab import netns
 
 
@@ -47,8 +46,10 @@ def gateway(namespace: str, bench: Bench) -> Iterator[Gateway]:
 def real_wan(gateway: Gateway) -> Iterator[str]:
     """wan0 with the programs attached for real, for what test runs cannot do."""
     bench = gateway.bench
-    netdev.clsact_add(bench.wan.index)
-    netdev.tc_attach(bench.wan.index, "egress", bench.programs["masq_wan_out"].fd, FILTER, PRIORITY)
-    netdev.tc_attach(bench.wan.index, "ingress", bench.programs["masq_wan_in"].fd, FILTER, PRIORITY)
+    if not attachment.uses_tcx():
+        netdev.clsact_add(bench.wan.index)
+    for hook in datapath.hooks("wan", xdp=False, ethernet=True):
+        attachment.put(bench.wan, hook, bench.programs)
     yield bench.wan.name
+    attachment.clear(bench.wan, keep=(datapath.Hook("xdp", "masq_wan_xdp"),))
     netdev.clsact_del(bench.wan.index)

@@ -24,8 +24,8 @@ from harness import (
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
-from xdpmasq import bpf, netdev, source
-from xdpmasq.datapath import FILTER, PRIORITY
+from xdpmasq import attachment, bpf, netdev, source
+from xdpmasq.datapath import Hook
 from xdpmasq.lab import netns
 
 # A header of ten words is filled at random, its sum taken in full; then words 4 and 5 (an address) and word 6 (a
@@ -282,9 +282,10 @@ def jumbo(gateway: Gateway) -> Iterator[None]:
         ]
     )
     try:
-        index = netdev.link("jumbo0").index
-        netdev.clsact_add(index)
-        netdev.tc_attach(index, "egress", gateway.bench.programs["masq_wan_out"].fd, FILTER, PRIORITY)
+        link = netdev.link("jumbo0")
+        if not attachment.uses_tcx():
+            netdev.clsact_add(link.index)
+        attachment.put(link, Hook("egress", "masq_wan_out"), gateway.bench.programs)
         yield
     finally:
         netns.ip_batch(["link del jumbo0"])

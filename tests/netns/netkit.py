@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pytest
 
-from xdpmasq import bpf, datapath, presence
+from xdpmasq import attachment, bpf, datapath, netdev, presence
 from xdpmasq.config import Config, as_fields
+from xdpmasq.datapath import Hook
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import wait_until
 from xdpmasq.lab.servers import ECHO_PORT
@@ -31,6 +33,10 @@ from xdpmasq.lab.topology import HOSTS, INTERNET, TRANSIT
 GATE = "masq-gate"
 ECHO = (INTERNET, ECHO_PORT)
 CURL = ["curl", "-sS", "--fail", "--connect-timeout", "4", "--max-time", "25"]
+
+needs_tcx = pytest.mark.skipif(
+    os.geteuid() != 0 or not attachment.uses_tcx(), reason="needs root, and TCX in the kernel (6.6)"
+)
 
 _numbers = itertools.count()
 _BIG_DATAGRAM = 65535
@@ -134,6 +140,13 @@ class Gateway:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: self.agent_pid is None, "the agent is dead")
 
+    def die_at(self, step: str, call: int) -> None:
+        """Attaches by an agent that is killed at that call of a function, ``netdev.xdp_attach``, half way."""
+        program = _DIE.format(step=step, call=call, mode=self.mode)
+        assert self.lab.exec(GATE, [self.python, "-c", program], check=False).returncode == -signal.SIGKILL
+        assert self.agent_pid is None
+        assert self.is_attached
+
     def counters(self) -> dict[str, int]:
         return self.tables.counters()
 
@@ -160,6 +173,21 @@ class Gateway:
     def hooks(self) -> dict[str, str]:
         """Interface → hook, by the manifest."""
         return {each["name"]: each["hook"] for each in self.tables.manifest["interfaces"]}
+
+    def on(self, interface: str) -> set[str]:
+        """The hooks of an interface that have a program of ours, TC's by TCX or clsact."""
+        with self.inside():
+            link = netdev.link(interface)
+            here = {("xdp", link.xdp_prog_id)} if link.xdp_prog_id else set()
+            here |= {(hook, number) for hook in datapath.TC_HOOKS for number in bpf.tcx_programs(link.index, hook)}
+            here |= {(each.direction, each.prog_id) for each in netdev.tc_programs(link.index)}
+            return {hook for hook, number in here if bpf.Program.by_id(number).name.startswith(datapath.PROGRAM)}
+
+    def take_off(self, interface: str, *hooks: str) -> None:
+        """Somebody takes our programs off these hooks."""
+        with self.inside():
+            kept = [kind for kind in ("xdp", "ingress", "egress") if kind not in hooks]
+            attachment.clear(netdev.link(interface), keep=tuple(Hook(kind, "") for kind in kept))  # type: ignore[arg-type]
 
     # masq-gate and its neighbours
 
@@ -239,6 +267,21 @@ class Gateway:
         with self.lab.socket(role, socket.SOCK_RAW, socket.AF_PACKET) as wire, self.inside(role):
             wire.bind(("eth0", 0))
             wire.send(b"\xff" * 6 + own + b"\x08\x06" + arp)
+
+
+_DIE = """
+import os, signal
+from xdpmasq import agent, bpf, netdev
+from xdpmasq.config import Config
+real, calls = {step}, []
+def step(*args, **named):
+    calls.append(args)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **named)
+{step} = step
+agent.run(Config("wan0", ("lan0",), mode="{mode}"))
+"""
 
 
 class Connection:

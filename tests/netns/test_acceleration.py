@@ -222,14 +222,10 @@ def xdp_program(gateway: Gateway, interface: str) -> int:
 
 @pytest.mark.parametrize(("interface", "direction"), [("wan0", "ingress"), ("wan0", "egress"), ("lan0", "egress")])
 def test_the_agent_puts_tc_back(gateway: Gateway, interface: str, direction: str) -> None:
-    def present() -> bool:
-        with gateway.inside():
-            programs = netdev.tc_programs(netdev.link(interface).index)
-        return direction in {each.direction for each in programs if each.name == "xdpmasq"}
-
-    # No traffic meanwhile: what the gateway forwards without its filter is not translated.
-    gateway.gate("tc", "filter", "del", "dev", interface, direction)
-    soon(present, "the filter is back")
+    # No traffic meanwhile: what the gateway forwards without its program is not translated.
+    gateway.take_off(interface, direction)
+    assert direction not in gateway.on(interface)
+    soon(lambda: direction in gateway.on(interface), "the program is back")
     assert gateway.opens()
 
 

@@ -83,9 +83,7 @@ def test_adopting_takes_over_what_the_options_say(bare: Gateway) -> None:
         assert bare.hooks() == {"wan0": other, "lan0": other}
         assert bare.status()["mode"] == other
         assert bare.status()["lans"] == ["lan0"]
-        with bare.inside():
-            link = netdev.link("lan1")
-            assert (link.xdp_prog_id, netdev.clsact_present(link.index)) == (0, False)
+        assert bare.on("lan1") == set()
         assert who(client) == endpoint
     bare.detach()
     assert differences(before, snapshot(bare.lab)) == []
@@ -160,11 +158,11 @@ def map_exists(number: int) -> bool:
 
 
 HALVES = {
-    "no XDP on the WAN": ["ip link set wan0 xdpdrv off"],
-    "no egress": ["tc filter del dev wan0 egress"],
-    "only XDP left": ["tc qdisc del dev wan0 clsact", "tc qdisc del dev lan0 clsact"],
-    "only the WAN left": ["ip link set lan0 xdpdrv off", "tc qdisc del dev lan0 clsact"],
-    "only the LAN left": ["ip link set wan0 xdpdrv off", "tc qdisc del dev wan0 clsact"],
+    "no XDP on the WAN": {"wan0": ["xdp"]},
+    "no egress": {"wan0": ["egress"]},
+    "only XDP left": {"wan0": ["ingress", "egress"], "lan0": ["ingress", "egress"]},
+    "only the WAN left": {"lan0": ["xdp", "ingress", "egress"]},
+    "only the LAN left": {"wan0": ["xdp", "ingress", "egress"]},
 }
 
 
@@ -172,52 +170,35 @@ HALVES = {
 def test_detach_and_attach_when_half_attached() -> None:
     with Gateway.in_new_lab("xdp", attach=False) as gateway:
         before = snapshot(gateway.lab)
-        for name, commands in HALVES.items():
+        for name, losses in HALVES.items():
             gateway.attach()
             gateway.kill_agent()
-            for command in commands:
-                gateway.gate(*command.split())
+            for interface, hooks in losses.items():
+                gateway.take_off(interface, *hooks)
+                assert not gateway.on(interface) & set(hooks)
             if name == "no egress":
                 gateway.attach()  # makes it whole again
                 assert gateway.lab.exec("a-box", ["ping", "-c1", "-W1", "203.0.113.10"])
             gateway.detach()
-            assert "clsact" not in gateway.gate("tc", "qdisc"), name
-            assert "xdp" not in gateway.gate("ip", "link"), name
+            assert gateway.on("wan0") == gateway.on("lan0") == set(), name
         assert differences(before, snapshot(gateway.lab)) == []
 
 
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize(
     ("step", "then"),
-    [("clsact_add", "detach"), ("tc_attach", "attach"), ("xdp_attach", "detach"), ("sysctl_set", "attach")],
+    [("netdev.xdp_attach", "detach"), ("netdev.sysctl_set", "attach")],
 )
 def test_killed_in_the_middle_of_attaching(step: str, then: str) -> None:
     """At the second call of each step; what is there by then is found, and detached or attached to anew."""
     with Gateway.in_new_lab("xdp", attach=False) as gateway:
         before = snapshot(gateway.lab)
-        gateway.lab.exec(GATE, [gateway.python, "-c", _DIE.format(step=step)], check=False)
-        assert gateway.agent_pid is None
-        assert gateway.is_attached
+        gateway.die_at(step, call=2)
         if then == "attach":
             gateway.attach()
             assert gateway.lab.exec("a-box", ["ping", "-c1", "-W1", "203.0.113.10"])
         gateway.detach()
         assert differences(before, snapshot(gateway.lab)) == []
-
-
-_DIE = """
-import os, signal
-from xdpmasq import agent, netdev
-from xdpmasq.config import Config
-real, calls = netdev.{step}, []
-def step(*args, **named):
-    calls.append(args)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **named)
-netdev.{step} = step
-agent.run(Config("wan0", ("lan0",), mode="xdp"))
-"""
 
 
 @pytest.mark.req("reliability-detach")

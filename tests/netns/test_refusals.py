@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from netkit import GATE, Gateway, strangers_program
+from netkit import GATE, Gateway, needs_tcx, strangers_program
 
-from xdpmasq import netdev
+from xdpmasq import bpf, netdev
 from xdpmasq.lab import netns
 from xdpmasq.lab.snapshot import differences, snapshot
 
@@ -96,7 +96,8 @@ def test_somebody_elses_program_on_the_xdp_hook(gateway: Gateway, interface: str
         gateway.gate("ip", "link", "set", interface, "xdpdrv", "off")
 
 
-def test_a_filter_in_our_place(gateway: Gateway) -> None:
+def test_a_filter_in_our_place(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDPMASQ_TC", "clsact")
     gateway.gate("tc", "qdisc", "add", "dev", "wan0", "clsact")
     with gateway.inside(), strangers_program("tc", 0) as program:
         netdev.tc_attach(netdev.link("wan0").index, "ingress", program.fd, "firewall", 0x4D51)
@@ -104,6 +105,23 @@ def test_a_filter_in_our_place(gateway: Gateway) -> None:
         assert "someone else's filter 'firewall'" in refuse(gateway, "--wan", "wan0", "--lan", "lan0")
     finally:
         gateway.gate("tc", "qdisc", "del", "dev", "wan0", "clsact")
+
+
+@needs_tcx
+def test_no_room_on_tcx(gateway: Gateway) -> None:
+    programs = [strangers_program("tc", -1) for _ in range(63)]  # BPF_MPROG_MAX, of which the kernel keeps one
+    with gateway.inside():
+        index = netdev.link("wan0").index
+    try:
+        with gateway.inside():
+            for program in programs:
+                bpf.tcx_attach(index, "ingress", program)
+        told = refuse(gateway, "--wan", "wan0", "--lan", "lan0")
+        assert "cannot attach masq_wan_in to TCX ingress of wan0: no more programs fit there" in told
+    finally:
+        with gateway.inside():
+            for program in programs:
+                bpf.tcx_detach(index, "ingress", program)
 
 
 def test_not_root(gateway: Gateway) -> None:

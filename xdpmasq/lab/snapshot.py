@@ -1,7 +1,9 @@
 """What a box is like, as text: taken before and after, it shows whether anything was left behind."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from xdpmasq import bpf, netdev
 from xdpmasq.lab import netns
 from xdpmasq.lab.lab import Lab
 
@@ -31,6 +33,7 @@ def snapshot(lab: Lab, role: str = "masq-gate") -> set[str]:
         f"{kind} of {name}": command.format(name) for kind, command in _OF_INTERFACE.items() for name in names
     }
     answers = {kind: lab.exec(role, command.split()).stdout for kind, command in questions.items()}
+    answers["TCX"] = "\n".join(_tcx(lab.namespace(role)))
     answers["process"] = "\n".join(map(_command_line, netns.processes_in([lab.namespace(role)])))
     return {f"{kind}: {line.strip()}" for kind, text in answers.items() for line in text.splitlines()}
 
@@ -38,6 +41,13 @@ def snapshot(lab: Lab, role: str = "masq-gate") -> set[str]:
 def differences(before: set[str], after: set[str]) -> list[str]:
     """What is not as it was, marked as diff does: '-' gone, '+' new."""
     return [f"- {line}" for line in sorted(before - after)] + [f"+ {line}" for line in sorted(after - before)]
+
+
+def _tcx(namespace: str) -> Iterator[str]:
+    with netns.entered(namespace):
+        for link in netdev.links():
+            for hook in ("ingress", "egress"):
+                yield f"{hook} of {link.name}: {bpf.tcx_programs(link.index, hook)}"
 
 
 def _command_line(pid: int) -> str:
