@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import __version__, attachment, bpf, checks, datapath, drivers, netdev, presence, source
+from xdpmasq import __version__, attachment, bpf, checks, datapath, drivers, netdev, presence, settings, source
 from xdpmasq import config as configuration
 from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
-from xdpmasq.errors import DatapathError, HostError, InterfaceError, MasqError
+from xdpmasq.errors import DatapathError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
 from xdpmasq.sysctls import Sysctls
 
@@ -62,9 +62,7 @@ class Agent:
 
     def __init__(self, config: Config, adopted: datapath.Attached | None = None) -> None:
         self._config = config
-        further = config.further_sessions
-        if adopted:
-            further = adopted.maps["remotes"].max_entries
+        further = adopted.maps["remotes"].max_entries if adopted else settings.further_sessions(config)
         self._programs = datapath.Programs(further, adopted.maps if adopted else None)
         if adopted and adopted.manifest["layouts"] != _through_json(self._programs.layouts):
             raise DatapathError(
@@ -126,46 +124,15 @@ class Agent:
     # --- tables
 
     def _settings(self) -> None:
-        timeouts, hz = self._config.timeouts, self._hz
-        self.tables.set_settings(
-            tcp_established=timeouts.tcp_established_s * hz,
-            tcp_transitory=timeouts.tcp_transitory_s * hz,
-            udp=timeouts.udp_s * hz,
-            icmp=timeouts.icmp_s * hz,
-            fragment=timeouts.fragment_s * hz,
-            rearm=self._config.rearm_s * hz,
-            inbound_refresh=self._config.inbound_refresh,
-            pool=[(first, count) for first, count in self._ranges()],
-            disarmed_at=bpf.jiffies(),
-        )
-
-    def _ranges(self) -> list[tuple[list[int], list[int]]]:
-        """``struct pool`` for each class: (first, count) of two ranges, the fuller one first."""
-        low, high = self._config.ports.first, self._config.ports.last
-        ephemeral = netdev.sysctl_get("net.ipv4.ip_local_port_range") or "32768 60999"
-        start, end = map(int, ephemeral.split())
-        ranges = [(low, min(high, start - 1)), (max(low, end + 1), high)]
-        ranges = sorted(((a, max(0, b - a + 1)) for a, b in ranges), key=lambda pair: -pair[1])
-        if not ranges[0][1]:
-            raise HostError(
-                f"no external ports between {low} and {high}",
-                f"the gateway's own connections may use {start} to {end} (net.ipv4.ip_local_port_range)",
-                "narrow that range, or widen [ports]",
-            )
-        tcp_udp = ([a for a, _ in ranges], [count for _, count in ranges])
-        return [tcp_udp, tcp_udp, ([0, 0], [datapath.PORTS, 0])]
+        fields = settings.fields(self._config, self._hz, self.tables.maps["remotes"].max_entries)
+        self.tables.set_settings(**fields, disarmed_at=bpf.jiffies())
 
     def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:
         """The bitmap of slots outside the pool; claims them when the tables are new."""
-        outside = np.ones(len(self.tables.claims) * 64, bool)
-        outside[datapath.FURTHER_BASE :] = False
-        for class_, (firsts, counts) in enumerate(self._ranges()):
-            for first, count in zip(firsts, counts, strict=True):
-                start = class_ * datapath.PORTS + first
-                outside[start : start + count] = False
+        outside = settings.outside(self._config.ports, len(self.tables.claims) * 64)
         if not fresh:
-            # Ports that an earlier configuration gave out are reaped like any other.
-            outside[self.tables.live_slots()] = False
+            # Ports that an earlier configuration gave out are reaped like any other; forwarded ones are kept.
+            outside[self.tables.given_slots()] = False
         reserved = np.packbits(outside, bitorder="little").view(np.uint64)
         if fresh:
             self.tables.claims[:] = reserved
@@ -271,12 +238,14 @@ class Agent:
             What the manifest and `status` say of them.
         """
         fresh = {link.index: link for link in netdev.links()}
+        routes = netdev.routes(4) if self._config.mss != "off" else []
         reports = []
         for attached, role, hook, reason in chosen:
             link, why = fresh.get(attached.index, attached), reason
             xdp, takes = hook == "xdp", drivers.takes_frames(link)
             if link.index < datapath.PORTS:
-                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes)
+                mss = settings.mss(self._config, link, routes) if role == "wan" else 0
+                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes, mss=mss)
             if xdp and not takes:
                 why += "; but it takes no frames from XDP (a veth needs GRO or an XDP program at its peer)"
             reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})

@@ -36,8 +36,8 @@ FURTHER_BASE = EXTERNALS * len(CLASSES) * PORTS
 ROLES: dict[Role, int] = {"lan": 1, "wan": 2}
 XDP_FROM, XDP_TO = 1, 2
 PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
-LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_FURTHER_MASK = 1, 2, 3, 4, 0xFFFFFF00
-REAP_EXPIRED, REAP_FORCED, REAP_RESTED = 0, 1, 2
+LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
+REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_KEEP, REAP_YIELD = 0, 1, 2, 4, 5
 REAP_MAX = 256
 
 # Never routed on the Internet, so never to leave with such a source (RFC 6890).
@@ -144,6 +144,13 @@ class Tables:
         slots = self.used_slots()
         opened: Slots = slots[self.sessions["life"][slots] & LIFE_STATE == LIFE_LIVE]
         return opened
+
+    def given_slots(self) -> Slots:
+        """Slots that are in use or resting, without those of forwarded ports."""
+        slots = self.used_slots()
+        life = self.sessions["life"][slots]
+        given: Slots = slots[(life & LIFE_STATE != 0) & (life & LIFE_STATIC == 0)]
+        return given
 
     def disarm(self) -> None:
         """Sends every accelerated flow once through the kernel, to learn its next hop anew."""
