@@ -15,23 +15,38 @@ import selectors
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import __version__, attachment, bpf, checks, datapath, drivers, netdev, presence, settings, source
+from xdpmasq import (
+    __version__,
+    attachment,
+    bpf,
+    checks,
+    datapath,
+    drivers,
+    expiry,
+    forwarding,
+    netdev,
+    presence,
+    settings,
+    source,
+)
 from xdpmasq import config as configuration
 from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
-from xdpmasq.errors import DatapathError, InterfaceError, MasqError
+from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
 from xdpmasq.sysctls import Sysctls
 
 log = logging.getLogger("xdpmasq")
 
 TICK_S = 1.0
+SWEEP_S = 10.0
 SETTLE_S = 0.02  # netlink messages come in bursts: the least rest between two looks
 DISARM_ALL_S = 3600  # keeps settings.disarmed_at within reach of 32-bit jiffies
 RETRY_S = (1, 60)  # after something went wrong: first, and at most
@@ -78,7 +93,7 @@ class Agent:
             "version": __version__,
         }
         self._leftover = {**self._manifest} if adopted else None
-        self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": configuration.as_fields(config)}
+        self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": self._kept_config()}
         self._hz: int = self._manifest["hz"]
         self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
         self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
@@ -90,6 +105,8 @@ class Agent:
         self._rested_at = 0.0
         self._neighbours: dict[tuple[int, str], bytes] = {}
         self._reserved = self._pool(fresh=adopted is None)
+        self._forwards = forwarding.Upkeep(self.tables)
+        self._forwards_to_put = config.forwards
         timeouts = config.timeouts
         self._expiry = Expiry(
             self.tables,
@@ -97,6 +114,7 @@ class Agent:
             self._reserved,
             timeouts.port_rest_s * self._hz,
             self._hz,
+            kept=self._forwards.slots,
         )
         self._settings()
 
@@ -110,13 +128,17 @@ class Agent:
             "external": None,
             "hz": bpf.tick_rate(),
             "attached_at": time.time(),
-            "config": configuration.as_fields(config),
+            "config": self._kept_config(),
             "counters": list(source.counters()),
             "layouts": _through_json(self._programs.layouts),
             "qdiscs": [],
             "sysctls": {},
             "side_effects": {},
         }
+
+    def _kept_config(self) -> dict[str, Any]:
+        """The configuration for later processes. Of forwards they read the tables: there could be a thousand."""
+        return configuration.as_fields(replace(self._config, forwards=()))
 
     def _save(self) -> None:
         self.tables.manifest = self._manifest
@@ -151,6 +173,7 @@ class Agent:
         self._leave_unwanted([link for link, _ in wanted], links)
         addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
         external = self._follow_addresses(wan, lans, addresses)
+        self._put_forwards(lans, {each.index for each in addresses})
         self._troubled = False
         chosen = [(link, role, *self._bring_in(link, role, wan)) for link, role in wanted]
         reports = self._tell(chosen)
@@ -158,6 +181,27 @@ class Agent:
         accelerate = any(report["hook"] == "xdp" for report in reports)
         self.tables.set_settings(accelerate=accelerate, disarmed_at=bpf.jiffies())
         self._save()
+
+    def _put_forwards(self, lans: list[netdev.Link], addressed: set[int]) -> None:
+        """At the start, before any interface: the forwards of the configuration. What is in place stays as it is."""
+        wanted, self._forwards_to_put = self._forwards_to_put, ()
+        adopted = bool(self._manifest["interfaces"])
+        lans_known = all(netdev.match_links([each], lans) for each in self._config.lans)
+        lans_known &= all(link.index in addressed for link in lans)
+        reaper = self._programs["masq_reap"]
+        if adopted and wanted is self._config.forwards:
+            self._forwards.adopt(reaper)
+        present = {each.rule for each in forwarding.read(self.tables)} if wanted else set()
+        for rule in wanted:
+            if rule in present:
+                continue
+            try:
+                forwarding.check(self.tables, rule, lans_known=lans_known)
+                forwarding.put(self.tables, self._programs["masq_reap"], rule)
+            except ForwardError as error:
+                if not adopted:
+                    raise
+                log.warning("not forwarded: %s", error)
 
     def _bring_in(self, link: netdev.Link, role: Role, wan: netdev.Link | None) -> tuple[str, str]:
         """Attaches to a link.
@@ -307,6 +351,7 @@ class Agent:
         ours, ended = datapath.addr(external)[0][0], 0
         for _ in range(10):  # packets may join a stale mapping until it is closed
             slots = self.tables.open_slots()
+            self._forwards.readdress()
             stale = slots[self.tables.sessions["out"]["new_addr"]["word"][slots, 0] != ours]
             if not len(stale):
                 break
@@ -332,6 +377,8 @@ class Agent:
         """
         adopted = bool(self._manifest["interfaces"])
         self._save()
+        if adopted:
+            self._forwards.adopt(self._programs["masq_reap"])
         try:
             self.reconcile()
             self._route()
@@ -350,7 +397,7 @@ class Agent:
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
             ready()
-            next_tick = next_disarm = time.monotonic()
+            next_tick = next_disarm = next_sweep = time.monotonic()
             while not stop.asked:
                 selector.select(max(0.0, next_tick - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
@@ -361,9 +408,25 @@ class Agent:
                     self._safely(self.tables.disarm)
                     next_disarm = now + DISARM_ALL_S
                 if now >= next_tick:
-                    self._safely(self._expiry.run)
-                    self._safely(self._route)
+                    self._tick()
                     next_tick = now + TICK_S
+                if now >= next_sweep:
+                    self._safely(self._sweep)
+                    next_sweep = now + SWEEP_S
+
+    def _tick(self) -> None:
+        self._safely(self._beat)
+        self._safely(self._forwards.run)
+        self._safely(self._expiry.run)
+        self._safely(self._route)
+
+    def _beat(self) -> None:
+        """The programs see that somebody is there to whom they can hand packets."""
+        self.tables.set_settings(heartbeat=bpf.jiffies())
+
+    def _sweep(self) -> None:
+        expiry.forget_hosts(self.tables)
+        expiry.forget_bindings(self.tables)
 
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""

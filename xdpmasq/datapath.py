@@ -168,6 +168,18 @@ class Tables:
             if key.tobytes() not in keep:
                 table.delete(key)
 
+    def role_of(self, address: IPv4Address) -> int:
+        """The role of the most specific prefix that an address is in; 0: foreign."""
+        return int(self.maps["prefixes"].get(_prefix_key(IPv4Network(address))) or 0)
+
+    def prefixes_of(self, role: int) -> list[IPv4Network]:
+        """All prefixes of a role."""
+        found = []
+        for keys, roles in self.maps["prefixes"].items(chunk=self.maps["prefixes"].max_entries):
+            for key in keys[roles == role]:
+                found.append(IPv4Network((key["addr"]["word"][:1].tobytes(), int(key["bits"]))))
+        return sorted(found)
+
     def set_interface(
         self, link: netdev.Link, role: Role, *, xdp_from: bool, xdp_to: bool, mss: int = 0, wan: int = 0
     ) -> None:
@@ -280,13 +292,14 @@ class Attached(Tables):
     def flush(self, slots: Slots) -> int:
         """Ends the sessions in ``slots`` now; returns how many of them were there."""
         before = len(np.intersect1d(self.live_slots(), slots))
-        self.reap(self._reaper(), slots, REAP_FORCED)
+        self.reap(self.reaper, slots, REAP_FORCED)
         # Each flow by itself: settings are the agent's to write.
         for side in ("out", "in"):
             self.sessions[side]["armed_at"][slots] = self.settings["disarmed_at"]
         return before - len(np.intersect1d(self.live_slots(), slots))
 
-    def _reaper(self) -> bpf.Program:
+    @cached_property
+    def reaper(self) -> bpf.Program:
         """The agent's own, or, when it is dead, one compiled for the occasion."""
         if self.agent_alive:
             return bpf.Program.by_id(self.manifest["reaper"])
