@@ -3,6 +3,7 @@
 The standard lab with two LANs: ``a-box .2, b-box .3, c-box .4 ─ lan0 masq-gate wan0 ─ internet``.
 """
 
+import contextlib
 import json
 import socket
 import time
@@ -35,14 +36,10 @@ def _shared() -> Iterator[Gateway]:
 def gateway(_shared: Gateway) -> Iterator[Gateway]:
     """Without forwards, before and after."""
     yield _shared
-    for row in listed(_shared):
-        _shared.masq("forward", "del", *name(row))
-    assert contents(_shared.tables) == {"rules": 0, "entries": 0, "mappings": 0}
-
-
-def name(row: dict[str, Any]) -> list[str]:
-    ports = "default" if row["default"] else f"{row['ports']['first']}-{row['ports']['last']}"
-    return [row["protocol"], ports, *(["--from", row["from"]] if row["from"] else [])]
+    tables = _shared.tables
+    for placed in forwarding.read(tables):
+        forwarding.take(tables, tables.reaper, placed)
+    assert contents(tables) == {"rules": 0, "entries": 0, "mappings": 0}
 
 
 def listed(gateway: Gateway) -> list[dict[str, Any]]:
@@ -228,7 +225,7 @@ def test_with_the_agent_dead(gateway: Gateway) -> None:
         pytest.param("add icmp 1 192.168.0.2", 2, "icmp cannot be forwarded", id="protocol"),
         pytest.param("add tcp 5010-5000 192.168.0.2", 2, "runs backwards", id="reversed"),
         pytest.param("add tcp 80 fd00::2", 2, "is an IPv6 address", id="IPv6"),
-        pytest.param("add tcp 80 192.0.2.9", 1, "192.0.2.9 is behind no LAN: the internal networks are 192.168", id="LAN"),
+        pytest.param("add tcp 80 192.0.2.9", 1, "192.0.2.9 is behind no LAN: the internal", id="LAN"),
         pytest.param(f"add tcp 80 {INTERNET}", 1, f"{INTERNET} is behind no LAN", id="outside"),
         pytest.param("add tcp 80 192.168.0.1", 1, "192.168.0.1 is the gateway's own address", id="own, inside"),
         pytest.param(f"add tcp 80 {PUBLIC}", 1, f"{PUBLIC} is the gateway's own address", id="own, outside"),
@@ -271,32 +268,21 @@ def test_ports_of_the_gateways_own_services(gateway: Gateway, family: int, kind:
     add(gateway, protocol, str(port), "192.168.0.2")
 
 
-@pytest.mark.parametrize(
-    ("family", "address"), [(socket.AF_INET, "192.168.0.1"), (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
-)
-def test_services_inside_are_in_nobodys_way(gateway: Gateway, family: int, address: str) -> None:
-    with service(gateway, family, socket.SOCK_STREAM, address) as port:
+@pytest.mark.parametrize("address", ["192.168.0.1", "127.0.0.1"])
+def test_services_inside_are_in_nobodys_way(gateway: Gateway, address: str) -> None:
+    with service(gateway, socket.AF_INET, socket.SOCK_STREAM, address) as port:
         add(gateway, "tcp", str(port), "192.168.0.2")
 
 
-def service(gateway: Gateway, family: int, kind: int, address: str) -> Any:
+@contextlib.contextmanager
+def service(gateway: Gateway, family: int, kind: int, address: str) -> Iterator[int]:
     """A listening socket of masq-gate on a port below its ephemeral ones; gives the port."""
-    return _Service(gateway.lab.socket(GATE, kind, family), kind, address)
-
-
-class _Service:
-    def __init__(self, made: socket.socket, kind: int, address: str) -> None:
-        self._socket, self._kind, self._address = made, kind, address
-
-    def __enter__(self) -> int:
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind((self._address, 2222))
-        if self._kind == socket.SOCK_STREAM:
-            self._socket.listen()
-        return 2222
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
+    with gateway.lab.socket(GATE, kind, family) as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, 2222))
+        if kind == socket.SOCK_STREAM:
+            made.listen()
+        yield 2222
 
 
 def test_no_room_for_another_rule(gateway: Gateway) -> None:
