@@ -62,17 +62,16 @@ class Placed:
 
 def read(tables: Tables) -> list[Placed]:
     """The forwards that are in place, by protocol and port, the more specific first."""
-    found = []
-    for index, record in _records(tables):
-        if record["targets"]:
-            found.append(Placed(index, _rule(record), int(record["opened"])))
+    records = _records(tables)
+    used = np.flatnonzero(records["targets"])
+    found = [Placed(int(index), _rule(records[index]), int(records[index]["opened"])) for index in used]
     return sorted(found, key=lambda each: (each.rule.protocol, each.rule.first, *_specific_first(each.rule)))
 
 
-def _records(tables: Tables) -> Iterator[tuple[int, Any]]:
+def _records(tables: Tables) -> bpf.Array:
+    """``forward_rules`` by index; no target: free."""
     table = tables.maps["forward_rules"]
-    for indexes, records in table.items(chunk=table.max_entries):
-        yield from zip(indexes.tolist(), records, strict=True)
+    return np.concatenate([records for _, records in table.items(chunk=table.max_entries)])
 
 
 def _specific_first(rule: Rule) -> tuple[bool, int]:
@@ -199,11 +198,11 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
     Raises:
         ForwardError: there is no room.
     """
-    present = read(tables)
-    index = next(iter({*range(forwards.RULES_MOST)} - {each.index for each in present}), None)
-    if index is None:
+    free = np.flatnonzero(_records(tables)["targets"] == 0)
+    if not len(free):
         why = f"{forwards.RULES_MOST} are in place, which is all there is room for"
         raise ForwardError(f"{rule} has no place", why, "delete one, or join neighbouring ports to ranges")
+    index = int(free[0])
     with contextlib.ExitStack() as undo:
         undo.callback(take, tables, reaper, Placed(index, rule, 0))
         tables.maps["forward_rules"].set(index, _record(tables, rule))
@@ -363,8 +362,7 @@ class Upkeep:
         self._republish()
 
     def _follow(self) -> None:
-        table = self._tables.maps["forward_rules"]
-        records = np.concatenate([values for _, values in table.items(chunk=table.max_entries)])
+        records = _records(self._tables)
         records["opened"] = 0
         if records.tobytes() == self._seen:
             return
