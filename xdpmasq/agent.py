@@ -34,6 +34,7 @@ from xdpmasq import (
     netdev,
     presence,
     settings,
+    sockets,
     source,
 )
 from xdpmasq import config as configuration
@@ -185,18 +186,18 @@ class Agent:
     def _put_forwards(self, lans: list[netdev.Link], addressed: set[int]) -> None:
         """At the start, before any interface: the forwards of the configuration. What is in place stays as it is."""
         wanted, self._forwards_to_put = self._forwards_to_put, ()
+        if not wanted:
+            return
         adopted = bool(self._manifest["interfaces"])
         lans_known = all(netdev.match_links([each], lans) for each in self._config.lans)
         lans_known &= all(link.index in addressed for link in lans)
-        reaper = self._programs["masq_reap"]
-        if adopted and wanted is self._config.forwards:
-            self._forwards.adopt(reaper)
-        present = {each.rule for each in forwarding.read(self.tables)} if wanted else set()
+        services = list(sockets.listeners())
+        present = {each.rule for each in forwarding.read(self.tables)}
         for rule in wanted:
             if rule in present:
                 continue
             try:
-                forwarding.check(self.tables, rule, lans_known=lans_known)
+                forwarding.check(self.tables, rule, lans_known=lans_known, services=services)
                 forwarding.put(self.tables, self._programs["masq_reap"], rule)
             except ForwardError as error:
                 if not adopted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -153,11 +153,14 @@ def _endpoints(rule: Rule) -> Iterator[tuple[int, tuple[Any, ...]]]:
 # --- what is possible ------------------------------------------------------------------------------
 
 
-def check(tables: Tables, rule: Rule, *, lans_known: bool = True) -> None:
+def check(
+    tables: Tables, rule: Rule, *, lans_known: bool = True, services: Sequence[sockets.Listener] | None = None
+) -> None:
     """Raises ForwardError when a rule does not fit to those in place, the networks, or the gateway's services.
 
     Args:
         lans_known: every LAN is there, so that a target beyond all of them is a mistake.
+        services: the gateway's own, where they are known already.
     """
     if error := forwards.contradiction(rule, [each.rule for each in read(tables)]):
         raise error
@@ -173,13 +176,17 @@ def check(tables: Tables, rule: Rule, *, lans_known: bool = True) -> None:
             do = "name a host in one of them, or its network in [interfaces] internal"
             raise ForwardError(f"{target.address} is behind no LAN", f"the internal networks are {inside}", do)
     if not rule.is_default:
-        _check_listeners(tables, rule)
+        _check_services(tables, rule, sockets.listeners() if services is None else services)
 
 
-def _check_listeners(tables: Tables, rule: Rule) -> None:
+def _check_services(tables: Tables, rule: Rule, services: Iterable[sockets.Listener]) -> None:
     addresses = [_address(each) for each in tables.settings["external"]]
-    for each in sockets.listeners(rule.protocol):
-        if rule.first <= each.port <= rule.last and any(map(each.is_at, addresses)):
+    for each in services:
+        if (
+            each.protocol == rule.protocol
+            and rule.first <= each.port <= rule.last
+            and any(map(each.is_at, addresses))
+        ):
             raise ForwardError(
                 f"{rule.protocol} {each.port} is a port of the gateway itself",
                 str(each),
@@ -206,8 +213,8 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
     with contextlib.ExitStack() as undo:
         undo.callback(take, tables, reaper, Placed(index, rule, 0))
         tables.maps["forward_rules"].set(index, _record(tables, rule))
-        _keep(tables, reaper, rule)
         try:
+            _keep(tables, reaper, rule)
             for key in _keys(rule):
                 tables.maps["forwards"].set(key, index)
         except OSError as error:

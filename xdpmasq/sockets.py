@@ -33,10 +33,11 @@ class Listener:
         return f"{owner or 'something'} listens at {at}"
 
 
-def listeners(protocol: str) -> Iterator[Listener]:
-    """All of "tcp" or "udp" in this thread's network namespace."""
-    state = _TCP_LISTEN if protocol == "tcp" else _UDP_UNCONNECTED
-    for name in (protocol, f"{protocol}6"):
+def listeners() -> Iterator[Listener]:
+    """All in this thread's network namespace."""
+    for name in ("tcp", "tcp6", "udp", "udp6"):
+        protocol = name.removesuffix("6")
+        state = _TCP_LISTEN if protocol == "tcp" else _UDP_UNCONNECTED
         # "thread-self", because a thread may have entered another namespace than its process
         with contextlib.suppress(FileNotFoundError):  # no IPv6
             lines = Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]

@@ -4,6 +4,7 @@ The standard lab with two LANs: ``a-box .2, b-box .3, c-box .4 ─ lan0 masq-gat
 """
 
 import contextlib
+import errno
 import json
 import socket
 import time
@@ -18,6 +19,7 @@ from netkit import GATE, Gateway, answers, internal, soon, who
 
 from xdpmasq import bpf, datapath, expiry, forwarding, forwards
 from xdpmasq.datapath import CLASSES, LIFE_LIVE, LIFE_STATE, LIFE_STATIC, PORTS, Attached
+from xdpmasq.errors import ForwardError
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC
 
@@ -296,6 +298,25 @@ def test_no_room_for_another_rule(gateway: Gateway) -> None:
     finally:
         for index in range(forwards.RULES_MOST):
             tables.maps["forward_rules"].set(index, np.zeros((), tables.maps["forward_rules"].value))
+
+
+@pytest.mark.parametrize("name", ["forwards", "mappings"])
+def test_all_or_nothing(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tables = gateway.tables
+    written: list[object] = []
+    write = tables.maps[name].set
+
+    def full_at_the_third(*words: Any) -> None:
+        written.append(words)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "no room")
+        write(*words)
+
+    monkeypatch.setattr(tables.maps[name], "set", full_at_the_third)
+    with pytest.raises(ForwardError, match="the table of forwarded ports is full"):
+        forwarding.put(tables, tables.reaper, forwards.parse("udp", "5001-5006", ["192.168.0.2"]))
+    assert len(written) == 3
+    assert contents(tables) == {"rules": 0, "entries": 0, "mappings": 0}
 
 
 # --- the agent's part ------------------------------------------------------------------------------
