@@ -15,23 +15,39 @@ import selectors
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import __version__, attachment, bpf, checks, datapath, drivers, netdev, presence, source
+from xdpmasq import (
+    __version__,
+    attachment,
+    bpf,
+    checks,
+    datapath,
+    drivers,
+    expiry,
+    forwarding,
+    netdev,
+    presence,
+    settings,
+    sockets,
+    source,
+)
 from xdpmasq import config as configuration
 from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
-from xdpmasq.errors import DatapathError, HostError, InterfaceError, MasqError
+from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
 from xdpmasq.sysctls import Sysctls
 
 log = logging.getLogger("xdpmasq")
 
 TICK_S = 1.0
+SWEEP_S = 10.0
 SETTLE_S = 0.02  # netlink messages come in bursts: the least rest between two looks
 DISARM_ALL_S = 3600  # keeps settings.disarmed_at within reach of 32-bit jiffies
 RETRY_S = (1, 60)  # after something went wrong: first, and at most
@@ -62,9 +78,7 @@ class Agent:
 
     def __init__(self, config: Config, adopted: datapath.Attached | None = None) -> None:
         self._config = config
-        further = config.further_sessions
-        if adopted:
-            further = adopted.maps["remotes"].max_entries
+        further = adopted.maps["remotes"].max_entries if adopted else settings.further_sessions(config)
         self._programs = datapath.Programs(further, adopted.maps if adopted else None)
         if adopted and adopted.manifest["layouts"] != _through_json(self._programs.layouts):
             raise DatapathError(
@@ -80,7 +94,7 @@ class Agent:
             "version": __version__,
         }
         self._leftover = {**self._manifest} if adopted else None
-        self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": configuration.as_fields(config)}
+        self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": self._kept_config()}
         self._hz: int = self._manifest["hz"]
         self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
         self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
@@ -92,6 +106,8 @@ class Agent:
         self._rested_at = 0.0
         self._neighbours: dict[tuple[int, str], bytes] = {}
         self._reserved = self._pool(fresh=adopted is None)
+        self._forwards = forwarding.Upkeep(self.tables)
+        self._forwards_to_put = config.forwards
         timeouts = config.timeouts
         self._expiry = Expiry(
             self.tables,
@@ -99,6 +115,7 @@ class Agent:
             self._reserved,
             timeouts.port_rest_s * self._hz,
             self._hz,
+            kept=self._forwards.slots,
         )
         self._settings()
 
@@ -112,7 +129,7 @@ class Agent:
             "external": None,
             "hz": bpf.tick_rate(),
             "attached_at": time.time(),
-            "config": configuration.as_fields(config),
+            "config": self._kept_config(),
             "counters": list(source.counters()),
             "layouts": _through_json(self._programs.layouts),
             "qdiscs": [],
@@ -120,52 +137,25 @@ class Agent:
             "side_effects": {},
         }
 
+    def _kept_config(self) -> dict[str, Any]:
+        """The configuration for later processes. Of forwards they read the tables: there could be a thousand."""
+        return configuration.as_fields(replace(self._config, forwards=()))
+
     def _save(self) -> None:
         self.tables.manifest = self._manifest
 
     # --- tables
 
     def _settings(self) -> None:
-        timeouts, hz = self._config.timeouts, self._hz
-        self.tables.set_settings(
-            tcp_established=timeouts.tcp_established_s * hz,
-            tcp_transitory=timeouts.tcp_transitory_s * hz,
-            udp=timeouts.udp_s * hz,
-            icmp=timeouts.icmp_s * hz,
-            fragment=timeouts.fragment_s * hz,
-            rearm=self._config.rearm_s * hz,
-            inbound_refresh=self._config.inbound_refresh,
-            pool=[(first, count) for first, count in self._ranges()],
-            disarmed_at=bpf.jiffies(),
-        )
-
-    def _ranges(self) -> list[tuple[list[int], list[int]]]:
-        """``struct pool`` for each class: (first, count) of two ranges, the fuller one first."""
-        low, high = self._config.ports.first, self._config.ports.last
-        ephemeral = netdev.sysctl_get("net.ipv4.ip_local_port_range") or "32768 60999"
-        start, end = map(int, ephemeral.split())
-        ranges = [(low, min(high, start - 1)), (max(low, end + 1), high)]
-        ranges = sorted(((a, max(0, b - a + 1)) for a, b in ranges), key=lambda pair: -pair[1])
-        if not ranges[0][1]:
-            raise HostError(
-                f"no external ports between {low} and {high}",
-                f"the gateway's own connections may use {start} to {end} (net.ipv4.ip_local_port_range)",
-                "narrow that range, or widen [ports]",
-            )
-        tcp_udp = ([a for a, _ in ranges], [count for _, count in ranges])
-        return [tcp_udp, tcp_udp, ([0, 0], [datapath.PORTS, 0])]
+        fields = settings.fields(self._config, self._hz, self.tables.maps["remotes"].max_entries)
+        self.tables.set_settings(**fields, disarmed_at=bpf.jiffies())
 
     def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:
         """The bitmap of slots outside the pool; claims them when the tables are new."""
-        outside = np.ones(len(self.tables.claims) * 64, bool)
-        outside[datapath.FURTHER_BASE :] = False
-        for class_, (firsts, counts) in enumerate(self._ranges()):
-            for first, count in zip(firsts, counts, strict=True):
-                start = class_ * datapath.PORTS + first
-                outside[start : start + count] = False
+        outside = settings.outside(self._config.ports, len(self.tables.claims) * 64)
         if not fresh:
-            # Ports that an earlier configuration gave out are reaped like any other.
-            outside[self.tables.live_slots()] = False
+            # Ports that an earlier configuration gave out are reaped like any other; forwarded ones are kept.
+            outside[self.tables.given_slots()] = False
         reserved = np.packbits(outside, bitorder="little").view(np.uint64)
         if fresh:
             self.tables.claims[:] = reserved
@@ -181,16 +171,45 @@ class Agent:
         wanted: list[tuple[netdev.Link, Role]] = [(link, "lan") for link in lans]
         if wan:
             wanted.insert(0, (wan, "wan"))
+        if self._hairpins_own:
+            wanted += [(link, "lo") for link in links if link.name == "lo"]
         self._leave_unwanted([link for link, _ in wanted], links)
         addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
         external = self._follow_addresses(wan, lans, addresses)
+        self._put_forwards(lans, {each.index for each in addresses})
         self._troubled = False
         chosen = [(link, role, *self._bring_in(link, role, wan)) for link, role in wanted]
         reports = self._tell(chosen)
         self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
-        self.tables.set_settings(accelerate=accelerate, disarmed_at=bpf.jiffies())
+        self.tables.set_settings(accelerate=accelerate, wan=wan.index if wan else 0, disarmed_at=bpf.jiffies())
         self._save()
+
+    @property
+    def _hairpins_own(self) -> bool:
+        """The gateway itself may ask for a forward by its own public address; such packets only lo sees."""
+        return forwarding.any_by_port(self.tables)
+
+    def _put_forwards(self, lans: list[netdev.Link], addressed: set[int]) -> None:
+        """At the start, before any interface: the forwards of the configuration. What is in place stays as it is."""
+        wanted, self._forwards_to_put = self._forwards_to_put, ()
+        if not wanted:
+            return
+        adopted = bool(self._manifest["interfaces"])
+        lans_known = all(netdev.match_links([each], lans) for each in self._config.lans)
+        lans_known &= all(link.index in addressed for link in lans)
+        services = list(sockets.listeners())
+        present = {each.rule for each in forwarding.read(self.tables)}
+        for rule in wanted:
+            if rule in present:
+                continue
+            try:
+                forwarding.check(self.tables, rule, lans_known=lans_known, services=services)
+                forwarding.put(self.tables, self._programs["masq_reap"], rule)
+            except ForwardError as error:
+                if not adopted:
+                    raise
+                log.warning("not forwarded: %s", error)
 
     def _bring_in(self, link: netdev.Link, role: Role, wan: netdev.Link | None) -> tuple[str, str]:
         """Attaches to a link.
@@ -221,6 +240,8 @@ class Agent:
     def _choose(self, link: netdev.Link, wan: netdev.Link | None) -> tuple[str, str]:
         """The hook for a link, "xdp" or "tc", and why."""
         mode = self._config.mode
+        if link.name == "lo":
+            return "tc", "for the gateway's own way to its forwards"
         if mode == "tc":
             return "tc", "--mode tc"
         if link.index >= datapath.PORTS:
@@ -271,12 +292,14 @@ class Agent:
             What the manifest and `status` say of them.
         """
         fresh = {link.index: link for link in netdev.links()}
+        routes = netdev.routes(4) if self._config.mss != "off" else []
         reports = []
         for attached, role, hook, reason in chosen:
             link, why = fresh.get(attached.index, attached), reason
             xdp, takes = hook == "xdp", drivers.takes_frames(link)
             if link.index < datapath.PORTS:
-                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes)
+                mss = settings.mss(self._config, link, routes) if role == "wan" else 0
+                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes, mss=mss)
             if xdp and not takes:
                 why += "; but it takes no frames from XDP (a veth needs GRO or an XDP program at its peer)"
             reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})
@@ -338,6 +361,7 @@ class Agent:
         ours, ended = datapath.addr(external)[0][0], 0
         for _ in range(10):  # packets may join a stale mapping until it is closed
             slots = self.tables.open_slots()
+            self._forwards.readdress()
             stale = slots[self.tables.sessions["out"]["new_addr"]["word"][slots, 0] != ours]
             if not len(stale):
                 break
@@ -351,7 +375,8 @@ class Agent:
 
     def _route(self) -> None:
         """Makes the host a router."""
-        self._sysctls.apply(accelerated=any(each["hook"] == "xdp" for each in self._manifest["interfaces"]))
+        accelerated = any(each["hook"] == "xdp" for each in self._manifest["interfaces"])
+        self._sysctls.apply(accelerated=accelerated, hairpins_own="lo" in self._attached)
 
     # --- life
 
@@ -363,6 +388,8 @@ class Agent:
         """
         adopted = bool(self._manifest["interfaces"])
         self._save()
+        if adopted:
+            self._forwards.adopt(self._programs["masq_reap"])
         try:
             self.reconcile()
             self._route()
@@ -381,7 +408,7 @@ class Agent:
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
             ready()
-            next_tick = next_disarm = time.monotonic()
+            next_tick = next_disarm = next_sweep = time.monotonic()
             while not stop.asked:
                 selector.select(max(0.0, next_tick - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
@@ -392,10 +419,28 @@ class Agent:
                     self._safely(self.tables.disarm)
                     next_disarm = now + DISARM_ALL_S
                 if now >= next_tick:
-                    self._safely(self._expiry.run)
-                    self._safely(self._look_after_tcx)
-                    self._safely(self._route)
+                    self._tick()
                     next_tick = now + TICK_S
+                if now >= next_sweep:
+                    self._safely(self._sweep)
+                    next_sweep = now + SWEEP_S
+
+    def _tick(self) -> None:
+        self._safely(self._beat)
+        self._safely(self._forwards.run)
+        if self._hairpins_own != ("lo" in self._attached):
+            self._look()
+        self._safely(self._expiry.run)
+        self._safely(self._look_after_tcx)
+        self._safely(self._route)
+
+    def _beat(self) -> None:
+        """The programs see that somebody is there to whom they can hand packets."""
+        self.tables.set_settings(heartbeat=bpf.jiffies())
+
+    def _sweep(self) -> None:
+        expiry.forget_hosts(self.tables)
+        expiry.forget_bindings(self.tables)
 
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
@@ -427,11 +472,15 @@ class Agent:
             started = time.monotonic()
             if again:  # what refused XDP may have changed its mind without a word
                 self._refused = {}
-            self._plan_retry(self._safely(self.reconcile) and not self._troubled)
+            self._look()
             ended = time.monotonic()
             # A third of the time at most goes into looks, however fast changes come.
             self._rested_at = ended + min(max(SETTLE_S, 2 * (ended - started)), BUSY_S)
         self._safely(self._follow_neighbours)
+
+    def _look(self) -> None:
+        whole = self._safely(self.reconcile)
+        self._plan_retry(whole and not self._troubled and not self._refused)
 
     def _look_after_tcx(self) -> None:
         """Of programs taken off TCX netlink says nothing."""
@@ -439,7 +488,7 @@ class Agent:
             return
         for link, hooks in self._attached.values():
             if not self._is_whole(link, tuple(hook for hook in hooks if hook.kind != "xdp")):
-                self._plan_retry(self._safely(self.reconcile) and not self._troubled)
+                self._look()
                 break
 
     def _plan_retry(self, done: bool) -> None:

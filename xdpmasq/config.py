@@ -1,26 +1,28 @@
 """What the user wants: settings, defaults with units, and checking them whole before anything changes.
 
-A file and the command line both end in a :class:`Config` that :func:`validate` has passed. Whatever is
-wrong in a file is named by line, value and what is allowed there; nothing unknown is skipped.
+A file (:mod:`xdpmasq.configfile`) and the command line both end in a :class:`Config` that passed :func:`validate`.
 """
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from ipaddress import IPv4Network
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from xdpmasq import forwards
 from xdpmasq.errors import ConfigError, UsageError
+from xdpmasq.forwards import Rule
 
 Mode = Literal["auto", "xdp", "tc"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+# How strictly a mapping looks at who answers, in the order of enum filtering (RFC 4787 section 5).
+FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
+REFUSALS = ("prohibited", "host-unreachable")
+OTHERS = ("address-only", "drop")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,47 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Ports:
-    """External ports to choose from; the host's own ephemeral range is always left out."""
+    """External ports to choose from, and how; the host's own ephemeral range is always left out.
+
+    Attributes:
+        preserve: an internal port is kept where it is free.
+        parity: even to even, odd to odd (RFC 4787 REQ-4).
+        low_ports: internal ports below 1024 get external ones below 1024 (RFC 4787 REQ-3a).
+        overload: a used-up pool shares its ports among hosts, for different remotes.
+    """
 
     first: int = 1024
     last: int = 65535
+    preserve: bool = False
+    parity: bool = False
+    low_ports: bool = False
+    overload: bool = False
+
+
+@dataclass(frozen=True)
+class Filtering:
+    """Which remotes may use a mapping: one of :data:`FILTERINGS`."""
+
+    tcp: str = FILTERINGS[0]
+    udp: str = FILTERINGS[0]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one internal host may have open (RFC 6888 REQ-4), and how it is told that it may not have more.
+
+    Attributes:
+        sessions_per_host: None: a quarter of all room for further sessions.
+        ports_per_host: external ports, for each protocol; None: three quarters of the pool.
+        new_per_second, burst: sessions that it may open, lastingly and at once.
+        refusal: one of :data:`REFUSALS`, ICMP 3/13 and 3/1.
+    """
+
+    sessions_per_host: int | None = None
+    ports_per_host: int | None = None
+    new_per_second: int = 50_000
+    burst: int = 100_000
+    refusal: str = REFUSALS[0]
 
 
 @dataclass(frozen=True)
@@ -53,8 +92,12 @@ class Config:
         lans: interfaces of internal networks; shell wildcards allowed (``lan*``, ``ppp*``).
         mode: where established flows are translated.
         internal: prefixes behind the LANs that no route tells of.
-        further_sessions: room for sessions beyond the first of each mapping; a power of two.
+        further_sessions: room for sessions beyond the first of each mapping; a power of two; None: by the machine's
+            memory.
         inbound_refresh: inbound packets keep a mapping alive (RFC 4787 REQ-6).
+        mss: to what new TCP connections are clamped: ``off``, ``auto`` (by the WAN's MTUs) or bytes (RFC 6691).
+        other: what becomes of protocols without ports; one of :data:`OTHERS`.
+        forwards: rules to be there from the start.
         rearm_s: an accelerated flow shows itself to the kernel this often.
     """
 
@@ -64,33 +107,14 @@ class Config:
     internal: tuple[IPv4Network, ...] = ()
     timeouts: Timeouts = field(default_factory=Timeouts)
     ports: Ports = field(default_factory=Ports)
-    further_sessions: int = 262144
+    filtering: Filtering = field(default_factory=Filtering)
+    limits: Limits = field(default_factory=Limits)
+    further_sessions: int | None = None
     inbound_refresh: bool = True
+    mss: int | str = "off"
+    other: str = OTHERS[0]
+    forwards: tuple[Rule, ...] = ()
     rearm_s: int = 20
-
-
-def load(path: Path) -> Config:
-    """Reads and checks a TOML file. WAN and LANs may be missing from it: options can still name them.
-
-    Raises:
-        ConfigError: with file, line, value and what is allowed.
-    """
-    document = _Document.read(path)
-    document.refuse_unknown()
-    get = document.get
-    config = Config(
-        wan=get("interfaces.wan", ""),
-        lans=tuple(get("interfaces.lan", [])),
-        mode=get("interfaces.mode", "auto"),
-        internal=tuple(document.prefix(text) for text in get("interfaces.internal", [])),
-        timeouts=Timeouts(**document.table("timeouts")),
-        ports=Ports(**document.table("ports")),
-        further_sessions=get("sessions.further", Config.further_sessions),
-        inbound_refresh=get("sessions.inbound_refresh", Config.inbound_refresh),
-    )
-    for problem in _problems(config):
-        raise document.error(problem)
-    return config
 
 
 def from_options(wan: str | None, lans: Sequence[str], mode: str | None, base: Config | None) -> Config:
@@ -115,17 +139,16 @@ def from_options(wan: str | None, lans: Sequence[str], mode: str | None, base: C
 
 def validate(config: Config) -> None:
     """Raises ConfigError for the first thing that is wrong."""
-    for problem in _problems(config):
+    for problem in problems(config):
         raise ConfigError(problem.what, problem.why, problem.do)
 
 
 def advice(config: Config) -> list[str]:
     """Sentences about settings that are allowed but fall short of an RFC."""
-    values = {key: _value(config, key) for key, bound in _BOUNDS.items() if bound.advised}
     return [
-        f"{key} = {value} is less than the {_BOUNDS[key].advised} s of {_BOUNDS[key].clause}"
-        for key, value in values.items()
-        if value < _BOUNDS[key].advised
+        f"{key} = {value} is less than the {bound.advised} s of {bound.clause}"
+        for key, bound in _BOUNDS.items()
+        if (value := _number(config, key)) is not None and value < bound.advised
     ]
 
 
@@ -133,13 +156,14 @@ def advice(config: Config) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """A wrong setting: its key, the value at fault, why it is wrong, what to do."""
+class Problem:
+    """A wrong setting: its key, the value at fault, why it is wrong, what to do; of a repeated table, which one."""
 
     key: str
     value: object
     why: str
     do: str = ""
+    nth: int = 0
 
     @property
     def what(self) -> str:
@@ -165,6 +189,7 @@ class _Bound:
 # sessions in turns of seconds: timers near these would end sessions that are in use.
 _IDLE_LOW = 3 * Config.rearm_s
 _IDLE_HIGH = 1_000_000  # at 1,000 jiffies a second still far from 2³¹, where idle times would turn negative
+_LIMIT = "as with none no host could open anything; leave it out for the default, which a household never meets"
 _IDLE = f"since accelerated flows are looked at every {Config.rearm_s} s, and times are counted in 31 bits of jiffies"
 
 _BOUNDS = {
@@ -177,28 +202,58 @@ _BOUNDS = {
     "ports.first": _Bound(1024, 65535, "as lower ports belong to the gateway's own services"),
     "ports.last": _Bound(1024, 65535, "as lower ports belong to the gateway's own services"),
     "sessions.further": _Bound(1024, 4194304, "and only powers of two, since the table is one of 128 B records"),
+    "limits.sessions_per_host": _Bound(1, 8388608, _LIMIT),
+    "limits.ports_per_host": _Bound(1, 65536, _LIMIT),
+    "limits.new_per_second": _Bound(1, 10_000_000, _LIMIT),
+    "limits.burst": _Bound(1, 10_000_000, _LIMIT),
+    "tcp.mss": _Bound(88, 65495, "as a segment of less does not fit, with headers, what every host takes (RFC 6691)"),
+}
+_CHOICES: dict[str, Sequence[str]] = {
+    "interfaces.mode": MODES,
+    "filtering.tcp": FILTERINGS,
+    "filtering.udp": FILTERINGS,
+    "limits.refusal": REFUSALS,
+    "protocols.other": OTHERS,
+}
+# Keys whose fields stand in Config itself.
+_FIELDS = {
+    "interfaces.mode": "mode",
+    "sessions.further": "further_sessions",
+    "tcp.mss": "mss",
+    "protocols.other": "other",
 }
 _PORTS_LEAST = 64  # a word of the bitmap in which ports are claimed
 _NAME_BYTES = 15  # IFNAMSIZ without its NUL
 
 
-def _value(config: Config, key: str) -> int:
-    if key == "sessions.further":
-        return config.further_sessions
+def _value(config: Config, key: str) -> Any:
+    if key in _FIELDS:
+        return getattr(config, _FIELDS[key])
     table, name = key.split(".")
-    return int(getattr(getattr(config, table), name))
+    return getattr(getattr(config, table), name)
 
 
-def _problems(config: Config) -> Iterator[_Problem]:
+def _number(config: Config, key: str) -> int | None:
+    """None where the setting is automatic, or switched off by a word."""
+    value = _value(config, key)
+    return value if isinstance(value, int) else None
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Everything that is wrong."""
     yield from _interface_problems(config)
     for key, bound in _BOUNDS.items():
-        value = _value(config, key)
-        if not bound.low <= value <= bound.high:
-            yield _Problem(key, value, bound.allowed)
+        value = _number(config, key)
+        if value is not None and not bound.low <= value <= bound.high:
+            yield Problem(key, value, bound.allowed)
+    for key, words in _CHOICES.items():
+        if _value(config, key) not in words:
+            yield Problem(key, _value(config, key), f"allowed is {', '.join(words)}")
     yield from _relation_problems(config)
+    yield from _forward_problems(config)
 
 
-def _interface_problems(config: Config) -> Iterator[_Problem]:
+def _interface_problems(config: Config) -> Iterator[Problem]:
     if config.wan:
         yield from _name_problems("interfaces.wan", config.wan)
     for pattern in config.lans:
@@ -206,180 +261,50 @@ def _interface_problems(config: Config) -> Iterator[_Problem]:
         # either may be a wildcard, and a pattern fits narrower patterns, too
         if fnmatch.fnmatchcase(config.wan, pattern) or fnmatch.fnmatchcase(pattern, config.wan):
             why = f"it fits the WAN {config.wan} as well; LAN and WAN on one interface (one-armed) do not work"
-            yield _Problem("interfaces.lan", pattern, why, "name interfaces other than the WAN")
-    if config.mode not in MODES:
-        yield _Problem("interfaces.mode", config.mode, f"allowed is {', '.join(MODES)}")
+            yield Problem("interfaces.lan", pattern, why, "name interfaces other than the WAN")
     for network in config.internal:
         if network.prefixlen == 0:
-            yield _Problem("interfaces.internal", str(network), "then every address would be internal")
+            yield Problem("interfaces.internal", str(network), "then every address would be internal")
 
 
-def _name_problems(key: str, name: str) -> Iterator[_Problem]:
+def _name_problems(key: str, name: str) -> Iterator[Problem]:
     if not 1 <= len(name.encode()) <= _NAME_BYTES or name in (".", "..") or re.search(r"[/:\s]", name):
         why = f"an interface's name has 1 to {_NAME_BYTES} bytes, without blanks, slashes and colons"
-        yield _Problem(key, name, why, "see `ip link`")
+        yield Problem(key, name, why, "see `ip link`")
 
 
-def _relation_problems(config: Config) -> Iterator[_Problem]:
+def _relation_problems(config: Config) -> Iterator[Problem]:
     times, ports, further = config.timeouts, config.ports, config.further_sessions
     if times.tcp_established_s < times.tcp_transitory_s:
         why = f"it may not be less than timeouts.tcp_transitory_s = {times.tcp_transitory_s}"
-        yield _Problem("timeouts.tcp_established_s", times.tcp_established_s, why)
+        yield Problem("timeouts.tcp_established_s", times.tcp_established_s, why)
     if ports.last - ports.first + 1 < _PORTS_LEAST:
         why = f"ports.first = {ports.first} to ports.last must be at least {_PORTS_LEAST} ports"
-        yield _Problem("ports.last", ports.last, why)
-    if further & (further - 1):
+        yield Problem("ports.last", ports.last, why)
+    if further and further & (further - 1):
         lower = 1 << (further.bit_length() - 1)
         why = f"allowed are powers of two; the nearest are {lower} and {2 * lower}"
-        yield _Problem("sessions.further", further, why)
+        yield Problem("sessions.further", further, why)
+    if isinstance(config.mss, str) and config.mss not in ("off", "auto"):
+        yield Problem("tcp.mss", config.mss, "allowed is off, auto, or a number of bytes")
 
 
-# --- the file --------------------------------------------------------------------------------------
-
-_TEXT, _TEXTS, _NUMBER, _SWITCH = "a text in quotes", "a list of texts", "a whole number", "true or false"
-_KEYS: dict[str, dict[str, str]] = {
-    "interfaces": {"wan": _TEXT, "lan": _TEXTS, "mode": _TEXT, "internal": _TEXTS},
-    "timeouts": {each.name: _NUMBER for each in fields(Timeouts)},
-    "ports": {each.name: _NUMBER for each in fields(Ports)},
-    "sessions": {"further": _NUMBER, "inbound_refresh": _SWITCH},
-}
-
-
-def _is_a(kind: str, value: object) -> bool:
-    match value:
-        case bool():
-            return kind == _SWITCH
-        case str():
-            return kind == _TEXT
-        case int():
-            return kind == _NUMBER
-        case list():
-            return kind == _TEXTS and all(isinstance(each, str) for each in value)
-    return False
-
-
-@dataclass(frozen=True)
-class _Document:
-    """A file's text beside its values, so that errors can name lines."""
-
-    path: Path
-    text: str
-    tables: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> _Document:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"cannot read {path}", f"not UTF-8 at byte {error.start}") from error
-        try:
-            return cls(path, text, tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise _syntax_error(path, text, error) from error
-
-    def refuse_unknown(self) -> None:
-        for table, entries in self.tables.items():
-            if table not in _KEYS:
-                raise self._unknown_table(table, entries)
-            if not isinstance(entries, dict):
-                raise self.error(_Problem(table, entries, f"{table} is a table", f"begin it with [{table}]"))
-            for key in entries:
-                if key not in _KEYS[table]:
-                    raise self._unknown_key(table, key)
-
-    def _unknown_table(self, name: str, value: object) -> ConfigError:
-        if isinstance(value, dict):
-            do = _did_you_mean(name, _KEYS, "[{}]") or f"the tables are {_listed(f'[{each}]' for each in _KEYS)}"
-            return self._error_at(name, f"unknown table [{name}]", "", do)
-        why = "it stands before any table"
-        return self._error_at(name, f"unknown key {name}", why, _elsewhere(name) or "put it under its [table]")
-
-    def _unknown_key(self, table: str, key: str) -> ConfigError:
-        do = _did_you_mean(key, _KEYS[table], "{}") or _elsewhere(key) or f"the keys are {_listed(_KEYS[table])}"
-        return self._error_at(f"{table}.{key}", f"unknown key {key} in [{table}]", "", do)
-
-    def get(self, key: str, default: Any) -> Any:
-        """The value of ``table.name``, of the right type."""
-        table, name = key.split(".")
-        value = self.tables.get(table, {}).get(name, default)
-        kind = _KEYS[table][name]
-        if not _is_a(kind, value):
-            raise self.error(_Problem(key, value, f"allowed is {kind}"))
-        return value
-
-    def table(self, name: str) -> dict[str, Any]:
-        """Those values of a table that are given."""
-        return {key: self.get(f"{name}.{key}", None) for key in self.tables.get(name, {})}
-
-    def prefix(self, text: str) -> IPv4Network:
-        try:
-            return IPv4Network(text)
-        except ValueError as error:
-            why = f"allowed is an IPv4 prefix as 10.20.0.0/16 ({error})"
-            raise self.error(_Problem("interfaces.internal", text, why)) from error
-
-    def error(self, problem: _Problem) -> ConfigError:
-        return self._error_at(problem.key, problem.what, problem.why, problem.do, problem.value)
-
-    def _error_at(self, key: str, what: str, why: str, do: str, value: object = None) -> ConfigError:
-        line = _line_of(self.text, key, value)
-        return ConfigError(f"{self.path}, line {line}: {what}", why, do)
-
-
-def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> ConfigError:
-    where = re.search(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error), re.DOTALL)
-    lines = text.splitlines()
-    number = int(where[2]) if where and where[2] else max(len(lines), 1)
-    shown = lines[number - 1].strip() if number <= len(lines) else ""
-    why = f"{where[1] if where else error}: {shown}"
-    return ConfigError(f"{path}, line {number}: not valid TOML", why, "compare docs/config.example.toml")
-
-
-def _line_of(text: str, key: str, value: object = None) -> int:
-    """The line of ``table.name`` (or of a table), and within a longer list that of one value; 1 in doubt."""
-    table, _, name = key.partition(".")
-    lines = text.splitlines()
-    here, found = "", 0
-    for number, line in enumerate(lines, 1):
-        if header := re.match(r"\s*\[+\s*([^\]\s]+)\s*\]", line):
-            here = header[1].strip("\"'")
-            found = number if here == table else found
-        elif assigned := re.match(r"\s*([^=\s#]+)\s*=", line):
-            word = assigned[1].replace('"', "").replace("'", "")
-            if word == key or (here == table and word == name):
-                return _line_of_value(lines, number, value)
-            found = number if here == "" and word == table else found
-    return found or 1
-
-
-def _line_of_value(lines: Sequence[str], first: int, value: object) -> int:
-    if not isinstance(value, str):
-        return first
-    for number, line in enumerate(lines[first - 1 :], first):
-        if f'"{value}"' in line or f"'{value}'" in line:
-            return number
-    return first
-
-
-def _did_you_mean(word: str, known: Iterable[str], form: str) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {form.format(close[0])}?" if close else ""
-
-
-def _elsewhere(key: str) -> str:
-    return next((f"{key} belongs in [{table}]" for table, keys in _KEYS.items() if key in keys), "")
-
-
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(words)
+def _forward_problems(config: Config) -> Iterator[Problem]:
+    for nth, rule in enumerate(config.forwards):
+        if error := forwards.contradiction(rule, config.forwards[:nth]):
+            yield Problem("forward.ports", rule.ports, f"{error.what}: {error.why}", "change or remove one", nth)
+    if len(config.forwards) > forwards.RULES_MOST:
+        why = f"{len(config.forwards)} forwards are more than {forwards.RULES_MOST}"
+        yield Problem("forward.ports", config.forwards[-1].ports, why, nth=len(config.forwards) - 1)
 
 
 def as_fields(config: Config) -> dict[str, Any]:
     """A configuration as JSON can carry it."""
-    fields = asdict(config)
-    return {**fields, "internal": [str(network) for network in config.internal]}
+    return {
+        **asdict(config),
+        "internal": [str(network) for network in config.internal],
+        "forwards": [rule.as_fields() for rule in config.forwards],
+    }
 
 
 def from_fields(fields: dict[str, Any]) -> Config:
@@ -391,5 +316,8 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "internal": tuple(map(IPv4Network, fields["internal"])),
             "timeouts": Timeouts(**fields["timeouts"]),
             "ports": Ports(**fields["ports"]),
+            "filtering": Filtering(**fields["filtering"]),
+            "limits": Limits(**fields["limits"]),
+            "forwards": tuple(forwards.parse(**each) for each in fields["forwards"]),
         }
     )

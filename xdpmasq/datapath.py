@@ -22,7 +22,7 @@ from xdpmasq import bpf, netdev, presence, source
 from xdpmasq.errors import DatapathError, NotAttachedError
 
 Slots = npt.NDArray[np.uint32]
-Role = Literal["lan", "wan"]
+Role = Literal["lan", "wan", "lo"]
 
 FILTER = "xdpmasq"  # name of our filters on clsact
 PRIORITY = 0x4D51  # after filters that users put at low numbers, before those that the kernel numbers itself
@@ -35,11 +35,11 @@ PORTS = 65536
 FURTHER_BASE = EXTERNALS * len(CLASSES) * PORTS
 
 # enum and #define values of bpf/types.h, flow.h and reaper.c
-ROLES: dict[Role, int] = {"lan": 1, "wan": 2}
+ROLES: dict[Role, int] = {"lo": 0, "lan": 1, "wan": 2}
 XDP_FROM, XDP_TO = 1, 2
 PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
-LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_FURTHER_MASK = 1, 2, 3, 4, 0xFFFFFF00
-REAP_EXPIRED, REAP_FORCED, REAP_RESTED = 0, 1, 2
+LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
+REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_KEEP, REAP_YIELD = 0, 1, 2, 4, 5
 REAP_MAX = 64
 
 # Never routed on the Internet, so never to leave with such a source (RFC 6890).
@@ -66,8 +66,11 @@ def hooks(role: Role, *, xdp: bool, ethernet: bool) -> tuple[Hook, ...]:
     found: list[Hook] = []
     if role == "wan":
         found += [Hook("egress", f"masq_wan_out{suffix}"), Hook("ingress", f"masq_wan_in{suffix}")]
-    elif xdp:
-        found += [Hook("egress", "masq_lan_learn")]
+    elif role == "lo":
+        found += [Hook("egress", "masq_lo_out")]
+    else:
+        found += [Hook("ingress", f"masq_lan_in{suffix}")]
+        found += [Hook("egress", "masq_lan_learn")] * xdp
     if xdp:
         found += [Hook("xdp", f"masq_{role}_xdp")]
     return tuple(found)
@@ -147,6 +150,13 @@ class Tables:
         opened: Slots = slots[self.sessions["life"][slots] & LIFE_STATE == LIFE_LIVE]
         return opened
 
+    def given_slots(self) -> Slots:
+        """Slots that are in use or resting, without those of forwarded ports."""
+        slots = self.used_slots()
+        life = self.sessions["life"][slots]
+        given: Slots = slots[(life & LIFE_STATE != 0) & (life & LIFE_STATIC == 0)]
+        return given
+
     def disarm(self) -> None:
         """Sends every accelerated flow once through the kernel, to learn its next hop anew."""
         self.set_settings(disarmed_at=bpf.jiffies())
@@ -162,6 +172,18 @@ class Tables:
         for key in present:
             if key.tobytes() not in keep:
                 table.delete(key)
+
+    def role_of(self, address: IPv4Address) -> int:
+        """The role of the most specific prefix that an address is in; 0: foreign."""
+        return int(self.maps["prefixes"].get(_prefix_key(IPv4Network(address))) or 0)
+
+    def prefixes_of(self, role: int) -> list[IPv4Network]:
+        """All prefixes of a role."""
+        found = []
+        for keys, roles in self.maps["prefixes"].items(chunk=self.maps["prefixes"].max_entries):
+            for key in keys[roles == role]:
+                found.append(IPv4Network((key["addr"]["word"][:1].tobytes(), int(key["bits"]))))
+        return sorted(found)
 
     def set_interface(
         self, link: netdev.Link, role: Role, *, xdp_from: bool, xdp_to: bool, mss: int = 0, wan: int = 0
@@ -295,13 +317,14 @@ class Attached(Tables):
     def flush(self, slots: Slots) -> int:
         """Ends the sessions in ``slots`` now; returns how many of them were there."""
         before = len(np.intersect1d(self.live_slots(), slots))
-        self.reap(self._reaper(), slots, REAP_FORCED)
+        self.reap(self.reaper, slots, REAP_FORCED)
         # Each flow by itself: settings are the agent's to write.
         for side in ("out", "in"):
             self.sessions[side]["armed_at"][slots] = self.settings["disarmed_at"]
         return before - len(np.intersect1d(self.live_slots(), slots))
 
-    def _reaper(self) -> bpf.Program:
+    @cached_property
+    def reaper(self) -> bpf.Program:
         """The agent's own, or, when it is dead, one compiled for the occasion."""
         if self.agent_alive:
             return bpf.Program.by_id(self.manifest["reaper"])

@@ -7,6 +7,7 @@
     ├── ConfigError          exit 2   a setting is wrong: file, line, value, what is allowed
     ├── HostError            exit 1   this machine lacks something: root, kernel, bcc, …
     ├── InterfaceError       exit 1   an interface is missing, taken, or has no address
+    ├── ForwardError         exit 1   a forward cannot stand beside what is there, or is not there
     ├── DatapathError        exit 1   compiling, loading or attaching programs failed
     └── NotAttachedError     exit 1   there is no running datapath to talk to
 
@@ -47,6 +48,10 @@ class HostError(MasqError):
 
 
 class InterfaceError(MasqError):
+    pass
+
+
+class ForwardError(MasqError):
     pass
 
 

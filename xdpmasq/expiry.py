@@ -6,6 +6,7 @@ which looks again, so a packet that comes at the last moment keeps its session.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from xdpmasq.datapath import (
     LIFE_RESTING,
     LIFE_SESSION,
     LIFE_STATE,
+    LIFE_STATIC,
     PORTS,
     REAP_EXPIRED,
     REAP_RESTED,
@@ -28,6 +30,7 @@ from xdpmasq.datapath import (
 )
 
 TCP_FIN, TCP_RST, TCP_ACK = 0x01, 0x04, 0x10
+HOST_S = 60  # an internal host with nothing open is forgotten after this
 Ticks = npt.NDArray[np.int64]
 
 
@@ -58,6 +61,7 @@ class Expiry:
         reserved: bitmap of the slots outside the pool, which are claimed for ever.
         rest_ticks: how long a closed mapping's port rests (RFC 6888 REQ-8).
         pause_ticks: how long any other closed slot rests; a packet that found it just before is done by then.
+        kept: tells the slots outside the pool that are in use all the same.
     """
 
     def __init__(
@@ -67,13 +71,18 @@ class Expiry:
         reserved: npt.NDArray[np.uint64],
         rest_ticks: int,
         pause_ticks: int,
+        *,
+        kept: Callable[[], Slots] | None = None,
     ) -> None:
         self._tables, self._reaper, self._reserved = tables, reaper, reserved
         self._rest, self._pause = rest_ticks, pause_ticks
+        self._kept = kept
 
     def run(self) -> None:
         """Reaps what is expired and returns what has rested."""
         slots = self._tables.used_slots(self._reserved)
+        if self._kept and len(kept := self._kept()):
+            slots = np.union1d(slots, kept)
         if len(slots):
             self._tables.reap(self._reaper, self._expired(slots), REAP_EXPIRED)
             self._tables.reap(self._reaper, self._rested(slots), REAP_RESTED)
@@ -91,7 +100,8 @@ class Expiry:
             idle = np.minimum(idle, age(now, in_["last_seen"][live]))
         limits = idle_limits(settings, out["tcp_seen"][live], in_["tcp_seen"][live], sessions["mapping"][live])
         unused = (life & LIFE_SESSION == 0) & (life & LIFE_FURTHER_MASK == 0)
-        expired: Slots = live[(idle > limits) | unused]
+        waiting = (life & LIFE_STATIC != 0) & (life & LIFE_SESSION == 0)  # a forwarded port outlives its sessions
+        expired: Slots = live[((idle > limits) | unused) & ~waiting]
         return expired
 
     def _rested(self, slots: Slots) -> Slots:
@@ -100,3 +110,24 @@ class Expiry:
         rest = np.where(resting < FURTHER_BASE, self._rest, self._pause)
         rested: Slots = resting[age(bpf.jiffies(), sessions["out"]["last_seen"][resting]) > rest]
         return rested
+
+
+def forget_hosts(tables: Tables) -> None:
+    """Removes internal hosts that have nothing open and opened nothing for a while.
+
+    A host that opens a session at this very moment could be counted in a place that is no longer its own; after a
+    minute's silence that is next to impossible.
+    """
+    table, settings = tables.maps["hosts"], tables.settings
+    for keys, hosts in table.items(chunk=table.max_entries):
+        quiet = age(bpf.jiffies(), hosts["refilled_at"]) > HOST_S * int(settings["hz"])
+        for key in keys[quiet & (hosts["sessions"] == 0) & (hosts["mappings"] == 0).all(axis=1)]:
+            table.delete(key)
+
+
+def forget_bindings(tables: Tables) -> None:
+    """Removes the idle ones among the bindings of protocols without ports; they last as long as UDP's mappings."""
+    table, settings = tables.maps["bindings"], tables.settings
+    for keys, bindings in table.items(chunk=table.max_entries):
+        for key in keys[age(bpf.jiffies(), bindings["last_seen"]) > int(settings["udp"])]:
+            table.delete(key)

@@ -299,12 +299,17 @@ class Address:
 
 @dataclass(frozen=True)
 class Route:
-    """A unicast route; one of several next hops makes one each."""
+    """A unicast route; one of several next hops makes one each.
+
+    Attributes:
+        mtu: RTAX_MTU in bytes; 0: the interface's.
+    """
 
     prefix: IPNetwork
     oif: int
     gateway: IPAddress | None
     table: int
+    mtu: int = 0
 
 
 def addresses(family: Literal[4, 6] = 4) -> list[Address]:
@@ -344,10 +349,12 @@ def _routes_of(message: Any) -> list[Route]:
     destination = message.get_attr("RTA_DST")
     prefix = ipaddress.ip_network(f"{destination}/{message['dst_len']}" if destination else any_address)
     table = int(message.get_attr("RTA_TABLE") or message["table"])
+    metrics = message.get_attr("RTA_METRICS")
+    mtu = int(metrics.get_attr("RTAX_MTU") or 0) if metrics else 0
     hops = message.get_attr("RTA_MULTIPATH")
     if hops:
-        return [Route(prefix, int(hop["oif"]), _gateway(hop), table) for hop in hops]
-    return [Route(prefix, int(message.get_attr("RTA_OIF") or 0), _gateway(message), table)]
+        return [Route(prefix, int(hop["oif"]), _gateway(hop), table, mtu) for hop in hops]
+    return [Route(prefix, int(message.get_attr("RTA_OIF") or 0), _gateway(message), table, mtu)]
 
 
 def _gateway(hop: Any) -> IPAddress | None:

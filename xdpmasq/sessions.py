@@ -31,7 +31,7 @@ STATES = (
 _STATE = {name: number for number, name in enumerate(STATES)}
 
 _PORTS = 65536
-_LIFE_STATE, _LIFE_LIVE, _LIFE_RESTING, _LIFE_SESSION = 3, 1, 2, 4
+_LIFE_STATE, _LIFE_LIVE, _LIFE_RESTING, _LIFE_SESSION, _LIFE_STATIC = 3, 1, 2, 4, 8
 _FIN, _SYN, _RST, _ACK = 0x01, 0x02, 0x04, 0x10
 _CHUNK = 65536  # rows formatted at a time, which bounds memory
 
@@ -189,14 +189,16 @@ def _states(protocol: Array, out: Array, in_: Array, replies: Array) -> Array:
 
 
 def port_use(sessions: Array, settings: Any) -> dict[str, dict[str, int]]:
-    """External ports by protocol: used by a mapping, resting after one, and in the pool altogether."""
+    """External ports by protocol: used by a mapping, resting after one, forwarded, and in the pool altogether."""
     externals = len(settings["external"])
     slots = externals * len(PROTOCOLS) * _PORTS
-    life = (sessions["life"][:slots] & np.uint64(_LIFE_STATE)).reshape(externals, len(PROTOCOLS), _PORTS)
+    wanted = np.uint64(_LIFE_STATE | _LIFE_STATIC)
+    life = (sessions["life"][:slots] & wanted).reshape(externals, len(PROTOCOLS), _PORTS)
     return {
         name: {
             "used": int((life[:, number] == _LIFE_LIVE).sum()),
             "resting": int((life[:, number] == _LIFE_RESTING).sum()),
+            "forwarded": int((life[:, number] & _LIFE_STATIC != 0).sum()),
             "available": int(settings["pool"][number]["count"].sum()) * externals,
         }
         for number, name in enumerate(PROTOCOLS)

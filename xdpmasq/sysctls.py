@@ -10,7 +10,8 @@ from xdpmasq import netdev
 from xdpmasq.errors import HostError
 
 FORWARDING, LIBERAL = "net.ipv4.ip_forward", "net.netfilter.nf_conntrack_tcp_be_liberal"
-SET = "1"  # what both of them are set to
+ACCEPT_LOCAL = "net.ipv4.conf.lo.accept_local"
+SET = "1"  # what all of them are set to
 
 
 class Sysctls:
@@ -25,7 +26,7 @@ class Sysctls:
         self._manifest, self._save = manifest, save
         self._done: set[str] = set()
 
-    def apply(self, *, accelerated: bool) -> None:
+    def apply(self, *, accelerated: bool, hairpins_own: bool) -> None:
         """Turns the host into a router; what it was before goes to the manifest first.
 
         Each is set once, as soon as it is there (conntrack may be loaded later): what is made of it then stays.
@@ -34,6 +35,9 @@ class Sysctls:
         if accelerated:
             # conntrack, where a firewall uses it, sees only a packet now and then of accelerated connections.
             wanted.add(LIBERAL)
+        if hairpins_own:
+            # What a forward's host answers the gateway comes back through lo, from the gateway's own address.
+            wanted.add(ACCEPT_LOCAL)
         for name in wanted - self._done:
             before = netdev.sysctl_get(name)
             if before is None:

@@ -1,5 +1,6 @@
 """Reading, checking and combining settings."""
 
+import json
 import re
 import tomllib
 from dataclasses import fields, replace
@@ -9,8 +10,21 @@ from typing import Any
 
 import pytest
 
-from xdpmasq.config import Config, Ports, Timeouts, advice, from_options, load, validate
+from xdpmasq.config import (
+    Config,
+    Filtering,
+    Limits,
+    Ports,
+    Timeouts,
+    advice,
+    as_fields,
+    from_fields,
+    from_options,
+    validate,
+)
+from xdpmasq.configfile import load
 from xdpmasq.errors import ConfigError, UsageError
+from xdpmasq.forwards import parse
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "config.example.toml"
 HOME = Config(wan="eth0", lans=("eth1",))
@@ -33,13 +47,32 @@ def test_example_is_at_the_defaults() -> None:
 
 
 def test_example_has_every_key() -> None:
-    tables = tomllib.loads(EXAMPLE.read_text())
+    tables = tomllib.loads(example_with_forwards())
+    forwards = tables.pop("forward")
+    assert {key for each in forwards for key in each} == {"protocol", "ports", "to", "from"}
     assert {name: set(table) for name, table in tables.items()} == {
         "interfaces": {"wan", "lan", "mode", "internal"},
         "timeouts": {each.name for each in fields(Timeouts)},
         "ports": {each.name for each in fields(Ports)},
+        "filtering": {each.name for each in fields(Filtering)},
+        "limits": {each.name for each in fields(Limits)},
         "sessions": {"further", "inbound_refresh"},
+        "tcp": {"mss"},
+        "protocols": {"other"},
     }
+
+
+def example_with_forwards() -> str:
+    """What stands behind a # without a blank is a setting."""
+    return re.sub(r"^#(?=\S)", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+
+
+def test_forwards_of_the_example(written: Any) -> None:
+    assert [str(rule) for rule in load(written(example_with_forwards())).forwards] == [
+        "tcp 8080 → 192.168.0.2:80",
+        "tcp 80 → 192.168.0.2:80 192.168.0.3:80*2 from 198.51.100.0/24",
+        "udp default → 192.168.0.9",
+    ]
 
 
 def test_everything_is_read(written: Any) -> None:
@@ -60,21 +93,56 @@ def test_everything_is_read(written: Any) -> None:
         [ports]
         first = 2000
         last = 3000
+        preserve = true
+        parity = true
+        low_ports = true
+        overload = true
+        [filtering]
+        tcp = "address-dependent"
+        udp = "endpoint-independent"
+        [limits]
+        sessions_per_host = 1000
+        ports_per_host = 900
+        new_per_second = 10
+        burst = 20
+        refusal = "host-unreachable"
         [sessions]
         further = 1024
         inbound_refresh = false
+        [tcp]
+        mss = 1400
+        [protocols]
+        other = "drop"
+        [[forward]]
+        protocol = "udp"
+        ports = "5000-5010"
+        to = ["192.168.0.2:6000", "192.168.0.3*3"]
+        from = "198.51.100.7"
         """
     )
-    assert load(path) == Config(
-        wan="wan0",
-        lans=("lan*", "ppp?"),
-        mode="tc",
-        internal=(IPv4Network("10.20.0.0/16"), IPv4Network("10.30.1.0/24")),
-        timeouts=Timeouts(7441, 241, 301, 61, 29, 0),
-        ports=Ports(2000, 3000),
-        further_sessions=1024,
-        inbound_refresh=False,
-    )
+    assert load(path) == EVERYTHING
+
+
+EVERYTHING = Config(
+    wan="wan0",
+    lans=("lan*", "ppp?"),
+    mode="tc",
+    internal=(IPv4Network("10.20.0.0/16"), IPv4Network("10.30.1.0/24")),
+    timeouts=Timeouts(7441, 241, 301, 61, 29, 0),
+    ports=Ports(2000, 3000, preserve=True, parity=True, low_ports=True, overload=True),
+    filtering=Filtering("address-dependent", "endpoint-independent"),
+    limits=Limits(1000, 900, 10, 20, "host-unreachable"),
+    further_sessions=1024,
+    inbound_refresh=False,
+    mss=1400,
+    other="drop",
+    forwards=(parse("udp", "5000-5010", ["192.168.0.2:6000", "192.168.0.3*3"], "198.51.100.7"),),
+)
+
+
+@pytest.mark.parametrize("config", [HOME, EVERYTHING], ids=["defaults", "everything"])
+def test_a_configuration_travels_as_json(config: Config) -> None:
+    assert from_fields(json.loads(json.dumps(as_fields(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -84,10 +152,18 @@ def test_everything_is_read(written: Any) -> None:
         pytest.param("[timeouts]\nudp_s = 60", Config("", (), timeouts=Timeouts(udp_s=60)), id="lowest"),
         pytest.param("timeouts.udp_s = 90", Config("", (), timeouts=Timeouts(udp_s=90)), id="dotted"),
         pytest.param('[interfaces]\nwan = "ppp*"', Config("ppp*", ()), id="wildcard WAN"),
+        pytest.param('[sessions]\nfurther = "auto"', Config("", ()), id="automatic"),
+        pytest.param('[tcp]\nmss = "auto"', Config("", (), mss="auto"), id="mss by the MTU"),
     ],
 )
 def test_parts_may_be_missing(written: Any, text: str, wanted: Config) -> None:
     assert load(written(text)) == wanted
+
+
+def forward(**changes: object) -> str:
+    """A table of four lines, or of more."""
+    values = {"protocol": "tcp", "ports": 8080, "to": "192.168.0.2:80", **changes}
+    return "[[forward]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
 # text, line, words that must be in the error
@@ -129,7 +205,9 @@ BAD = [
     pytest.param('[interfaces]\ninternal = ["fd00::/8"]', 2, ["fd00::/8", "IPv4 prefix"], id="not IPv4"),
     pytest.param('[interfaces]\ninternal = ["0.0.0.0/0"]', 2, ["0.0.0.0/0"], id="everything internal"),
     pytest.param("# c\n[timeout]\nudp_s = 300", 2, ["[timeout]", "did you mean [timeouts]?"], id="unknown table"),
-    pytest.param("[x]", 1, ["[x]", "[interfaces], [timeouts], [ports], [sessions]"], id="unlike any table"),
+    pytest.param(
+        "[x]", 1, ["[x]", "[interfaces], [timeouts], [ports], [filtering], ", "[[forward]]"], id="unlike any table"
+    ),
     pytest.param("[timeouts]\n\nudp = 300", 3, ["udp in [timeouts]", "did you mean udp_s?"], id="unknown key"),
     pytest.param("[ports]\nudp_s = 300", 2, ["udp_s belongs in [timeouts]"], id="key of another table"),
     pytest.param("[ports]\nzz = 300", 2, ["zz in [ports]", "first, last"], id="unlike any key"),
@@ -141,6 +219,38 @@ BAD = [
     pytest.param("timeouts.udp_s = 5", 1, ["timeouts.udp_s = 5"], id="dotted key"),
     pytest.param("\ntimeouts = { udp_s = 5 }", 2, ["timeouts.udp_s = 5"], id="inline table"),
     pytest.param('[ports]\nfirst = 1024\n[timeouts]\n"udp_s" = 5', 4, ["timeouts.udp_s = 5"], id="quoted key"),
+    pytest.param('[ports]\nparity = "yes"', 2, ['parity = "yes"', "true or false"], id="text for a switch"),
+    pytest.param('[filtering]\nudp = "full-cone"', 2, ['udp = "full-cone"', "endpoint-independent"], id="filtering"),
+    pytest.param("[limits]\nsessions_per_host = 0", 2, ["sessions_per_host = 0", "no host"], id="no sessions"),
+    pytest.param("[limits]\nports_per_host = 0", 2, ["ports_per_host = 0", "1 to 65536"], id="no ports"),
+    pytest.param("[limits]\nnew_per_second = 0", 2, ["new_per_second = 0", "leave it out"], id="no rate"),
+    pytest.param("[limits]\nburst = 0", 2, ["burst = 0", "leave it out"], id="no burst"),
+    pytest.param('[limits]\nburst = "auto"', 2, ['burst = "auto"', "a whole number"], id="not automatic"),
+    pytest.param('[limits]\nports_per_host = "many"', 2, ['"many"', '"auto" or a whole number'], id="no such word"),
+    pytest.param('[limits]\nrefusal = "silent"', 2, ['"silent"', "prohibited, host-unreachable"], id="refusal"),
+    pytest.param("[tcp]\nmss = 87", 2, ["mss = 87", "88 to 65495"], id="segments too small"),
+    pytest.param('[tcp]\nmss = "on"', 2, ['mss = "on"', "off, auto, or a number"], id="mss by a word"),
+    pytest.param('[protocols]\nother = "pass"', 2, ['"pass"', "address-only, drop"], id="other protocols"),
+    pytest.param(forward(ports=0), 1, ["port 0"], id="forward of port 0"),
+    pytest.param("\n" + forward(to="fd00::1"), 2, ["fd00::1 is an IPv6 address"], id="forward to IPv6"),
+    pytest.param(forward(to=[]), 1, ["no target"], id="forward to nobody"),
+    pytest.param(forward(to=1), 4, ["forward.to = 1", "a list of texts"], id="forward to a number"),
+    pytest.param(forward() + forward() + forward(), 7, ["tcp 8080 → 192.168.0.2:80 is there already"], id="twice"),
+    pytest.param(
+        forward() + forward(ports="8000-8100", to="192.168.0.3"),
+        7,
+        ["tcp 8000-8100 → 192.168.0.3:8000-8100", "tcp 8080 → 192.168.0.2:80 is there already", "tcp 8080"],
+        id="overlap",
+    ),
+    pytest.param(
+        forward() + forward(port=1), 9, ["unknown key port in [[forward]]", "did you mean ports?"], id="fwd"
+    ),
+    pytest.param(
+        '[[forward]]\nprotocol = "tcp"', 1, ["[[forward]] without ports", "ports = 8080"], id="half a forward"
+    ),
+    pytest.param('[forward]\nprotocol = "tcp"', 1, ["begin it with [[forward]]"], id="a single forward"),
+    pytest.param("[[ports]]\nfirst = 1", 1, ["begin it with [ports]"], id="many ports"),
+    pytest.param('[forwards]\nports = "1"', 1, ["did you mean [[forward]]?"], id="unlike the repeated table"),
     pytest.param("[ports]\n#last = 1\nlast = 1", 3, ["ports.last = 1"], id="comment before"),
 ]
 

@@ -20,7 +20,7 @@ SCALARS = {"u8": "u1", "u16": "u2", "__be16": "u2", "u32": "u4", "__be32": "u4",
 LENGTHS = {"EXTERNALS": 1, "CLASSES": 3}
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 TCP, UDP, ICMP = range(3)
-LIVE, RESTING, SESSION, FURTHER = 1, 2, 4, 1 << 8
+LIVE, RESTING, SESSION, STATIC, FURTHER = 1, 2, 4, 8, 1 << 8
 
 
 def layout(struct: str) -> np.dtype[Any]:
@@ -322,13 +322,14 @@ def test_port_use() -> None:
     array = table_of()
     for slot, life in ((1024, LIVE | SESSION), (1025, LIVE | FURTHER), (1026, RESTING), (65536 + 1, LIVE | SESSION)):
         array["life"][slot] = life
+    array["life"][[80, 81]] = LIVE | STATIC, LIVE | STATIC | SESSION
     array["life"][3 * 65536 + 5] = LIVE | SESSION  # a further session uses no port of its own
     pools = np.zeros(3, layout("pool"))
     pools["count"] = [[31744, 4536], [31744, 4536], [64512, 0]]
     assert sessions.port_use(array, settings(pool=pools)) == {
-        "tcp": {"used": 2, "resting": 1, "available": 36280},
-        "udp": {"used": 1, "resting": 0, "available": 36280},
-        "icmp": {"used": 0, "resting": 0, "available": 64512},
+        "tcp": {"used": 2, "resting": 1, "forwarded": 2, "available": 36280},
+        "udp": {"used": 1, "resting": 0, "forwarded": 0, "available": 36280},
+        "icmp": {"used": 0, "resting": 0, "forwarded": 0, "available": 64512},
     }
 
 

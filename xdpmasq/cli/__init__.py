@@ -15,7 +15,7 @@ import typer
 from typer.main import get_command
 
 from xdpmasq import __version__
-from xdpmasq.cli import sessions
+from xdpmasq.cli import forward, sessions
 from xdpmasq.cli.attach import attach
 from xdpmasq.cli.check import check
 from xdpmasq.cli.detach import detach
@@ -61,6 +61,7 @@ app.command()(status)
 app.command()(doctor)
 app.command()(check)
 app.add_typer(sessions.app, name="sessions")
+app.add_typer(forward.app, name="forward")
 
 
 def _lab() -> typer.Typer:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import typer
 
-from xdpmasq.config import advice, from_options, load
+from xdpmasq.config import advice, from_options
+from xdpmasq.configfile import load
 
 FILE = typer.Argument(..., metavar="FILE", help="TOML file.", show_default=False)
 

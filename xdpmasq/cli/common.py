@@ -14,7 +14,8 @@ from typing import Any
 
 import typer
 
-from xdpmasq.config import MODES, Config, from_options, load
+from xdpmasq.config import MODES, Config, from_options
+from xdpmasq.configfile import load
 from xdpmasq.errors import HostError
 
 WAN = typer.Option("", "--wan", metavar="NAME", help="Interface towards the Internet.", show_default=False)

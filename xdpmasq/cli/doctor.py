@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, cast
 import typer
 
 from xdpmasq.cli import common
-from xdpmasq.config import MODES, Mode, load
+from xdpmasq.config import MODES, Mode
+from xdpmasq.configfile import load
 from xdpmasq.errors import MasqError, UsageError
 
 if TYPE_CHECKING:

@@ -117,8 +117,8 @@ def _by_protocol(counts: Mapping[str, int], total: int) -> str:
 
 def _ports(ports: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for name, use in ports.items():
-        resting = f", {use['resting']:,} resting" if use["resting"] else ""
-        yield f"{name.upper():4} {use['used']:,} of {use['available']:,} in use{resting}"
+        more = "".join(f", {use[kind]:,} {kind}" for kind in ("resting", "forwarded") if use[kind])
+        yield f"{name.upper():4} {use['used']:,} of {use['available']:,} in use{more}"
 
 
 def _packets(packets: Mapping[str, int]) -> str:

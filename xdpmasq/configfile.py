@@ -1,0 +1,230 @@
+"""A configuration's TOML file: reading it, and naming file, line, value and what is allowed in whatever is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from xdpmasq import forwards
+from xdpmasq.config import Config, Filtering, Limits, Ports, Problem, Timeouts, problems
+from xdpmasq.errors import ConfigError, UsageError
+from xdpmasq.forwards import Rule
+
+
+def load(path: Path) -> Config:
+    """Reads and checks a TOML file. WAN and LANs may be missing from it: options can still name them.
+
+    Raises:
+        ConfigError: with file, line, value and what is allowed.
+    """
+    document = _Document.read(path)
+    document.refuse_unknown()
+    get = document.get
+    config = Config(
+        wan=get("interfaces.wan", ""),
+        lans=tuple(get("interfaces.lan", [])),
+        mode=get("interfaces.mode", "auto"),
+        internal=tuple(document.prefix(text) for text in get("interfaces.internal", [])),
+        timeouts=Timeouts(**document.table("timeouts")),
+        ports=Ports(**document.table("ports")),
+        filtering=Filtering(**document.table("filtering")),
+        limits=Limits(**document.table("limits")),
+        further_sessions=document.table("sessions").get("further"),
+        inbound_refresh=get("sessions.inbound_refresh", Config.inbound_refresh),
+        mss=get("tcp.mss", Config.mss),
+        other=get("protocols.other", Config.other),
+        forwards=tuple(document.forwards()),
+    )
+    for problem in problems(config):
+        raise document.error(problem)
+    return config
+
+
+_TEXT, _TEXTS, _NUMBER, _SWITCH = "a text in quotes", "a list of texts", "a whole number", "true or false"
+_AUTO = '"auto"'
+_AUTO_OR_NUMBER = f"{_AUTO} or {_NUMBER}"
+_SWITCHES = ("preserve", "parity", "low_ports", "overload")
+_KEYS: dict[str, dict[str, str]] = {
+    "interfaces": {"wan": _TEXT, "lan": _TEXTS, "mode": _TEXT, "internal": _TEXTS},
+    "timeouts": {each.name: _NUMBER for each in fields(Timeouts)},
+    "ports": {"first": _NUMBER, "last": _NUMBER, **dict.fromkeys(_SWITCHES, _SWITCH)},
+    "filtering": {"tcp": _TEXT, "udp": _TEXT},
+    "limits": {
+        **{"sessions_per_host": _AUTO_OR_NUMBER, "ports_per_host": _AUTO_OR_NUMBER},
+        **{"new_per_second": _NUMBER, "burst": _NUMBER, "refusal": _TEXT},
+    },
+    "sessions": {"further": _AUTO_OR_NUMBER, "inbound_refresh": _SWITCH},
+    "tcp": {"mss": f"{_TEXT} or {_NUMBER}"},
+    "protocols": {"other": _TEXT},
+    "forward": {"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "to": f"{_TEXT} or {_TEXTS}", "from": _TEXT},
+}
+_REPEATED = {"forward"}  # tables of which there may be many: [[forward]]
+
+
+def _is_a(kind: str, value: object) -> bool:
+    match value:
+        case bool():
+            return kind == _SWITCH
+        case str():
+            return _TEXT in kind or f'"{value}"' in kind
+        case int():
+            return kind.endswith(_NUMBER)
+        case list():
+            return kind.endswith(_TEXTS) and all(isinstance(each, str) for each in value)
+    return False
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A file's text beside its values, so that errors can name lines."""
+
+    path: Path
+    text: str
+    tables: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> _Document:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"cannot read {path}", f"not UTF-8 at byte {error.start}") from error
+        try:
+            return cls(path, text, tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise _syntax_error(path, text, error) from error
+
+    def refuse_unknown(self) -> None:
+        for table, entries in self.tables.items():
+            if table not in _KEYS:
+                raise self._unknown_table(table, entries)
+            for nth, each in enumerate(self._each(table, entries)):
+                for key in each:
+                    if key not in _KEYS[table]:
+                        raise self._unknown_key(table, key, nth)
+
+    def _each(self, table: str, entries: object) -> list[dict[str, Any]]:
+        """The tables of that name."""
+        found: list[Any] = entries if isinstance(entries, list) and table in _REPEATED else [entries]
+        wrong = isinstance(entries, dict) is (table in _REPEATED) or not all(isinstance(each, dict) for each in found)
+        if wrong:
+            header = _header(table)
+            raise self.error(Problem(table, entries, f"{table} is a table", f"begin it with {header}"))
+        return found
+
+    def _unknown_table(self, name: str, value: object) -> ConfigError:
+        if isinstance(value, dict):
+            do = _did_you_mean(name, _KEYS, _header) or f"the tables are {_listed(map(_header, _KEYS))}"
+            return self._error_at(Problem(name, None, "", do), f"unknown table [{name}]")
+        why = "it stands before any table"
+        do = _elsewhere(name) or "put it under its [table]"
+        return self._error_at(Problem(name, None, why, do), f"unknown key {name}")
+
+    def _unknown_key(self, table: str, key: str, nth: int) -> ConfigError:
+        do = _did_you_mean(key, _KEYS[table]) or _elsewhere(key) or f"the keys are {_listed(_KEYS[table])}"
+        return self._error_at(Problem(f"{table}.{key}", None, "", do, nth), f"unknown key {key} in {_header(table)}")
+
+    def get(self, key: str, default: Any) -> Any:
+        """The value of ``table.name``, of the right type."""
+        table, name = key.split(".")
+        return self._value(table, name, self.tables.get(table, {}).get(name, default), 0)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """Those values of a table that are given, and are not automatic."""
+        kinds, given = _KEYS[name], {key: self.get(f"{name}.{key}", None) for key in self.tables.get(name, {})}
+        return {key: value for key, value in given.items() if not (value == "auto" and _AUTO in kinds[key])}
+
+    def _value(self, table: str, name: str, value: Any, nth: int) -> Any:
+        kind = _KEYS[table][name]
+        if not _is_a(kind, value):
+            raise self.error(Problem(f"{table}.{name}", value, f"allowed is {kind}", nth=nth))
+        return value
+
+    def forwards(self) -> Iterator[Rule]:
+        """The rules of ``[[forward]]``."""
+        for nth, entries in enumerate(self.tables.get("forward", ())):
+            given = {name: self._value("forward", name, value, nth) for name, value in entries.items()}
+            for name in ("protocol", "ports", "to"):
+                if name not in given:
+                    why = 'a forward needs it, as protocol = "tcp", ports = 8080, to = "192.168.0.2:80"'
+                    raise self._error_at(Problem("forward", None, why, nth=nth), f"[[forward]] without {name}")
+            to = [given["to"]] if isinstance(given["to"], str) else given["to"]
+            try:
+                yield forwards.parse(given["protocol"], given["ports"], to, given.get("from", ""))
+            except UsageError as error:
+                raise self._error_at(Problem("forward", None, error.why, error.do, nth), error.what) from error
+
+    def prefix(self, text: str) -> IPv4Network:
+        try:
+            return IPv4Network(text)
+        except ValueError as error:
+            why = f"allowed is an IPv4 prefix as 10.20.0.0/16 ({error})"
+            raise self.error(Problem("interfaces.internal", text, why)) from error
+
+    def error(self, problem: Problem) -> ConfigError:
+        return self._error_at(problem, problem.what)
+
+    def _error_at(self, problem: Problem, what: str) -> ConfigError:
+        line = _line_of(self.text, problem.key, problem.value, problem.nth)
+        return ConfigError(f"{self.path}, line {line}: {what}", problem.why, problem.do)
+
+
+def _header(table: str) -> str:
+    return f"[[{table}]]" if table in _REPEATED else f"[{table}]"
+
+
+def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> ConfigError:
+    where = re.search(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error), re.DOTALL)
+    lines = text.splitlines()
+    number = int(where[2]) if where and where[2] else max(len(lines), 1)
+    shown = lines[number - 1].strip() if number <= len(lines) else ""
+    why = f"{where[1] if where else error}: {shown}"
+    return ConfigError(f"{path}, line {number}: not valid TOML", why, "compare docs/config.example.toml")
+
+
+def _line_of(text: str, key: str, value: object = None, nth: int = 0) -> int:
+    """The line of ``table.name`` (or of a table, the nth of its name), in a longer list that of one value; or 1."""
+    table, _, name = key.partition(".")
+    lines = text.splitlines()
+    here, found, before = "", 0, nth
+    for number, line in enumerate(lines, 1):
+        if header := re.match(r"\s*\[+\s*([^\]\s]+)\s*\]", line):
+            here = header[1].strip("\"'")
+            if here == table:
+                here, before = ("", before - 1) if before else (here, 0)
+            found = number if here == table else found
+        elif assigned := re.match(r"\s*([^=\s#]+)\s*=", line):
+            word = assigned[1].replace('"', "").replace("'", "")
+            if word == key or (here == table and word == name):
+                return _line_of_value(lines, number, value)
+            found = number if here == "" and word == table else found
+    return found or 1
+
+
+def _line_of_value(lines: Sequence[str], first: int, value: object) -> int:
+    if not isinstance(value, str):
+        return first
+    for number, line in enumerate(lines[first - 1 :], first):
+        if f'"{value}"' in line or f"'{value}'" in line:
+            return number
+    return first
+
+
+def _did_you_mean(word: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {show(close[0])}?" if close else ""
+
+
+def _elsewhere(key: str) -> str:
+    return next((f"{key} belongs in {_header(table)}" for table, keys in _KEYS.items() if key in keys), "")
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(words)

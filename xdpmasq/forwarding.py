@@ -1,0 +1,397 @@
+"""Forwards in the kernel's tables, which are the only truth about them: read, checked, put there, taken out.
+
+It all works with the agent dead. Whoever writes holds :func:`presence.changing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xdpmasq import bpf, datapath, forwards, netdev, sockets
+from xdpmasq.datapath import (
+    CLASSES,
+    EXTERNALS,
+    FURTHER_BASE,
+    LIFE_FURTHER_MASK,
+    LIFE_LIVE,
+    LIFE_SESSION,
+    LIFE_STATE,
+    LIFE_STATIC,
+    PORTS,
+    REAP_FORCED,
+    REAP_KEEP,
+    REAP_YIELD,
+    Slots,
+    Tables,
+)
+from xdpmasq.errors import ForwardError
+from xdpmasq.forwards import Rule, Target
+from xdpmasq.sessions import Table
+
+FLAG_DEFAULT = 1  # FORWARD_DEFAULT
+PORT_AT, REMOTE_AT = 16, 32  # FORWARD_PORT_AT, FORWARD_REMOTE_AT
+FROM_OUTSIDE = 4  # SESSION_FROM_OUTSIDE
+CLOSE_TRIES = 10  # packets may join a mapping until it is closed
+PUBLISH_AT_ONCE = 256
+
+Mask = npt.NDArray[np.bool_]
+NONE: Slots = np.zeros(0, np.uint32)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A rule and its place in ``forward_rules``.
+
+    Attributes:
+        opened: sessions so far.
+    """
+
+    index: int
+    rule: Rule
+    opened: int
+
+
+def read(tables: Tables) -> list[Placed]:
+    """The forwards that are in place, by protocol and port, the more specific first."""
+    records = _records(tables)
+    used = np.flatnonzero(records["targets"])
+    found = [Placed(int(index), _rule(records[index]), int(records[index]["opened"])) for index in used]
+    return sorted(found, key=lambda each: (each.rule.protocol, each.rule.first, *_specific_first(each.rule)))
+
+
+def any_by_port(tables: Tables) -> bool:
+    """Is there a forward that the gateway itself can ask for by its public address?"""
+    records = _records(tables)
+    return bool(((records["targets"] != 0) & (records["flags"] & FLAG_DEFAULT == 0)).any())
+
+
+def _records(tables: Tables) -> bpf.Array:
+    """``forward_rules`` by index; no target: free."""
+    table = tables.maps["forward_rules"]
+    return np.concatenate([records for _, records in table.items(chunk=table.max_entries)])
+
+
+def _specific_first(rule: Rule) -> tuple[bool, int]:
+    return rule.is_default, -rule.source.prefixlen if rule.source else 0
+
+
+# --- layouts ---------------------------------------------------------------------------------------
+
+
+def _address(addr: Any) -> IPv4Address:
+    return IPv4Address(np.asarray(addr["word"])[:1].tobytes())
+
+
+def _rule(record: Any) -> Rule:
+    targets, before = [], 0
+    for each in record["target"][: record["targets"]]:
+        targets.append(Target(_address(each["addr"]), int(each["port"]), int(each["until"]) - before))
+        before = int(each["until"])
+    bits = int(record["source_bits"])
+    return Rule(
+        CLASSES[record["class"]],
+        int(record["first"]),
+        int(record["last"]),
+        tuple(targets),
+        IPv4Network((_address(record["source"]), bits)) if bits else None,
+    )
+
+
+def _record(tables: Tables, rule: Rule) -> Any:
+    record = np.zeros((), tables.maps["forward_rules"].value)
+    until = 0
+    for number, target in enumerate(rule.targets):
+        until += target.weight
+        record["target"][number] = (datapath.addr(target.address), target.port, until)
+    record["first"], record["last"], record["class"] = rule.first, rule.last, _class(rule)
+    record["targets"], record["flags"] = len(rule.targets), FLAG_DEFAULT if rule.is_default else 0
+    if rule.source:
+        record["source"], record["source_bits"] = datapath.addr(rule.source.network_address), rule.source.prefixlen
+    return record
+
+
+def _class(rule: Rule) -> int:
+    return CLASSES.index(rule.protocol)
+
+
+def _keys(rule: Rule) -> Iterator[tuple[Any, ...]]:
+    """``struct forward_key`` of each entry. The remote comes last, so a rule for some needs one for each port."""
+    for external in range(EXTERNALS):
+        if rule.source:
+            remote, bits = datapath.addr(rule.source.network_address), REMOTE_AT + rule.source.prefixlen
+            for port in range(rule.first, rule.last + 1):
+                yield bits, external, _class(rule), socket.htons(port), remote
+        else:
+            for port, bits in forwards.port_prefixes(rule.first, rule.last):
+                yield PORT_AT + bits, external, _class(rule), socket.htons(port), datapath.addr(None)
+
+
+def slots_of(rule: Rule) -> Slots:
+    """The slots of its ports, which are to stay out of the pool; the default host has none."""
+    if rule.is_default:
+        return NONE
+    ports = np.arange(rule.first, rule.last + 1, dtype=np.uint32)
+    return np.concatenate([ports + (external * len(CLASSES) + _class(rule)) * PORTS for external in range(EXTERNALS)])
+
+
+def _slots_of_all(rules: Sequence[Rule]) -> Slots:
+    return np.unique(np.concatenate([NONE, *map(slots_of, rules)]))
+
+
+def _endpoints(rule: Rule) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Slot and ``struct mapping_key`` of the internal endpoint that may use it, where there is just one."""
+    if rule.is_reversible:
+        target = rule.targets[0]
+        for slot in slots_of(rule).tolist():
+            port = target.port + slot % PORTS - rule.first
+            yield slot, (datapath.addr(target.address), socket.htons(port), _class(rule), 0)
+
+
+# --- what is possible ------------------------------------------------------------------------------
+
+
+def check(
+    tables: Tables, rule: Rule, *, lans_known: bool = True, services: Sequence[sockets.Listener] | None = None
+) -> None:
+    """Raises ForwardError when a rule does not fit to those in place, the networks, or the gateway's services.
+
+    Args:
+        lans_known: every LAN is there, so that a target beyond all of them is a mistake.
+        services: the gateway's own, where they are known already.
+    """
+    if error := forwards.contradiction(rule, [each.rule for each in read(tables)]):
+        raise error
+    own = {each.ip.ip for each in netdev.addresses(4)}
+    for target in rule.targets:
+        if target.address in own or target.address.is_loopback:
+            why = "a forward leads to a host behind the gateway"
+            raise ForwardError(
+                f"{target.address} is the gateway's own address", why, "name the host that is to answer"
+            )
+        if lans_known and tables.role_of(target.address) != datapath.PREFIX_INTERNAL:
+            inside = ", ".join(map(str, tables.prefixes_of(datapath.PREFIX_INTERNAL))) or "none"
+            do = "name a host in one of them, or its network in [interfaces] internal"
+            raise ForwardError(f"{target.address} is behind no LAN", f"the internal networks are {inside}", do)
+    if not rule.is_default:
+        _check_services(tables, rule, sockets.listeners() if services is None else services)
+
+
+def _check_services(tables: Tables, rule: Rule, services: Iterable[sockets.Listener]) -> None:
+    addresses = [_address(each) for each in tables.settings["external"]]
+    for each in services:
+        if (
+            each.protocol == rule.protocol
+            and rule.first <= each.port <= rule.last
+            and any(map(each.is_at, addresses))
+        ):
+            raise ForwardError(
+                f"{rule.protocol} {each.port} is a port of the gateway itself",
+                str(each),
+                "forward another port, or have that service listen at an internal address only",
+            )
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+def put(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
+    """Puts a rule in place that :func:`check` has passed; all of it or nothing.
+
+    What had one of its ports as a mapping ends.
+
+    Raises:
+        ForwardError: there is no room.
+    """
+    free = np.flatnonzero(_records(tables)["targets"] == 0)
+    if not len(free):
+        why = f"{forwards.RULES_MOST} are in place, which is all there is room for"
+        raise ForwardError(f"{rule} has no place", why, "delete one, or join neighbouring ports to ranges")
+    index = int(free[0])
+    with contextlib.ExitStack() as undo:
+        undo.callback(take, tables, reaper, Placed(index, rule, 0))
+        tables.maps["forward_rules"].set(index, _record(tables, rule))
+        try:
+            _keep(tables, reaper, rule)
+            for key in _keys(rule):
+                tables.maps["forwards"].set(key, index)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.E2BIG, errno.ENOMEM):
+                raise
+            why = "the table of forwarded ports is full; of a forward with --from, every port takes a place"
+            raise ForwardError(f"{rule} has no place", why, "forward fewer ports") from error
+        undo.pop_all()
+
+
+def take(tables: Tables, reaper: bpf.Program, placed: Placed) -> None:
+    """Ends a forward for new sessions; running ones go on."""
+    for key in _keys(placed.rule):
+        tables.maps["forwards"].delete(key)
+    tables.maps["forward_rules"].set(placed.index, np.zeros((), tables.maps["forward_rules"].value))
+    for slot, endpoint in _endpoints(placed.rule):
+        withdraw(tables, slot, endpoint)
+    others = _slots_of_all([each.rule for each in read(tables)])
+    tables.reap(reaper, np.setdiff1d(slots_of(placed.rule), others), REAP_YIELD)
+
+
+def _keep(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
+    """Takes the ports out of the pool. A target that is the only one gets its port for what it sends, too."""
+    slots, sessions = slots_of(rule), tables.sessions
+    fresh = slots[sessions["life"][slots] & LIFE_STATIC == 0]
+    _close(tables, reaper, fresh)
+    idle = slots[_is_idle(sessions["life"][slots])]
+    ports = _network_order(idle % PORTS)
+    sessions["mapping"][idle] = idle
+    sessions["out"]["new_port"][idle] = ports
+    if rule.is_reversible:
+        target = rule.targets[0]
+        sessions["in"]["new_addr"]["word"][idle, 0] = datapath.addr(target.address)[0][0]
+        sessions["in"]["new_port"][idle] = _network_order(idle % PORTS - rule.first + target.port)
+    readdress(tables, idle)
+    tables.reap(reaper, slots, REAP_KEEP)
+    for slot, endpoint in _endpoints(rule):
+        _publish(tables, slot, endpoint)
+
+
+def _network_order(ports: Any) -> npt.NDArray[np.uint16]:
+    return np.asarray(ports).astype(">u2").view(np.uint16)
+
+
+def _close(tables: Tables, reaper: bpf.Program, slots: Slots) -> None:
+    """Ends the mappings that have these ports, with their sessions, so that nobody's record is overwritten."""
+    for _ in range(CLOSE_TRIES):
+        opened = tables.open_slots()
+        mine = opened[np.isin(tables.sessions["mapping"][opened], slots) | np.isin(opened, slots)]
+        if not len(mine):
+            break
+        # Further sessions first: a mapping closes with its last session.
+        for each in (mine[mine >= FURTHER_BASE], mine[mine < FURTHER_BASE]):
+            tables.reap(reaper, each, REAP_FORCED)
+
+
+def _is_idle(life: Any) -> Mask:
+    """No session runs there."""
+    idle: Mask = (life & LIFE_STATE != LIFE_LIVE) | (life & (LIFE_SESSION | LIFE_FURTHER_MASK) == 0)
+    return idle
+
+
+def readdress(tables: Tables, slots: Slots) -> None:
+    """Idle forwarded ports of these stand for the external address as it is now."""
+    idle = slots[_is_idle(tables.sessions["life"][slots])]
+    external = tables.settings["external"]["word"][:, 0][idle // (len(CLASSES) * PORTS)]
+    addresses = tables.sessions["out"]["new_addr"]["word"]
+    wrong = addresses[idle, 0] != external
+    addresses[idle[wrong], 0] = external[wrong]
+
+
+def _publish(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> None:
+    # A mapping that the endpoint has at the moment stays: its sessions are running.
+    with contextlib.suppress(FileExistsError):
+        tables.maps["mappings"].set(endpoint, slot, bpf.UPDATE_NOEXIST)
+
+
+def withdraw(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> bool:
+    """An internal endpoint has the forwarded port no longer; False while a session runs there."""
+    if not _is_idle(tables.sessions["life"][slot]):
+        return False
+    if tables.maps["mappings"].get(endpoint) == slot:
+        tables.maps["mappings"].delete(endpoint)
+    return True
+
+
+# --- sessions --------------------------------------------------------------------------------------
+
+
+def running(tables: Tables, table: Table, placed: Sequence[Placed]) -> dict[int, Table]:
+    """The sessions of each forward by its index, those that its targets opened from the forwarded port included."""
+    free = np.ones(len(table), bool)
+    marks = tables.sessions["out"]["marks"][table.slot]
+    found = {}
+    for each in sorted(placed, key=lambda each: _specific_first(each.rule)):
+        mine = free & _fits(each.rule, table)
+        if each.rule.is_default:
+            mine &= marks & FROM_OUTSIDE != 0
+        found[each.index], free = table[mine], free & ~mine
+    return found
+
+
+def _fits(rule: Rule, table: Table) -> Mask:
+    words = [datapath.addr(target.address)[0][0] for target in rule.targets]
+    fits: Mask = (table.protocol == _class(rule)) & np.isin(table.internal.addr[:, 0], words)
+    fits &= (table.external.port >= rule.first) & (table.external.port <= rule.last)
+    if rule.source:
+        mask, network = (datapath.addr(each)[0][0] for each in (rule.source.netmask, rule.source.network_address))
+        fits &= table.remote.addr[:, 0] & np.uint32(mask) == network
+    return fits
+
+
+# --- the agent's part ------------------------------------------------------------------------------
+
+
+class Upkeep:
+    """What an agent does for forwarded ports, whoever put them there.
+
+    Ports of former rules are looked after until their last session is gone and they have rested: they may lie outside
+    the pool, where nobody else looks.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._seen = b""
+        self._kept, self._former = NONE, NONE
+        self._endpoints: list[tuple[int, tuple[Any, ...]]] = []
+        self._withdrawn: list[tuple[int, tuple[Any, ...]]] = []
+        self._next = 0
+
+    def adopt(self, reaper: bpf.Program) -> None:
+        """Gives up what a command left that was killed between a rule's end and its ports'."""
+        slots = self._tables.used_slots()
+        static = slots[self._tables.sessions["life"][slots] & LIFE_STATIC != 0]
+        rules = [each.rule for each in read(self._tables)]
+        self._tables.reap(reaper, np.setdiff1d(static, _slots_of_all(rules)), REAP_YIELD)
+
+    def slots(self) -> Slots:
+        """What expiry has to look at."""
+        return np.union1d(self._kept, self._former)
+
+    def readdress(self) -> None:
+        """The external address may have changed."""
+        self._follow()
+        readdress(self._tables, self._kept)
+
+    def run(self) -> None:
+        """A tick."""
+        self.readdress()
+        self._former = self._former[self._tables.sessions["life"][self._former] != 0]
+        self._withdrawn = [each for each in self._withdrawn if not withdraw(self._tables, *each)]
+        self._republish()
+
+    def _follow(self) -> None:
+        records = _records(self._tables)
+        records["opened"] = 0
+        if records.tobytes() == self._seen:
+            return
+        self._seen = records.tobytes()
+        rules = [_rule(record) for record in records[records["targets"] != 0]]
+        before, self._kept = self._kept, _slots_of_all(rules)
+        self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
+        endpoints = [each for rule in rules for each in _endpoints(rule)]
+        present = {slot: endpoint for slot, endpoint in endpoints}
+        self._withdrawn += [each for each in self._endpoints if present.get(each[0]) != each[1]]
+        self._endpoints = endpoints
+
+    def _republish(self) -> None:
+        """An endpoint that had a mapping when its forward came gets its port once that has ended; a few each time."""
+        some = self._endpoints[self._next : self._next + PUBLISH_AT_ONCE]
+        self._next = self._next + len(some) if len(some) == PUBLISH_AT_ONCE else 0
+        for slot, endpoint in some:
+            if self._tables.sessions["life"][slot] & LIFE_STATIC:
+                _publish(self._tables, slot, endpoint)
