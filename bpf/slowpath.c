@@ -267,3 +267,9 @@ int masq_lan_learn(struct __sk_buff *skb)
 	learn_inbound(&p);
 	return TC_ACT_UNSPEC;
 }
+
+/* Stand-in: swallows what is put back on the punt port. */
+int masq_punt_in(struct __sk_buff *skb)
+{
+	return TC_ACT_SHOT;
+}

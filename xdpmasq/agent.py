@@ -27,6 +27,8 @@ from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
 from xdpmasq.errors import DatapathError, HostError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
+from xdpmasq.punt import Punt
+from xdpmasq.punting import Punting
 from xdpmasq.sysctls import Sysctls
 
 log = logging.getLogger("xdpmasq")
@@ -91,6 +93,13 @@ class Agent:
         self._retry_at, self._retry_s = float("inf"), 0.0
         self._rested_at = 0.0
         self._neighbours: dict[tuple[int, str], bytes] = {}
+        self._selector = selectors.DefaultSelector()
+        self._punting = Punting(
+            self.tables,
+            self._programs,
+            self._selector,
+            lambda: Punt.open(self.tables, config.timeouts.fragment_s),
+        )
         self._reserved = self._pool(fresh=adopted is None)
         timeouts = config.timeouts
         self._expiry = Expiry(
@@ -137,6 +146,8 @@ class Agent:
             inbound_refresh=self._config.inbound_refresh,
             pool=[(first, count) for first, count in self._ranges()],
             disarmed_at=bpf.jiffies(),
+            heartbeat=bpf.jiffies(),
+            punt=0,
         )
 
     def _ranges(self) -> list[tuple[list[int], list[int]]]:
@@ -190,6 +201,8 @@ class Agent:
         self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
         self.tables.set_settings(accelerate=accelerate, disarmed_at=bpf.jiffies())
+        self._punting.keep()
+        self._manifest["punt"] = self._punting.report
         self._save()
 
     def _bring_in(self, link: netdev.Link, role: Role, wan: netdev.Link | None) -> tuple[str, str]:
@@ -367,6 +380,7 @@ class Agent:
             self.reconcile()
             self._route()
         except BaseException:
+            self._punting.drop()
             if not adopted:
                 attachment.take_down(self._manifest)
             raise
@@ -375,29 +389,36 @@ class Agent:
     def serve(self, ready: Callable[[], None], stop: StopSignal) -> None:
         """Follows the machine until asked to stop; the datapath stays."""
         wake, _ = _wakeup_on_signals()
-        with netdev.Watch() as watch, selectors.DefaultSelector() as selector:
-            selector.register(watch, selectors.EVENT_READ)
-            selector.register(wake, selectors.EVENT_READ)
+        with netdev.Watch() as watch:
+            self._selector.register(watch, selectors.EVENT_READ)
+            self._selector.register(wake, selectors.EVENT_READ)
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
             ready()
             next_tick = next_disarm = time.monotonic()
             while not stop.asked:
-                selector.select(max(0.0, next_tick - time.monotonic()))
+                self._selector.select(max(0.0, min(next_tick, self._punting.due_at) - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 64)
                 self._follow(watch)
+                self._safely(self._punting.serve)
                 now = time.monotonic()
                 if now >= next_disarm:
                     self._safely(self.tables.disarm)
                     next_disarm = now + DISARM_ALL_S
                 if now >= next_tick:
+                    self._safely(self._beat)
                     self._safely(self._expiry.run)
                     self._safely(self._route)
                     next_tick = now + TICK_S
 
+    def _beat(self) -> None:
+        """The programs punt nothing to an agent that has not been seen for long."""
+        self.tables.set_settings(heartbeat=bpf.jiffies())
+
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
+        self._punting.drop()
         if not any(each.manifest["wan"] == self._config.wan for each in datapath.find_all()):
             attachment.take_down(self._manifest)
 

@@ -50,6 +50,7 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "lans": manifest["lans"],
         "mode": manifest["mode"],
         "interfaces": manifest["interfaces"],
+        "punt": manifest.get("punt", {"name": None, "why": ""}),
         "sessions": {"total": len(table), **table.counts()},
         "ports": sessions.port_use(view, settings),
         "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
@@ -78,6 +79,9 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str
     yield _headline(fields)
     yield ""
     yield _line("agent", _agent(fields["agent"]))
+    if why := fields["punt"]["why"]:
+        lacking = "out-of-order fragments are dropped, refusals are silent"
+        yield _line("", f"no punt port: {why}; {lacking}")
     yield _line("external", f"{fields['external'] or 'no address yet'} on {fields['wan']}")
     yield _line("internal", ", ".join(fields["lans"]))
     yield from _labelled(f"mode {fields['mode']}", common.interface_lines(fields["interfaces"]))
