@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
 
@@ -64,7 +63,7 @@ class Punt:
         self._tap, self._known, self._icmp = tap, known, icmp
         self._orphans = Orphans(patience_s)
         self._messages = {REFUSED: refusal.REFUSALS[refusal_], TTL: refusal.TIME_EXCEEDED}
-        self._allowance = refusal.Allowance(time.monotonic())
+        self._allowance = refusal.Allowance()
         self.counts = self._orphans.counts
         self.counts |= {"told": 0, "untold": 0}
 

@@ -41,23 +41,23 @@ class Punting:
         self._retry_at = 0.0
         self.due_at = float("inf")
         self.port: Punt | None = None
-        self.report: dict[str, Any] = {"name": None, "why": ""}
+        self.report: dict[str, Any] = {"name": None, "why_not": ""}
 
     def keep(self) -> None:
         """Makes a port, at the start and when somebody has changed ours; says once why there is none."""
         if self._is_whole() or time.monotonic() < self._retry_at:
             return
         self.drop()
-        before = self.report["why"]
+        before = self.report["why_not"]
         try:
             self.port = self._make()
             self._put_to_use(self.port)
-            self.report = {"name": self.port.name, "why": ""}
+            self.report = {"name": self.port.name, "why_not": ""}
         except MasqError as error:
             self.drop()
             self._retry_at = time.monotonic() + RETRY_S
-            self.report = {"name": None, "why": f"{error.what}: {error.why}"}
-            if self.report["why"] != before:
+            self.report = {"name": None, "why_not": f"{error.what}: {error.why}"}
+            if self.report["why_not"] != before:
                 log.warning("no punt port: %s", error)
 
     def serve(self) -> None:

@@ -65,9 +65,9 @@ def _checksum(data: bytes) -> int:
 class _Bucket:
     """Tokens that come back with time."""
 
-    def __init__(self, rate: float, burst: float, now: float) -> None:
+    def __init__(self, rate: float, burst: float) -> None:
         self._rate, self._burst = rate, burst
-        self._tokens, self._at = burst, now
+        self._tokens, self._at = burst, float("-inf")
 
     def has_one(self, now: float) -> bool:
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
@@ -85,13 +85,13 @@ class Allowance:
     then stands before it, which is what that one is for.
     """
 
-    def __init__(self, now: float) -> None:
-        self._all = _Bucket(RATE_OF_ALL, BURST_OF_ALL, now)
+    def __init__(self) -> None:
+        self._all = _Bucket(RATE_OF_ALL, BURST_OF_ALL)
         self._each: OrderedDict[IPv4Address, _Bucket] = OrderedDict()
 
     def take(self, destination: IPv4Address, now: float) -> bool:
         """Whether one may be sent now; it then counts as sent."""
-        bucket = self._each.setdefault(destination, _Bucket(RATE, BURST, now))
+        bucket = self._each.setdefault(destination, _Bucket(RATE, BURST))
         self._each.move_to_end(destination)
         if len(self._each) > DESTINATIONS:
             self._each.popitem(last=False)
