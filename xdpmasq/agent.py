@@ -42,6 +42,8 @@ from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
 from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
+from xdpmasq.punt import Punt
+from xdpmasq.punting import Punting
 from xdpmasq.sysctls import Sysctls
 
 log = logging.getLogger("xdpmasq")
@@ -105,6 +107,13 @@ class Agent:
         self._retry_at, self._retry_s = float("inf"), 0.0
         self._rested_at = 0.0
         self._neighbours: dict[tuple[int, str], bytes] = {}
+        self._selector = selectors.DefaultSelector()
+        self._punting = Punting(
+            self.tables,
+            self._programs,
+            self._selector,
+            lambda: Punt.open(self.tables, config.timeouts.fragment_s, config.limits.refusal),
+        )
         self._reserved = self._pool(fresh=adopted is None)
         self._forwards = forwarding.Upkeep(self.tables)
         self._forwards_to_put = config.forwards
@@ -148,7 +157,7 @@ class Agent:
 
     def _settings(self) -> None:
         fields = settings.fields(self._config, self._hz, self.tables.maps["remotes"].max_entries)
-        self.tables.set_settings(**fields, disarmed_at=bpf.jiffies())
+        self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0)
 
     def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:
         """The bitmap of slots outside the pool; claims them when the tables are new."""
@@ -183,6 +192,8 @@ class Agent:
         self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
         self.tables.set_settings(accelerate=accelerate, wan=wan.index if wan else 0, disarmed_at=bpf.jiffies())
+        self._punting.keep()
+        self._manifest["punt"] = self._punting.report
         self._save()
 
     @property
@@ -394,6 +405,7 @@ class Agent:
             self.reconcile()
             self._route()
         except BaseException:
+            self._punting.drop()
             if not adopted:
                 attachment.take_down(self._manifest)
             raise
@@ -402,18 +414,19 @@ class Agent:
     def serve(self, ready: Callable[[], None], stop: StopSignal) -> None:
         """Follows the machine until asked to stop; the datapath stays."""
         wake, _ = _wakeup_on_signals()
-        with netdev.Watch() as watch, selectors.DefaultSelector() as selector:
-            selector.register(watch, selectors.EVENT_READ)
-            selector.register(wake, selectors.EVENT_READ)
+        with netdev.Watch() as watch:
+            self._selector.register(watch, selectors.EVENT_READ)
+            self._selector.register(wake, selectors.EVENT_READ)
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
             ready()
             next_tick = next_disarm = next_sweep = time.monotonic()
             while not stop.asked:
-                selector.select(max(0.0, next_tick - time.monotonic()))
+                self._selector.select(max(0.0, min(next_tick, self._punting.due_at) - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 64)
                 self._follow(watch)
+                self._safely(self._punting.serve)
                 now = time.monotonic()
                 if now >= next_disarm:
                     self._safely(self.tables.disarm)
@@ -434,16 +447,17 @@ class Agent:
         self._safely(self._look_after_tcx)
         self._safely(self._route)
 
-    def _beat(self) -> None:
-        """The programs see that somebody is there to whom they can hand packets."""
-        self.tables.set_settings(heartbeat=bpf.jiffies())
-
     def _sweep(self) -> None:
         expiry.forget_hosts(self.tables)
         expiry.forget_bindings(self.tables)
 
+    def _beat(self) -> None:
+        """The programs punt nothing to an agent that has not been seen for long."""
+        self.tables.set_settings(heartbeat=bpf.jiffies())
+
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
+        self._punting.drop()
         if not any(each.manifest["wan"] == self._config.wan for each in datapath.find_all()):
             attachment.take_down(self._manifest)
 

@@ -60,6 +60,9 @@ class Hook:
     function: str
 
 
+PUNT_HOOK = Hook("ingress", "masq_punt_in")
+
+
 def hooks(role: Role, *, xdp: bool, ethernet: bool) -> tuple[Hook, ...]:
     """What belongs on an interface, in the order in which it is to be attached: the translation first."""
     suffix = "" if ethernet else "_l3"
@@ -356,8 +359,12 @@ def on_link(link: netdev.Link) -> list[Attached]:
 
 
 def find_all() -> list[Attached]:
-    """Every datapath in this network namespace."""
-    found = {each.maps["manifest"].id: each for link in netdev.links() for each in on_link(link)}
+    """Every datapath in this network namespace.
+
+    One of which only the punt port is left has no interface, and goes with its agent.
+    """
+    links = [link for link in netdev.links() if not netdev.is_punt_port(link)]
+    found = {each.maps["manifest"].id: each for link in links for each in on_link(link)}
     for attached in found.values():
         attached.agent_pid = presence.agent_pid(attached.manifest["wan"])
     return list(found.values())

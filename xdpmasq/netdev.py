@@ -35,6 +35,8 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 XdpMode = Literal["native", "generic"]
 Direction = Literal["ingress", "egress"]
 
+PUNT_PORT = "masq-punt"  # how the names of our own TAPs begin
+
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 T = TypeVar("T")
 
@@ -162,8 +164,17 @@ def no_such_interface(name: str, present: Iterable[Link]) -> InterfaceError:
 
 
 def match_links(patterns: Sequence[str], links: Iterable[Link]) -> list[Link]:
-    """The links that any of the patterns (``eth1``, ``lan*``, ``ppp?``) fits, each once, in their order."""
-    return [each for each in links if any(fnmatch.fnmatchcase(each.name, pattern) for pattern in patterns)]
+    """The links that any of the patterns (``eth1``, ``lan*``, ``ppp?``) fits, each once, in their order.
+
+    No pattern fits a punt port, which is no network.
+    """
+    networks = (each for each in links if not is_punt_port(each))
+    return [each for each in networks if any(fnmatch.fnmatchcase(each.name, pattern) for pattern in patterns)]
+
+
+def is_punt_port(link: Link) -> bool:
+    """Whether it is one of our own making: see punt.py."""
+    return link.kind == "tun" and link.name.startswith(PUNT_PORT)
 
 
 def _link(message: Any, driver: str) -> Link:
@@ -266,6 +277,64 @@ def _xdp_features() -> dict[int, int]:
             return dict(tuple(each.get_attr(key) for key in keys) for each in answers)
     except (NetlinkError, NetlinkDumpInterrupted):
         return {}
+
+
+TUN = "/dev/net/tun"
+TUNSETIFF = 0x400454CA
+IFF_TAP = 0x2
+IFF_NO_PI = 0x1000
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A TAP device of this process; it is there until ``fd`` is closed."""
+
+    fd: int
+    name: str
+    index: int
+
+
+def tap_create(name: str, mtu: int, queue: int) -> Tap:
+    """A TAP, non-blocking and up, without IPv6: the kernel itself sends nothing into it.
+
+    Args:
+        name: may have a ``%d``, for which the kernel puts the first free number.
+        queue: frames that wait to be read, at most.
+
+    Raises:
+        HostError: there are no TAPs here, or not for us.
+        InterfaceError: it does not come up.
+    """
+    try:
+        fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _no_tap(error) from error
+    try:
+        return _tap_of(fd, name, mtu, queue)
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, OSError):
+            raise _no_tap(error) from error
+        raise
+
+
+def _tap_of(fd: int, name: str, mtu: int, queue: int) -> Tap:
+    request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI)
+    made = fcntl.ioctl(fd, TUNSETIFF, request)[:16].split(b"\0")[0].decode()
+    index = socket.if_nametoindex(made)
+    if sysctl_get(without_ipv6 := ("net", "ipv6", "conf", made, "disable_ipv6")) == "0":
+        sysctl_set(without_ipv6, 1)
+    try:
+        with IPRoute(ext_ack=True) as ipr:
+            ipr.link("set", index=index, mtu=mtu, txqlen=queue, state="up")
+    except NetlinkError as error:
+        raise _failure(f"cannot bring {made} up", index, error) from error
+    return Tap(fd, made, index)
+
+
+def _no_tap(error: OSError) -> HostError:
+    do = "modprobe tun; a container must be given that device"
+    return HostError("cannot create a TAP", f"{TUN}: {error.strerror}", do)
 
 
 # --- addresses, routes, neighbours -----------------------------------------------------------------

@@ -96,7 +96,10 @@ def _in_namespace(name: str, cpu: int, *what: object) -> threading.Thread:
 @pytest.mark.req("4787-3")
 @two_cpus
 def test_no_two_cpus_claim_one_slot(namespace: str) -> None:
-    compiled = bpf.compile(source.flatten(source.DATAPATH[: source.DATAPATH.index("mapping.h") + 1]) + LOCKS, {"EXTERNALS": 1, "FURTHER": 64})
+    compiled = bpf.compile(
+        source.flatten(source.DATAPATH[: source.DATAPATH.index("mapping.h") + 1]) + LOCKS,
+        {"EXTERNALS": 1, "FURTHER": 64},
+    )
     program = compiled.load("take_and_put_back", "tc")
     first, second = sorted(os.sched_getaffinity(0))[:2]
     run = partial(program.test_run, bytes(14), repeat=3000)

@@ -75,6 +75,7 @@ def manifest() -> dict[str, Any]:
             {"name": "eth1", "index": 3, "role": "lan", "hook": "tc", "why": "a veth"},
         ],
         "external": "203.0.113.1",
+        "punt": {"name": "masq-punt0", "why_not": ""},
         "hz": HZ,
         "attached_at": time.time() - 3725,
         "agent_pid": 4711,
@@ -402,6 +403,15 @@ def test_status_with_the_agent_dead(capsys: pytest.CaptureFixture[str], running:
     out = capsys.readouterr().out
     assert ": working since" in out
     assert "agent     not running" in out
+    assert "punt port" not in out
+
+
+def test_status_without_a_punt_port(capsys: pytest.CaptureFixture[str], running: Running) -> None:
+    why = "cannot create a TAP: /dev/net/tun: No such file or directory"
+    running.manifest["punt"] = {"name": None, "why_not": why}
+    assert run("status") == 0
+    said = f"no punt port: {why}; out-of-order fragments are dropped, refusals are silent"
+    assert said in [line.strip() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> None:
@@ -409,10 +419,11 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
         *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "lans", "mode"),
-        *("interfaces", "sessions", "ports", "packets", "drops", "counters"),
+        *("interfaces", "punt", "sessions", "ports", "packets", "drops", "counters"),
     ]
     assert found["working"] is True
     assert found["agent"] == {"alive": True, "pid": 4711}
+    assert found["punt"] == {"name": "masq-punt0", "why_not": ""}
     assert found["sessions"] == {"total": 2, "tcp": 1, "udp": 1, "icmp": 0}
     assert found["packets"] == {"fast": 900, "slow": 100}
     assert found["drops"] == {"drop_protocol": 7}

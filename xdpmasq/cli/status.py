@@ -50,6 +50,7 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "lans": manifest["lans"],
         "mode": manifest["mode"],
         "interfaces": manifest["interfaces"],
+        "punt": _punt(manifest, attached.agent_alive),
         "sessions": {"total": len(table), **table.counts()},
         "ports": sessions.port_use(view, settings),
         "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
@@ -70,6 +71,11 @@ def _why_not(manifest: Mapping[str, Any]) -> str:
     return "" if "lan" in roles else f"no interface is there that fits {', '.join(manifest['lans'])}"
 
 
+def _punt(manifest: Mapping[str, Any], agent_alive: bool) -> dict[str, Any]:
+    """The agent's port for what programs cannot settle: it has one or says why not, and it takes it with it."""
+    return dict(manifest["punt"]) if agent_alive else {"name": None, "why_not": "the agent is not running"}
+
+
 def _sum(counters: Mapping[str, int], prefix: str) -> int:
     return sum(count for name, count in counters.items() if name.startswith(prefix))
 
@@ -78,6 +84,9 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str
     yield _headline(fields)
     yield ""
     yield _line("agent", _agent(fields["agent"]))
+    if fields["agent"]["alive"] and not fields["punt"]["name"]:
+        lacking = "out-of-order fragments are dropped, refusals are silent"
+        yield _line("", f"no punt port: {fields['punt']['why_not']}; {lacking}")
     yield _line("external", f"{fields['external'] or 'no address yet'} on {fields['wan']}")
     yield _line("internal", ", ".join(fields["lans"]))
     yield from _labelled(f"mode {fields['mode']}", common.interface_lines(fields["interfaces"]))

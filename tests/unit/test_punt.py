@@ -1,0 +1,263 @@
+"""The punt port, with a pair of sockets in the place of the TAP, and of the raw socket a list."""
+
+import contextlib
+import random
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scapy.layers.inet import ICMP, IP, UDP
+
+from xdpmasq import datapath, netdev, punt
+from xdpmasq.errors import HostError
+from xdpmasq.orphans import Key
+from xdpmasq.punt import BUDGET, FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, Punt
+
+HOST, REMOTE = "192.168.0.2", "198.51.100.10"
+
+
+class Wire:
+    """The far end of the port: what the kernel's programs do, and what the sender hears."""
+
+    def __init__(self, **options: Any) -> None:
+        near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (near, self._far):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self.told: list[tuple[bytes, str]] = []
+        self.refuses: OSError | None = None
+        self.firsts: set[Key] = set()
+        self.asked = 0
+        tap = netdev.Tap(near.detach(), "masq-punt0", 7)
+        self.punt = Punt(tap, self._known, self, 30, **options)  # type: ignore[arg-type]
+
+    def _known(self, keys: Any) -> list[Key]:
+        self.asked += 1
+        return [key for key in keys if key in self.firsts]
+
+    def sendto(self, text: bytes, address: tuple[str, int]) -> None:
+        if self.refuses:
+            raise self.refuses
+        self.told.append((text, address[0]))
+
+    def close(self) -> None:  # by the port, as its ICMP socket
+        self._far.close()
+
+    def put(self, *frames: bytes) -> None:
+        for frame in frames:
+            self._far.send(frame)
+
+    def returned(self) -> list[bytes]:
+        frames = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                frames.append(self._far.recv(1 << 17))
+        return frames
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    made = Wire()
+    yield made
+    made.punt.close()
+
+
+def frame(reason: int, packet: bytes, *, local: int = 2, ethertype: int = 0x0800) -> bytes:
+    return struct.pack("!BBI6sH", local, reason, 7, b"source", ethertype) + packet
+
+
+def later(number: int = 1, *, offset: int = 1, text: bytes = b"the rest") -> bytes:
+    return bytes(IP(src=HOST, dst=REMOTE, id=number, frag=offset, proto=17) / text)
+
+
+def key_of(number: int = 1) -> Key:
+    return Key(socket.inet_aton(HOST), socket.inet_aton(REMOTE), struct.pack("!H", number), 17)
+
+
+@pytest.mark.parametrize("reason", [FRAGMENT_IN, FRAGMENT_OUT])
+def test_fragments_go_back_as_they_came_once_their_first_is_known(wire: Wire, reason: int) -> None:
+    frames = [frame(reason, later(offset=n, text=b"%d" % n) + b"padding") for n in (3, 1, 2)]
+    wire.put(*frames)
+    wire.punt.receive(0)
+    assert wire.punt.tick(0) == pytest.approx(0.005)
+    assert wire.returned() == []
+    wire.firsts.add(key_of())
+    assert wire.punt.tick(0.005) is None
+    assert wire.returned() == frames
+    assert wire.punt.counts == {"held": 3, "released": 3, "expired": 0, "refused": 0, "told": 0, "untold": 0}
+
+
+def test_a_first_that_came_meanwhile_releases_at_once(wire: Wire) -> None:
+    wire.firsts.add(key_of())
+    wire.put(frame(FRAGMENT_OUT, later()))
+    wire.punt.receive(0)
+    assert wire.punt.tick(0) is None
+    assert wire.returned() == [frame(FRAGMENT_OUT, later())]
+
+
+def test_nothing_is_asked_while_nothing_is_held(wire: Wire) -> None:
+    assert wire.punt.tick(0) is None
+    wire.put(frame(FRAGMENT_IN, later()))
+    wire.punt.receive(0)
+    assert wire.punt.tick(0) == pytest.approx(0.005)
+    assert wire.punt.tick(30) is None
+    asked = wire.asked
+    assert wire.punt.tick(60) is None
+    assert wire.asked == asked
+    assert wire.punt.counts["expired"] == 1
+
+
+def test_one_call_takes_no_more_than_its_budget(wire: Wire) -> None:
+    wire.put(*(frame(FRAGMENT_IN, later(number)) for number in range(BUDGET + 5)))
+    wire.punt.receive(0)
+    assert wire.punt.counts["held"] == BUDGET
+    wire.punt.receive(0)
+    assert wire.punt.counts["held"] == BUDGET + 5
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "kind"),
+    [
+        ({}, REFUSED, (3, 13)),
+        ({"refusal_": "prohibited"}, REFUSED, (3, 13)),
+        ({"refusal_": "host-unreachable"}, REFUSED, (3, 1)),
+        ({"refusal_": "host-unreachable"}, TTL, (11, 0)),
+    ],
+)
+def test_the_sender_is_told(options: dict[str, Any], reason: int, kind: tuple[int, int]) -> None:
+    wire = Wire(**options)
+    packet = bytes(IP(src=HOST, dst=REMOTE, ttl=63) / UDP(sport=5000) / b"text")
+    wire.put(frame(reason, packet))
+    wire.punt.receive(0)
+    ((text, to),) = wire.told
+    assert to == HOST
+    assert (text[0], text[1]) == kind
+    assert text[8:] == packet
+    assert wire.punt.counts["told"] == 1
+    wire.punt.close()
+
+
+def test_too_many_and_refused_ones_are_counted(wire: Wire) -> None:
+    packet = frame(REFUSED, bytes(IP(src=HOST, dst=REMOTE) / UDP()))
+    wire.refuses = PermissionError(13, "a broadcast address")
+    wire.put(packet)
+    wire.punt.receive(0)
+    wire.refuses = None
+    wire.put(*[packet] * 40)
+    wire.punt.receive(0)
+    assert (len(wire.told), wire.punt.counts["told"], wire.punt.counts["untold"]) == (19, 19, 22)
+
+
+UNHEEDED = {
+    "MLD": frame(FRAGMENT_IN, bytes.fromhex("6000000000240001") + bytes(68), ethertype=0x86DD),
+    "ARP": frame(REFUSED, bytes(28), ethertype=0x0806),
+    "multicast": frame(FRAGMENT_IN, later(), local=0x33),
+    "unknown reason": frame(4, later()),
+    "first fragment": frame(FRAGMENT_IN, bytes(IP(src=HOST, dst=REMOTE, flags="MF") / UDP() / bytes(16))),
+    "error about an error": frame(REFUSED, bytes(IP(src=HOST, dst=REMOTE) / ICMP(type=3) / later())),
+    "cut short": frame(FRAGMENT_IN, later()[:-1]),
+    "no packet": frame(FRAGMENT_IN, b""),
+    "no frame": b"\2",
+}
+
+
+@pytest.mark.parametrize("strange", UNHEEDED.values(), ids=UNHEEDED)
+def test_what_is_not_for_us_is_left_alone(wire: Wire, strange: bytes) -> None:
+    wire.put(strange)
+    wire.punt.receive(0)
+    assert wire.punt.tick(0) is None
+    assert not any(wire.punt.counts.values())
+    assert wire.told == wire.returned() == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_frame_makes_it_raise(wire: Wire, seed: int) -> None:
+    chance, now = random.Random(seed), 0.0
+    whole = [*UNHEEDED.values(), *(frame(reason, later(text=bytes(40))) for reason in range(5))]
+    whole += [frame(reason, bytes(IP(src=HOST, dst=REMOTE) / UDP() / bytes(40))) for reason in range(5)]
+    wire.firsts.add(key_of())
+    for _ in range(5000):
+        data = bytearray(chance.choice(whole))
+        for _ in range(chance.randrange(5)):
+            data[chance.randrange(min(len(data), 40))] = chance.randrange(256)
+        data = data[: chance.randrange(1, len(data) + 1)] if chance.random() < 0.3 else data
+        now += 0.01
+        wire.put(bytes(data))
+        wire.punt.receive(now)
+        wire.punt.tick(now)
+        wire.returned()
+    assert wire.punt.counts["released"]
+    assert wire.told
+
+
+# --- what the kernel knows -------------------------------------------------------------------------
+
+ADDR = [("word", "u4", (1,))]
+FRAGMENT_KEY = np.dtype([("src", ADDR), ("dst", ADDR), ("id", "u4"), ("proto", "u4")])
+FRAGMENT = np.dtype([("new_addr", ADDR, (2,)), ("seen_at", "u4")])
+
+
+class Fragments:
+    """The map, with its layout."""
+
+    key = FRAGMENT_KEY
+
+    def __init__(self, seen_at: dict[bytes, int]) -> None:
+        self._seen_at = seen_at
+
+    def get(self, key: Any) -> Any:
+        at = self._seen_at.get(np.asarray(key, self.key).tobytes())
+        if at is None:
+            return None
+        value = np.zeros(1, FRAGMENT)
+        value["seen_at"] = at
+        return value[0]
+
+
+@pytest.mark.parametrize(
+    ("now", "seen_at", "is_known"),
+    [
+        pytest.param(1000, 1000, True, id="just now"),
+        pytest.param(1000, 900, True, id="at the limit"),
+        pytest.param(1000, 899, False, id="too old"),
+        pytest.param(1000, 1001, True, id="since the clock was read"),
+        pytest.param(5, 2**32 - 90, True, id="before the clock began anew"),
+        pytest.param(50, 2**32 - 90, False, id="long before it"),
+    ],
+)
+def test_only_a_fresh_first_counts(monkeypatch: pytest.MonkeyPatch, now: int, seen_at: int, is_known: bool) -> None:
+    # as the C has it: addresses and id as on the wire, the id widened by zeros
+    wire_id = int(np.frombuffer(struct.pack("!H", 0x1234), np.uint16)[0])
+    raw = socket.inet_aton(HOST) + socket.inet_aton(REMOTE) + struct.pack("=II", wire_id, 17)
+    tables = type("", (), {"maps": {"fragments": Fragments({raw: seen_at})}, "settings": {"fragment": 100}})
+    monkeypatch.setattr(punt.bpf, "jiffies", lambda: now)
+    keys = [key_of(0x1234), key_of(0x1235)]
+    assert punt.known_firsts(tables(), keys) == keys[:is_known]  # type: ignore[arg-type]
+
+
+def test_the_reasons_are_those_of_the_c() -> None:
+    types = (Path(__file__).parents[2] / "bpf" / "types.h").read_text()
+    names = types.partition("enum punt_reason {")[2].partition("}")[0]
+    listed = [line.split(",")[0].strip() for line in names.splitlines() if "PUNT_" in line]
+    assert listed == ["PUNT_FRAGMENT_IN", "PUNT_FRAGMENT_OUT", "PUNT_REFUSED", "PUNT_TTL", "PUNT_REASONS"]
+    assert (FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL) == (0, 1, 2, 3)
+
+
+def test_without_the_device_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(netdev, "TUN", str(tmp_path / "tun"))
+    with pytest.raises(HostError, match=r"cannot create a TAP: .*/tun: No such file or directory; modprobe tun"):
+        Punt.open(datapath.Tables({}), 30)
+
+
+@pytest.mark.parametrize("pattern", ["masq*", "masq-punt0", "*"])
+def test_a_punt_port_fits_no_pattern(pattern: str) -> None:
+    values = {"mac": bytes(6), "mtu": 1500, "up": True, "carrier": True, "driver": "", "ethernet": True}
+    others: dict[str, Any] = {**values, "xdp_prog_id": 0, "xdp_mode": None}
+    ours = netdev.Link(index=2, name="masq-punt0", kind="tun", **others)
+    assert netdev.match_links([pattern], [ours]) == []
+    same_name = netdev.Link(index=2, name="masq-punt0", kind="veth", **others)
+    assert netdev.match_links([pattern], [same_name]) == [same_name]

@@ -1,0 +1,187 @@
+"""The punt port: a TAP on which the kernel's programs hand the agent what they cannot settle.
+
+A frame's destination MAC says why it comes and of which interface it is (``struct punt_header`` of bpf/types.h), the
+rest is the packet as the hook saw it. Fragments that overtook their first one go back the same way, unchanged, once
+that one is known; the senders of refused packets are told by ICMP. The TAP lives as long as the agent.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from xdpmasq import bpf, expiry, ipv4, netdev, refusal
+from xdpmasq.datapath import Tables
+from xdpmasq.errors import HostError
+from xdpmasq.orphans import Key, Orphans
+
+MTU = 65521  # the most a TAP takes: no redirected packet is refused for its size
+QUEUE = 500  # frames that wait for the agent
+BUDGET = 64  # frames at one go: expiry and netlink have their turn, whatever comes in here
+
+# enum punt_reason and struct punt_header of bpf/types.h
+FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL = range(4)
+LOCAL = 0x02
+_HEADER = struct.Struct("!BBI6xH")
+_ETH_P_IP = 0x0800
+
+_SOL_RAW, _ICMP_FILTER, _NO_TYPE = 255, 1, struct.pack("=I", 0xFFFFFFFF)  # linux/icmp.h
+
+Refusal = Literal["prohibited", "host-unreachable"]
+Known = Callable[[Iterable[Key]], list[Key]]
+
+
+class Punt:
+    """One punt port.
+
+    Args:
+        tap: the TAP, this object's from now on.
+        known: of some datagrams, those whose first fragment the kernel has seen.
+        icmp: a raw ICMP socket, this object's from now on.
+        patience_s: how long fragments are held.
+        refusal_: what is said of packets for which no session was possible.
+
+    Attributes:
+        counts: fragments by what became of them (see :class:`Orphans`), and senders ``told`` and ``untold`` (too
+            many at once, or the kernel refused).
+    """
+
+    def __init__(
+        self,
+        tap: netdev.Tap,
+        known: Known,
+        icmp: socket.socket,
+        patience_s: float,
+        refusal_: Refusal = "prohibited",
+    ) -> None:
+        self._tap, self._known, self._icmp = tap, known, icmp
+        self._orphans = Orphans(patience_s)
+        self._messages = {REFUSED: refusal.REFUSALS[refusal_], TTL: refusal.TIME_EXCEEDED}
+        self._allowance = refusal.Allowance()
+        self.counts = self._orphans.counts
+        self.counts |= {"told": 0, "untold": 0}
+
+    @classmethod
+    def open(cls, tables: Tables, patience_s: float, refusal_: Refusal = "prohibited") -> Self:
+        """Makes the TAP and brings it up; settings and the program on it are the caller's.
+
+        Raises:
+            MasqError: this machine lets us have none.
+        """
+        tap = netdev.tap_create(f"{netdev.PUNT_PORT}%d", MTU, QUEUE)
+        try:
+            icmp = _icmp_socket()
+        except OSError as error:
+            os.close(tap.fd)
+            raise HostError("cannot open a raw ICMP socket", error.strerror or "", "run it as root") from error
+        return cls(tap, lambda keys: known_firsts(tables, keys), icmp, patience_s, refusal_)
+
+    def fileno(self) -> int:
+        return self._tap.fd
+
+    @property
+    def name(self) -> str:
+        return self._tap.name
+
+    @property
+    def ifindex(self) -> int:
+        return self._tap.index
+
+    def close(self) -> None:
+        """The TAP goes, and what is held with it."""
+        os.close(self._tap.fd)
+        self._icmp.close()
+
+    def receive(self, now: float) -> None:
+        """Takes what has come, at most :data:`BUDGET` frames.
+
+        Raises:
+            OSError: the TAP is gone.
+        """
+        for _ in range(BUDGET):
+            try:
+                frame = os.read(self._tap.fd, MTU + _HEADER.size)
+            except BlockingIOError:
+                break
+            self._take(frame, now)
+
+    def tick(self, now: float) -> float | None:
+        """Puts back the fragments whose first has come.
+
+        Returns:
+            Seconds until the next call is needed; None: when something has been received.
+        """
+        if due := self._orphans.due(now):
+            for key in self._known(due):
+                for frame in self._orphans.release(key, now):
+                    self._put_back(frame)
+        return self._orphans.pause(now)
+
+    def _take(self, frame: bytes, now: float) -> None:
+        if len(frame) < _HEADER.size:
+            return
+        local, reason, _, ethertype = _HEADER.unpack_from(frame)
+        # The TAP is an interface like any other: who likes can send to it.
+        if local != LOCAL or ethertype != _ETH_P_IP:
+            return
+        packet = frame[_HEADER.size :]
+        if reason in (FRAGMENT_IN, FRAGMENT_OUT):
+            header = ipv4.parse(packet)
+            if header and header.offset:
+                key = Key(header.src, header.dst, header.id, header.protocol)
+                self._orphans.hold(key, header.offset, frame, now)
+        elif reason in self._messages:
+            self._tell(packet, self._messages[reason], now)
+
+    def _put_back(self, frame: bytes) -> None:
+        try:
+            os.write(self._tap.fd, frame)
+        except OSError:  # no memory, or the TAP is down: the sender will notice, as with any loss
+            self.counts["released"] -= 1
+            self.counts["refused"] += 1
+
+    def _tell(self, packet: bytes, kind: tuple[int, int], now: float) -> None:
+        made = refusal.message(packet, kind)
+        if made is None:
+            return
+        destination, text = made
+        told = self._allowance.take(destination, now)
+        if told:
+            try:
+                self._icmp.sendto(text, (str(destination), 0))
+            except OSError:  # no route to it, a broadcast address, no room in the queue
+                told = False
+        self.counts["told" if told else "untold"] += 1
+
+
+def _icmp_socket() -> socket.socket:
+    """Sends only. The kernel routes what it sends, and gives it the source address of that way."""
+    made = socket.socket(
+        socket.AF_INET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.IPPROTO_ICMP
+    )
+    made.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, refusal.PRECEDENCE)
+    made.setsockopt(_SOL_RAW, _ICMP_FILTER, _NO_TYPE)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # the least there is, for types that no filter names
+    return made
+
+
+def known_firsts(tables: Tables, keys: Iterable[Key]) -> list[Key]:
+    """Those whose first fragment has left its translation, as ``fragment_recall`` of bpf/fragment.h sees it: were we
+    to take an old one for known, its pieces would come back.
+    """
+    table, limit, now = tables.maps["fragments"], int(tables.settings["fragment"]), bpf.jiffies()
+    firsts = {key: table.get(_fragment_key(key, table.key)) for key in keys}
+    seen_at = {key: first["seen_at"] for key, first in firsts.items() if first is not None}
+    ages = expiry.age(now, np.array([*seen_at.values()], np.uint32))
+    return [key for key, age in zip(seen_at, ages, strict=True) if age <= limit]
+
+
+def _fragment_key(key: Key, layout: np.dtype[Any]) -> Any:
+    src, dst, id_ = (int.from_bytes(each, sys.byteorder) for each in (key.src, key.dst, key.id))
+    return np.array((([src],), ([dst],), id_, key.protocol), layout)
