@@ -63,6 +63,7 @@ def test_default_pool(gateway: Gateway) -> None:
 
 
 @pytest.mark.req("6888-15")
+@pytest.mark.req("7857-9")
 @pytest.mark.req("attacks-predict")
 def test_ports_look_random(gateway: Gateway) -> None:
     """10,000 ports over 32 equal boxes of the pool (chi-square), and no trend from one to the next (runs)."""
@@ -139,6 +140,7 @@ def test_a_closed_port_rests(gateway: Gateway) -> None:
     assert second != first
 
 
+@pytest.mark.req("6888-8")
 def test_resting_ports_are_avoided_while_others_are_free(gateway: Gateway) -> None:
     gateway.pool(udp=((3000, 64),))
     resting = set(_open_many(gateway, 32))

@@ -208,6 +208,7 @@ def small() -> Iterator[Gateway]:
 @pytest.mark.req("reliability-full")
 @pytest.mark.req("6888-11")
 @pytest.mark.req("6888-13")
+@pytest.mark.req("6888-8")
 def test_ports_used_up(small: Gateway) -> None:
     with small.udp("b-box") as old:
         endpoint = who(old)
