@@ -2,11 +2,12 @@
 # make test    set up, run the whole test suite
 # make bench   the benchmark table
 # make check   lint and types only
+# make conformance   write docs/conformance.md anew from the tests' marks
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test bench check clean
+.PHONY: setup demo test bench check conformance clean
 
 setup: $(VENV)/ready
 
@@ -19,7 +20,7 @@ demo: setup
 
 test: setup
 	@[ "$$(id -u)" = 0 ] || { echo "make test: most tests need root and would be skipped; run it as root" >&2; exit 1; }
-	$(PYTHON) -m ruff check xdpmasq tests
+	$(PYTHON) -m ruff check xdpmasq tests tools
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -n auto --dist loadgroup
 
@@ -27,9 +28,12 @@ bench: setup
 	$(RUN) bench
 
 check: setup
-	$(PYTHON) -m ruff check xdpmasq tests
-	$(PYTHON) -m ruff format --check xdpmasq tests
+	$(PYTHON) -m ruff check xdpmasq tests tools
+	$(PYTHON) -m ruff format --check xdpmasq tests tools
 	$(PYTHON) -m mypy
+
+conformance: setup
+	$(PYTHON) tools/conformance.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

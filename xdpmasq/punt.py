@@ -33,7 +33,7 @@ _ETH_P_IP = 0x0800
 
 _SOL_RAW, _ICMP_FILTER, _NO_TYPE = 255, 1, struct.pack("=I", 0xFFFFFFFF)  # linux/icmp.h
 
-Refusal = Literal["prohibited", "host-unreachable"]
+Refusal = str  # one of config.REFUSALS
 Known = Callable[[Iterable[Key]], list[Key]]
 
 

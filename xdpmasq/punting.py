@@ -96,4 +96,5 @@ class Punting:
             return False
         hook, index = datapath.PUNT_HOOK, self.port.ifindex
         link = next((link for link in netdev.links() if link.index == index and link.up), None)
-        return bool(link) and (hook.kind, self._programs[hook.function].id) in attachment.tc_programs(link)
+        wanted = (hook.kind, self._programs[hook.function].id)
+        return link is not None and wanted in attachment.tc_programs(link)

@@ -126,6 +126,7 @@ def test_first_fragment_within_the_tcp_options(gateway: Gateway) -> None:
     assert gateway.outbound(packet).ended == "drop_fragment_tiny"
 
 
+@pytest.mark.req("attacks-fragments")
 def test_tcp_fragment_at_offset_8(gateway: Gateway) -> None:
     """RFC 3128: it would overwrite the flags that were looked at."""
     port = gateway.connect(HOST, 5000, SERVER, 80)
@@ -139,6 +140,7 @@ def test_tcp_fragment_at_offset_8(gateway: Gateway) -> None:
     assert gateway.inbound(overlap).ended == "drop_malformed"
 
 
+@pytest.mark.req("attacks-fragments")
 def test_a_total_over_64k(gateway: Gateway) -> None:
     gateway.outbound(fragment(udp(HOST, 5000, SERVER, 53, bytes(2000), id=77), 1400)[0])
     fits = IP(src=HOST, dst=SERVER, frag=8189, id=77, proto=17) / Raw(bytes(3))

@@ -111,6 +111,7 @@ def _agree(fast: Result, slow: Result) -> None:
 
 
 @pytest.mark.req("attacks-leak")
+@pytest.mark.req("reliability-fuzz")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mutated_packets(flying: tuple[Gateway, dict[str, int]], seed: int) -> None:
     gateway, ports = flying

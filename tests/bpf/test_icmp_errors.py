@@ -160,6 +160,7 @@ def test_path_mtu_is_kept(gateway: Gateway, mtu: int) -> None:
     assert result.bytes == wire(icmp_error(ROUTER, HOST, sent, (3, 4), rest=mtu))
 
 
+@pytest.mark.req("5508-3")
 def test_rfc_4884_extensions_are_left_alone(gateway: Gateway) -> None:
     """128 bytes of quote, as the length field says, then an extension structure (an MPLS label)."""
     extension = bytes.fromhex("2000 dfff 0008 0101 1e00 0140")
@@ -255,6 +256,29 @@ def test_errors_neither_refresh_nor_end_a_session(gateway: Gateway, flow: Flow) 
         assert gateway.outbound(icmp_error(HOST, SERVER, delivered, kind)).ended == "slow_icmp_error_outbound"
     assert row.tobytes() == before
     assert gateway.inbound(answer).ended == "slow_inbound"
+
+
+@pytest.mark.req("5508-6")
+@pytest.mark.req("4787-12")
+@pytest.mark.req("5382-10")
+@pytest.mark.parametrize("flow", EACH_FLOW)
+def test_no_icmp_message_ends_a_session(gateway: Gateway, flow: Flow) -> None:
+    """Of any type there is or may be, from anybody, quoting the session's own packets."""
+    port = gateway.open(flow.sent)
+    answer = flow.answer(port)
+    slot = gateway.slots()[0]
+    before = gateway.tables.sessions[slot].tobytes()
+    outside, delivered = rebuilt(flow.sent, **flow.outside(port)), rebuilt(answer, **flow.inside)
+    for icmp_type in range(256):
+        if icmp_type not in (0, 8):  # an echo is no message about a session: it is one
+            for code in (0, 4):
+                for source in (ROUTER, SERVER):
+                    gateway.inbound(icmp_error(source, GATEWAY, outside, (icmp_type, code)))
+                for source in (HOST, OTHER_HOST):
+                    gateway.outbound(icmp_error(source, SERVER, delivered, (icmp_type, code)))
+    assert gateway.tables.sessions[slot].tobytes() == before
+    assert gateway.inbound(answer).ended == "slow_inbound"
+    assert gateway.open(flow.sent) == port
 
 
 def test_expired_session(gateway: Gateway) -> None:

@@ -122,6 +122,7 @@ def _to_internal(destination: str) -> list[Packet]:
     ]
 
 
+@pytest.mark.req("attacks-martian")
 @pytest.mark.parametrize(
     "packet",
     [

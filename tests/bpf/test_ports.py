@@ -12,6 +12,7 @@ from harness import (
     FURTHER,
     GATEWAY,
     HOST,
+    OTHER_SERVER,
     POOL,
     SERVER,
     SYN,
@@ -62,6 +63,7 @@ def test_default_pool(gateway: Gateway) -> None:
 
 
 @pytest.mark.req("6888-15")
+@pytest.mark.req("7857-9")
 @pytest.mark.req("attacks-predict")
 def test_ports_look_random(gateway: Gateway) -> None:
     """10,000 ports over 32 equal boxes of the pool (chi-square), and no trend from one to the next (runs)."""
@@ -94,14 +96,21 @@ def test_every_port_of_the_pool_can_be_had(gateway: Gateway) -> None:
 
 
 @pytest.mark.req("4787-11")
-def test_default_pool_used_to_99_percent(gateway: Gateway) -> None:
+@pytest.mark.parametrize("percent", [0, 50, 99])
+def test_default_pool_in_use(gateway: Gateway, percent: int) -> None:
+    """However full: a port that was free, its own for each host, one for all remotes, and closed to strangers."""
     bits = np.unpackbits(gateway.tables.claims.view(np.uint8), bitorder="little")
     free = np.flatnonzero(bits[PORTS : 2 * PORTS] == 0)
-    left = set(np.random.default_rng(1).choice(free, len(free) // 100, replace=False))
+    left = set(np.random.default_rng(1).choice(free, len(free) * (100 - percent) // 100, replace=False))
     bits[[PORTS + port for port in free if port not in left]] = 1
     gateway.tables.claims[:] = np.packbits(bits, bitorder="little").view(np.uint64)
-    ports = _open_many(gateway, len(left) // 2)
+    ports = _open_many(gateway, len(free) // 200)
+    assert len(set(ports)) == len(ports)
     assert set(ports) <= left
+    for host, port in zip(HOSTS[:60], ports, strict=False):  # all with source port 1024
+        assert {gateway.open(udp(host, 1024, *remote)) for remote in ((SERVER, 54), (OTHER_SERVER, 53))} == {port}
+        assert gateway.inbound(udp(OTHER_SERVER, 53, GATEWAY, port)).ip.dst == host
+        assert gateway.inbound(udp(OTHER_SERVER, 54, GATEWAY, port)).ended == "drop_filtered"
 
 
 @pytest.mark.req("reliability-full")
@@ -131,6 +140,7 @@ def test_a_closed_port_rests(gateway: Gateway) -> None:
     assert second != first
 
 
+@pytest.mark.req("6888-8")
 def test_resting_ports_are_avoided_while_others_are_free(gateway: Gateway) -> None:
     gateway.pool(udp=((3000, 64),))
     resting = set(_open_many(gateway, 32))

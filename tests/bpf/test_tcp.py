@@ -6,6 +6,7 @@ from harness import (
     FIN,
     GATEWAY,
     HOST,
+    OTHER_SERVER,
     PSH,
     RST,
     SERVER,
@@ -120,6 +121,22 @@ def test_life(connection: Connection, segments: list[tuple[str, int]], limit: in
     for who, flags in segments:
         assert connection.say(who, flags) in ("slow_outbound", "slow_inbound")
     assert connection.limit == limit
+
+
+@pytest.mark.req("5382-2")
+@pytest.mark.req("5382-4")
+def test_a_stranger_knocks_and_the_host_calls_back(gateway: Gateway) -> None:
+    """Both sides open at once, and the stranger's SYN comes first: it gets no answer, which would end its attempt."""
+    port = gateway.connect(HOST, 5000, OTHER_SERVER, 80)
+    knock = tcp(SERVER, 80, GATEWAY, port, SYN, seq=500)
+    assert gateway.inbound(knock).ended == "drop_filtered"
+    assert gateway.open(tcp(HOST, 5000, SERVER, 80, SYN, seq=100)) == port
+    assert gateway.inbound(knock).ip.dst == HOST
+    connection = Connection(gateway)
+    connection.port = port
+    connection.say(HOST_SAYS, SYN | ACK, 100)
+    connection.say(SERVER_SAYS, SYN | ACK, 500)
+    assert connection.limit == ESTABLISHED
 
 
 # --- RST -------------------------------------------------------------------------------------------

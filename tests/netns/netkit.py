@@ -456,6 +456,24 @@ def _is_private(address: bytes) -> bool:
     return any(IPv4Address(address) in network for network in PRIVATE)
 
 
+# --- the kernel's own rules ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def rules(gateway: Gateway, chains: str) -> Iterator[None]:
+    """These chains are in force in masq-gate, in a table called test."""
+    gateway.lab.exec(GATE, ["nft", "-f", "-"], input=f"table inet test {{\n{chains}\n}}")
+    try:
+        yield
+    finally:
+        gateway.gate("nft", "delete", "table", "inet", "test")
+
+
+def chain(*lines: str) -> str:
+    """A forward chain of these rules, for :func:`rules`."""
+    return "chain forward { type filter hook forward priority filter;\n" + "\n".join(lines) + "\n}"
+
+
 # --- odds and ends ---------------------------------------------------------------------------------
 
 

@@ -89,6 +89,26 @@ def test_adopting_takes_over_what_the_options_say(bare: Gateway) -> None:
     assert differences(before, snapshot(bare.lab)) == []
 
 
+@pytest.mark.req("attacks-config")
+@in_tc
+def test_a_bad_configuration_is_refused_whole(fresh: Gateway) -> None:
+    """Neither its wrong half nor its right one reaches the running datapath, which an agent would now adopt."""
+    fresh.kill_agent()
+    file = fresh.lab.directory / "masq.toml"
+    with fresh.udp("a-box") as client:
+        endpoint = who(client)
+        before, settings = snapshot(fresh.lab), fresh.tables.settings.tobytes()
+        for text in ("[timeouts]\nudp_s = 90\nicmp_s = 1\n", "[timeouts]\nudp_s = 90\nicmp = 60\n", "[timeouts\n"):
+            file.write_text(text)
+            done = fresh.masq("attach", "--config", str(file), "--wan", "wan0", "--lan", "lan0", check=False)
+            assert done.returncode == 2
+            assert f"{file}, line " in done.stderr
+            assert differences(before, snapshot(fresh.lab)) == []
+            assert fresh.tables.settings.tobytes() == settings
+        assert who(client) == endpoint
+        assert fresh.opens("b-box")
+
+
 def test_a_second_attach_is_refused_and_harms_nothing(gateway: Gateway) -> None:
     pid = gateway.agent_pid
     with gateway.udp("a-box") as client:

@@ -107,6 +107,23 @@ def test_tcp_has_a_long_time_and_a_short_one(gateway: Gateway) -> None:
     soon(lambda: endpoint not in gateway.mappings(), "it has ended")
 
 
+@pytest.mark.req("4787-5")
+@pytest.mark.req("5382-5")
+@pytest.mark.req("5508-2")
+@pytest.mark.req("4787-6")
+@pytest.mark.parametrize("mode", ["tc"], indirect=True)
+def test_times_of_a_file_reach_the_programs(bare: Gateway) -> None:
+    """There they are obeyed, as the tests of the programs show."""
+    wanted = {"tcp_established": 8000, "tcp_transitory": 250, "udp": 400, "icmp": 70}
+    file = bare.lab.directory / "masq.toml"
+    lines = ["[timeouts]", *(f"{name}_s = {value}" for name, value in wanted.items())]
+    file.write_text("\n".join([*lines, "[sessions]", "inbound_refresh = false\n"]))
+    bare.attach("--config", str(file))
+    settings, hz = bare.tables.settings, bare.tables.hz
+    assert {name: int(settings[name]) // hz for name in wanted} == wanted
+    assert not settings["inbound_refresh"]
+
+
 def state_of(gateway: Gateway, endpoint: str) -> str:
     return next((each["state"] for each in gateway.sessions("--internal", endpoint)), "")
 
@@ -191,6 +208,7 @@ def small() -> Iterator[Gateway]:
 @pytest.mark.req("reliability-full")
 @pytest.mark.req("6888-11")
 @pytest.mark.req("6888-13")
+@pytest.mark.req("6888-8")
 def test_ports_used_up(small: Gateway) -> None:
     with small.udp("b-box") as old:
         endpoint = who(old)

@@ -3,13 +3,12 @@
 The standard lab; rules are loaded in masq-gate: ``LAN boxes ─ lan0 masq-gate [forward chain] wan0 ─ internet``.
 """
 
-import contextlib
 import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
-from netkit import CURL, GATE, Gateway, Stream, Wire, answers, ask, who
+from netkit import CURL, Gateway, Stream, Wire, answers, ask, chain, rules, who
 
 from xdpmasq.lab.servers import EchoServer, WebServer
 from xdpmasq.lab.topology import INTERNET
@@ -46,19 +45,6 @@ def gateway(_shared: tuple[Gateway, WebServer]) -> Iterator[Gateway]:
 @pytest.fixture
 def web(_shared: tuple[Gateway, WebServer]) -> WebServer:
     return _shared[1]
-
-
-@contextlib.contextmanager
-def rules(gateway: Gateway, chains: str) -> Iterator[None]:
-    gateway.lab.exec(GATE, ["nft", "-f", "-"], input=f"table inet test {{\n{chains}\n}}")
-    try:
-        yield
-    finally:
-        gateway.gate("nft", "delete", "table", "inet", "test")
-
-
-def chain(*lines: str) -> str:
-    return "chain forward { type filter hook forward priority filter;\n" + "\n".join(lines) + "\n}"
 
 
 def test_a_drop_rule_keeps_a_new_session_out(gateway: Gateway) -> None:

@@ -311,6 +311,23 @@ def test_a_tun_wan_in_tc_mode() -> None:
         assert differences(before, snapshot(gateway.lab)) == []
 
 
+@pytest.mark.req("reliability-address")
+def test_a_new_address_on_a_tun_wan() -> None:
+    """As pppd gets one when the line was down for a moment."""
+    with Gateway.in_new_lab("tc", wan="tun") as gateway:
+        EchoServer(gateway.lab)
+        wire = Wire(gateway.lab)
+        gateway.lab.exec("transit", ["ip", "route", "add", "203.0.113.77", "dev", "ppp0"])
+        with gateway.udp("a-box") as client:
+            old = who(client)
+            gateway.gate("ip", "address", "flush", "dev", "wan0")
+            gateway.gate("ip", "address", "add", "203.0.113.77", "peer", TRANSIT, "dev", "wan0")
+            gateway.gate("ip", "route", "replace", "default", "via", TRANSIT, "dev", "wan0")
+            soon(lambda: seen(client).startswith("203.0.113.77:"), "the new address is used", timeout_s=1)
+            assert old not in gateway.mappings().values()
+        wire.check()
+
+
 def test_a_tun_wan_refuses_xdp() -> None:
     with Gateway.in_new_lab("xdp", wan="tun", attach=False) as gateway:
         before = snapshot(gateway.lab)

@@ -14,7 +14,7 @@ from netkit import CURL, ECHO, GATE, Gateway, ask, soon, who
 from xdpmasq.lab.servers import ECHO_PORT, EchoServer, WebServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC
 
-IP_MTU_DISCOVER, IP_PMTUDISC_DO, IP_RECVERR, IP_MTU = 10, 2, 11, 14  # linux/in.h
+IP_MTU_DISCOVER, IP_PMTUDISC_DONT, IP_PMTUDISC_DO, IP_RECVERR, IP_MTU = 10, 0, 2, 11, 14  # linux/in.h
 MSG_ERRQUEUE = 0x2000
 
 
@@ -133,6 +133,48 @@ def test_too_big_for_the_lan(gateway: Gateway) -> None:
     finally:
         gateway.gate("ip", "link", "set", "lan0", "mtu", "1500")
         gateway.lab.exec("internet", ["ip", "route", "flush", "cache"])
+
+
+@pytest.fixture
+def narrow_wan(gateway: Gateway) -> Iterator[None]:
+    gateway.gate("ip", "link", "set", "wan0", "mtu", "1300")
+    try:
+        yield
+    finally:
+        gateway.gate("ip", "link", "set", "wan0", "mtu", "1500")
+        gateway.lab.exec("a-box", ["ip", "route", "flush", "cache"])
+
+
+@pytest.mark.req("4787-13")
+@pytest.mark.usefixtures("narrow_wan")
+def test_too_big_for_the_wan(gateway: Gateway) -> None:
+    """Outbound with DF: the box learns the WAN's MTU, also when the flow rides XDP by then."""
+    with gateway.udp("a-box") as client:
+        client.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)
+        client.connect(ECHO)
+        for _ in range(3):
+            assert ask(client, b"small") == b"small"
+        client.send(bytes(1400))
+        soon(lambda: client.getsockopt(socket.IPPROTO_IP, IP_MTU) == 1300, "the box knows the MTU")
+        client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # takes the error along
+        text = bytes(1300 - 28)
+        assert ask(client, text) == text
+
+
+@pytest.mark.req("4787-13a")
+@pytest.mark.usefixtures("narrow_wan")
+def test_too_big_for_the_wan_without_df(gateway: Gateway) -> None:
+    with (
+        gateway.udp("internet", address=INTERNET) as server,
+        gateway.udp("a-box") as client,
+        gateway.lab.capture("internet", "eth0", "ip[6:2] & 0x3fff != 0 and src host 203.0.113.1") as fragments,
+    ):
+        client.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        for number in range(4):
+            text = bytes([number]) * 1400
+            client.sendto(text, server.getsockname())
+            assert server.recv(2000) == text
+        assert len(fragments.stop()) == 8
 
 
 def test_hosts_talk_to_the_gateway_itself(gateway: Gateway) -> None:

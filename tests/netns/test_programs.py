@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from netkit import CURL, ECHO, Gateway, ask, internal, who
 
+from xdpmasq.datapath import CLASSES
 from xdpmasq.lab import traffic
 from xdpmasq.lab.servers import ECHO_PORT
 from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, INTERNET_TOO, PUBLIC, TRANSIT
@@ -120,7 +121,6 @@ def test_copies_in_both_directions(gateway: Gateway, servers: object, tmp_path) 
 
 
 @pytest.mark.req("4787-1")
-@pytest.mark.req("4787-2")
 def test_one_socket_is_one_endpoint_wherever_it_talks(gateway: Gateway) -> None:
     with gateway.udp("a-box") as client:
         seen = {who(client, (address, ECHO_PORT)) for address in (INTERNET, INTERNET_TOO, FAR)}
@@ -143,6 +143,13 @@ def test_hosts_with_the_same_port_are_told_apart(gateway: Gateway) -> None:
     finally:
         for client in clients.values():
             client.close()
+
+
+@pytest.mark.req("attacks-predict")
+def test_the_default_pool_has_15_bits(gateway: Gateway) -> None:
+    tables = gateway.tables
+    for class_ in ("tcp", "udp", "icmp"):
+        assert tables.settings["pool"][CLASSES.index(class_)]["count"].sum() >= 1 << 15
 
 
 @pytest.mark.req("attacks-port_shadow")

@@ -45,6 +45,7 @@ def changed(gateway: Gateway, do: str, undo: str) -> Iterator[None]:
         netns.ip_batch(undo.splitlines(), gateway.lab.namespace(GATE))
 
 
+@pytest.mark.req("attacks-config")
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
@@ -124,6 +125,7 @@ def test_no_room_on_tcx(gateway: Gateway) -> None:
                 bpf.tcx_detach(index, "ingress", program)
 
 
+@pytest.mark.req("attacks-exposed")
 def test_not_root(gateway: Gateway) -> None:
     for words in (["attach", "--wan", "wan0", "--lan", "lan0"], ["detach"], ["status"], ["sessions"]):
         nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]

@@ -321,6 +321,19 @@ def test_validate_refuses_what_no_file_said() -> None:
         validate(replace(HOME, timeouts=Timeouts(udp_s=5)))
 
 
+@pytest.mark.req("4787-5")
+@pytest.mark.req("5382-5")
+@pytest.mark.req("5508-2")
+@pytest.mark.req("6888-8")
+def test_default_times_are_those_of_the_rfcs() -> None:
+    times = Timeouts()
+    assert times.udp_s >= 300
+    assert times.tcp_established_s >= 2 * 3600 + 4 * 60
+    assert times.tcp_transitory_s >= 240
+    assert times.icmp_s >= 60
+    assert times.port_rest_s >= 120
+
+
 def test_advice_names_the_rfc() -> None:
     assert advice(HOME) == []
     short = replace(HOME, timeouts=Timeouts(udp_s=90, port_rest_s=0))
