@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
