@@ -14,6 +14,8 @@
 	X(slow_fragment_inbound, "later fragments from outside, translated")                       \
 	X(slow_portless_outbound, "LAN to WAN packets of protocols without ports, translated")     \
 	X(slow_portless_inbound, "WAN to LAN packets of protocols without ports, translated")      \
+	X(slow_basic_outbound, "LAN to WAN packets of hosts with an address of their own (1:1)")    \
+	X(slow_basic_inbound, "WAN to LAN packets of hosts with an address of their own (1:1)")     \
 	X(slow_hairpin, "LAN to LAN packets through an external endpoint, translated twice")       \
 	X(slow_hairpin_own, "between the gateway itself and a forward of its own, translated")     \
 	X(punt_fragment, "later fragments before their first, handed to the agent to wait")        \
@@ -29,6 +31,7 @@
 	X(up_longer, "XDP passed up: longer than any packet of the flow that the kernel let pass") \
 	X(own_outbound, "the gateway's own or routed packets leaving the WAN untouched")           \
 	X(own_inbound, "packets from the WAN handed to the gateway's own stack")                   \
+	X(own_exempt, "to and from destinations that are exempt from translation, untouched")      \
 	X(own_not_ip, "other protocols than this instance's IP version, untouched")                \
 	X(session_opened, "sessions opened")                                                       \
 	X(session_reopened, "expired sessions opened again in place by their own host")            \

@@ -32,12 +32,46 @@ static __always_inline __be16 slot_port(u32 slot)
 	return bpf_htons(slot % PORTS);
 }
 
+/* The index of an external address, or NO_EXTERNAL. Of several not by comparing with each: the verifier would follow every
+ * one of them through all that comes after.
+ */
 static __always_inline u32 external_of(const struct settings *cfg, addr_t addr)
 {
-	for (u32 i = 0; i < EXTERNALS; i++)
-		if (addr_equal(cfg->external[i], addr))
-			return i;
-	return NO_EXTERNAL;
+#if EXTERNALS == 1
+	return addr_equal(cfg->external[0], addr) ? 0 : NO_EXTERNAL;
+#else
+	u32 *external = externals.lookup(&addr);
+	return external ? *external : NO_EXTERNAL;
+#endif
+}
+
+static __always_inline u32 addr_hash(addr_t addr)
+{
+	u32 hash = 0;
+
+	for (int i = 0; i < ADDR_WORDS; i++)
+		hash = (hash ^ addr.word[i]) * 0x9e3779b1;
+	hash ^= hash >> 15;
+	hash *= 0x85ebca6b;
+	return hash ^ hash >> 13;
+}
+
+/* Which external address an internal host appears as: always the same of those it may have. */
+static __always_inline u32 external_for(addr_t internal)
+{
+#if EXTERNALS == 1
+	return 0;
+#else
+	struct prefix_key key = { .bits = ADDR_BITS, .addr = internal };
+	struct choice *choice = choices.lookup(&key);
+	u64 nth;
+
+	if (!choice)
+		return 0;
+	nth = (u64)addr_hash(internal) * choice->count >> 32;
+	asm volatile("" : "+r"(nth)); /* or LLVM drops the mask that the verifier wants to see */
+	return choice->external[nth & (CHOICE_MAX - 1)];
+#endif
 }
 
 /* The slot of the external endpoint (@addr, @port), or NO_SLOT when the address is not ours to masquerade as. */

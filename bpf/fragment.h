@@ -66,7 +66,7 @@ static __always_inline enum verdict fragment_begin(const struct settings *cfg, c
 	return CONTINUE;
 }
 
-/* The gateway's own: later ones need no translation, and are not to wait for one. */
+/* The gateway's own, or exempt: later ones need no translation, and are not to wait for one. */
 static __always_inline void fragment_begin_own(const struct packet *p)
 {
 	struct fragment_key key = fragment_key_of(p);
@@ -74,6 +74,11 @@ static __always_inline void fragment_begin_own(const struct packet *p)
 
 	if (p->more_fragments && !packet_is_later_fragment(p))
 		fragments.insert(&key, &untouched);
+}
+
+static __always_inline bool fragment_is_own(const struct fragment *first)
+{
+	return addr_is_unset(first->new_addr[SOURCE]) && addr_is_unset(first->new_addr[DESTINATION]);
 }
 
 /* Translates a later fragment as its first was: one address, or in a hairpin both. */

@@ -1,7 +1,22 @@
-/* Who may come in uninvited: forwards, and filtering looser than the default (RFC 4787 section 5). What comes in opens
+/* Who may come in uninvited, and what is not translated at all: forwards, and filtering looser than the default (RFC 4787 section 5). What comes in opens
  * a session on the external port, like any other; those that nobody inside has answered yet have a bounded number of
  * places, in which new ones push out old ones (a SYN flood meets itself there, established sessions never).
  */
+static __always_inline bool is_exempt(const struct packet *p, addr_t remote, __be16 port)
+{
+	struct prefix_key key = { .bits = ADDR_BITS, .addr = remote };
+	struct exempt *exempt = exempts.lookup(&key);
+
+	if (!exempt || !exempt->count)
+		return exempt;
+#pragma clang loop unroll(full)
+	for (u32 i = 0; i < EXEMPT_PORTS; i++)
+		if (i < exempt->count && exempt->ports[i].proto == p->proto && !packet_is_later_fragment(p) &&
+		    bpf_ntohs(port) >= exempt->ports[i].first && bpf_ntohs(port) <= exempt->ports[i].last)
+			return true;
+	return false;
+}
+
 static __always_inline struct forward *forward_find(const struct packet *p, u32 external)
 {
 	struct forward_key key = { .bits = FORWARD_REMOTE_AT + ADDR_BITS,
@@ -15,17 +30,6 @@ static __always_inline struct forward *forward_find(const struct packet *p, u32 
 }
 
 /* The same remote host meets the same internal one, as long as the weights stay. */
-static __always_inline u32 remote_hash(addr_t remote)
-{
-	u32 hash = 0;
-
-	for (int i = 0; i < ADDR_WORDS; i++)
-		hash = (hash ^ remote.word[i]) * 0x9e3779b1;
-	hash ^= hash >> 15;
-	hash *= 0x85ebca6b;
-	return hash ^ hash >> 13;
-}
-
 static __always_inline bool forward_target(const struct forward *f, const struct packet *p, struct ends *e)
 {
 	u32 last = f->targets - 1;
@@ -33,7 +37,7 @@ static __always_inline bool forward_target(const struct forward *f, const struct
 
 	if (last >= TARGETS)
 		return false;
-	pick = ((u64)remote_hash(p->src) * f->target[last].until) >> 32;
+	pick = ((u64)addr_hash(p->src) * f->target[last].until) >> 32;
 #pragma clang loop unroll(full)
 	for (u32 i = 0; i < TARGETS; i++) {
 		const struct target *target = &f->target[i];
@@ -47,14 +51,20 @@ static __always_inline bool forward_target(const struct forward *f, const struct
 	return false;
 }
 
-/* Handed to the gateway's own stack, unless it claims to come from where nothing from outside can. */
-static __always_inline enum verdict own_inbound(const struct packet *p)
+/* Does it claim to come from where nothing from outside can? */
+static __always_inline bool source_is_impossible(const struct packet *p)
 {
 	u32 role = prefix_role(p->src);
 
+	return role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src);
+}
+
+/* Handed to the gateway's own stack. */
+static __always_inline enum verdict own_inbound(const struct packet *p)
+{
 	if (p->hairpin)
 		return drop(COUNT_drop_filtered);
-	if (role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src))
+	if (source_is_impossible(p))
 		return drop(COUNT_drop_source_martian);
 	fragment_begin_own(p);
 	return pass(COUNT_own_inbound);

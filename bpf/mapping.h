@@ -396,10 +396,10 @@ static __always_inline u32 port_is_preferred(const struct settings *cfg, const s
  * both ranges (RFC 6056), or when every try met a taken one, whatever is found. A port of the other parity than the
  * internal one's may lie just outside the pool, where everything is taken.
  */
-static __always_inline u32 slot_for_mapping(const struct settings *cfg, const struct packet *p)
+static __always_inline u32 slot_for_mapping(const struct settings *cfg, const struct packet *p, u32 external)
 {
 	const struct pool *pool = pool_for(cfg, p->class, p->src_port);
-	u32 base = slot_of(0, p->class, 0), port = bpf_ntohs(p->src_port), parity = cfg->parity & 1, slot;
+	u32 base = slot_of(external, p->class, 0), port = bpf_ntohs(p->src_port), parity = cfg->parity & 1, slot;
 	u64 fitting = 0x5555555555555555ULL << (port & parity) | ((u64)parity - 1);
 	u32 preferred = port_is_preferred(cfg, p, pool);
 
@@ -429,11 +429,12 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
  * endpoint is published. NULL with *@slot set: another CPU was first, go on with its mapping.
  */
 static __always_inline struct session *mapping_open(const struct settings *cfg, const struct packet *p,
-						    const struct ends *e, struct host *host, u32 *slot,
+						    const struct ends *e, u32 external, struct host *host,
+						    u32 *slot,
 						    enum verdict *verdict)
 {
 	struct mapping_key key = { .addr = e->internal, .port = e->internal_port, .class = p->class };
-	u32 claimed = slot_blur(slot_for_mapping(cfg, p));
+	u32 claimed = slot_blur(slot_for_mapping(cfg, p, external));
 	struct session *s = session_at(claimed);
 
 	if (claimed == NO_SLOT || !s) {

@@ -15,6 +15,10 @@ BPF_TABLE("lru_hash", struct contact_key, struct contact, contacts, 65536);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
 BPF_TABLE("array", u32, struct budget, budgets, PUNT_REASONS);
 BPF_F_TABLE("lpm_trie", struct prefix_key, u32, prefixes, 1024, BPF_F_NO_PREALLOC); /* → prefix_role */
+BPF_TABLE("hash", addr_t, u32, externals, 2 * EXTERNALS); /* address → its index, where there are several */
+BPF_F_TABLE("lpm_trie", struct prefix_key, struct choice, choices, 256, BPF_F_NO_PREALLOC); /* by internal prefix */
+BPF_F_TABLE("lpm_trie", struct prefix_key, struct counterpart, counterparts, 512, BPF_F_NO_PREALLOC); /* both ways */
+BPF_F_TABLE("lpm_trie", struct prefix_key, struct exempt, exempts, 256, BPF_F_NO_PREALLOC); /* by remote prefix */
 BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interface index */
 BPF_TABLE("array", u32, struct settings, settings, 1);
 BPF_DEVMAP(transmitters, INTERFACES); /* interfaces able to take XDP frames, by index */

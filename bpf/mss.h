@@ -3,6 +3,7 @@
  * alone: then 536 is meant.
  */
 #define TCP_OPTION_MSS 2
+#define MSS_WITHIN 12 /* options: stacks send it first or nearly so */
 
 struct mss_option {
 	u8 kind, len;
@@ -33,7 +34,7 @@ static __always_inline void mss_clamp(const struct packet *p)
 		return;
 	most = wan->mss;
 #pragma clang loop unroll(disable)
-	for (int i = 0; i < OPTIONS_MAX; i++) {
+	for (int i = 0; i < MSS_WITHIN; i++) {
 		struct mss_option *option = packet_at(p, first + offset, sizeof(*option));
 
 		if (first + offset + sizeof(*option) > p->payload || !option || option->kind == OPTION_END)

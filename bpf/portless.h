@@ -8,15 +8,9 @@ static __always_inline bool protocol_is_known(u8 proto)
 	       proto == IPPROTO_SCTP || proto == IPPROTO_IPV6 || proto == IPPROTO_DCCP || proto == IPPROTO_UDPLITE;
 }
 
-/* Every other protocol whose checksum covers addresses, and where it stands: DCCP and UDP-Lite agree on that. */
 static __always_inline long portless_rewrite(const struct packet *p, enum side side, addr_t new)
 {
-	bool sums_addresses = p->proto == IPPROTO_DCCP || p->proto == IPPROTO_UDPLITE;
-
-	if (sums_addresses && !packet_is_later_fragment(p) &&
-	    bpf_l4_csum_replace(p->skb, p->l4 + 6, 0, csum_delta_addr(packet_addr(p, side), new), BPF_F_PSEUDO_HDR))
-		return -1;
-	return rewrite_addr(p, side, new);
+	return rewrite_sums(p, side, new) ?: rewrite_addr(p, side, new);
 }
 
 static __always_inline struct binding *binding_find(const struct settings *cfg, const struct binding_key *key, u32 now)
@@ -42,15 +36,18 @@ static __always_inline struct binding *binding_get(const struct settings *cfg, c
 
 static __always_inline enum verdict portless_outbound(const struct settings *cfg, const struct packet *p)
 {
+	u32 external = external_for(p->src);
+	addr_t external_addr = slot_addr(cfg, slot_of(external, 0, 0));
 	struct binding_key key = { .remote_addr = p->dst,
 				   .remote_port = p->dst_port,
 				   .port = p->src_port,
-				   .proto = p->proto };
+				   .proto = p->proto,
+				   .external = external };
 	struct binding *b;
 
 	if (cfg->drop_other && !protocol_is_known(p->proto))
 		return drop(COUNT_drop_protocol);
-	if (addr_is_unset(cfg->external[0]))
+	if (addr_is_unset(external_addr))
 		return refuse(COUNT_drop_no_external);
 	b = binding_get(cfg, p, &key);
 	if (!b)
@@ -61,9 +58,9 @@ static __always_inline enum verdict portless_outbound(const struct settings *cfg
 	b->out_packets++;
 	b->out_bytes += p->l4 - p->l3 + p->l4_len;
 	if (p->more_fragments && p->proto == IPPROTO_SCTP &&
-	    fragment_begin(cfg, p, SOURCE, cfg->external[0]) != CONTINUE)
+	    fragment_begin(cfg, p, SOURCE, external_addr) != CONTINUE)
 		return DROP;
-	if (portless_rewrite(p, SOURCE, cfg->external[0]))
+	if (portless_rewrite(p, SOURCE, external_addr))
 		return drop(COUNT_drop_rewrite);
 	return pass(COUNT_slow_portless_outbound);
 }
@@ -74,7 +71,8 @@ static __always_inline enum verdict portless_inbound(const struct settings *cfg,
 	struct binding_key key = { .remote_addr = p->src,
 				   .remote_port = p->src_port,
 				   .port = p->dst_port,
-				   .proto = p->proto };
+				   .proto = p->proto,
+				   .external = external_of(cfg, p->dst) };
 	struct binding *b = binding_find(cfg, &key, p->now);
 
 	if (!b)

@@ -41,6 +41,22 @@ static __always_inline long rewrite_addr(const struct packet *p, enum side side,
 	return 0;
 }
 
+/* The transport checksum, where it covers addresses; ICMP's and SCTP's do not. DCCP and UDP-Lite agree on its place. */
+static __always_inline long rewrite_sums(const struct packet *p, enum side side, addr_t new)
+{
+	u32 delta = csum_delta_addr(packet_addr(p, side), new);
+	u64 zero_stays = p->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+
+	if (packet_is_later_fragment(p))
+		return 0;
+	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
+		return bpf_l4_csum_replace(p->skb, p->l4 + l4_check_offset(p->proto), 0, delta,
+					   BPF_F_PSEUDO_HDR | zero_stays);
+	if (p->proto == IPPROTO_DCCP || p->proto == IPPROTO_UDPLITE)
+		return bpf_l4_csum_replace(p->skb, p->l4 + offsetof(struct udp_header, check), 0, delta, BPF_F_PSEUDO_HDR);
+	return 0;
+}
+
 static __always_inline long rewrite_transport(const struct packet *p, enum side side, addr_t new, __be16 new_port)
 {
 	u32 check = p->l4 + l4_check_offset(p->proto);

@@ -12,7 +12,10 @@ static __always_inline enum verdict source_policy(const struct packet *p)
 
 	switch (prefix_role(p->src)) {
 	case PREFIX_INTERNAL:
-		return CONTINUE;
+		if (!is_exempt(p, p->dst, p->dst_port))
+			return CONTINUE;
+		fragment_begin_own(p);
+		return pass(COUNT_own_exempt);
 	case PREFIX_OWN:
 		return pass(COUNT_own_outbound);
 	case PREFIX_PRIVATE:
@@ -47,9 +50,9 @@ static __always_inline bool own_needs_translation(const struct settings *cfg, co
 }
 
 /* All ports are taken: when that is allowed, another host's is shared, for this remote only. */
-static __always_inline u32 slot_to_share(const struct settings *cfg, const struct packet *p)
+static __always_inline u32 slot_to_share(const struct settings *cfg, const struct packet *p, u32 external)
 {
-	return slot_of(0, p->class, 0) + pool_random_port(pool_for(cfg, p->class, p->src_port));
+	return slot_of(external, p->class, 0) + pool_random_port(pool_for(cfg, p->class, p->src_port));
 }
 
 /* A new session for @p, or NULL with the reason in @verdict. @s is the expired session over the same endpoints, if any. */
@@ -58,6 +61,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 {
 	struct host *host = NULL;
 	struct ends e = {};
+	u32 external;
 
 	packet_blur(p);
 	e.internal = p->src;
@@ -69,7 +73,8 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		*verdict = may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
-	if (addr_is_unset(cfg->external[0])) {
+	external = slot_blur(p->own ? external_of(cfg, p->src) : external_for(p->src));
+	if (addr_is_unset(slot_addr(cfg, slot_of(external, 0, 0)))) {
 		*verdict = refuse(COUNT_drop_no_external);
 		return NULL;
 	}
@@ -83,10 +88,10 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		return NULL;
 	s = NULL;
 	if (slot == NO_SLOT) {
-		s = mapping_open(cfg, p, &e, host, &slot, verdict);
+		s = mapping_open(cfg, p, &e, external, host, &slot, verdict);
 		if (!s && *verdict == REFUSE && slot == NO_SLOT && cfg->overload) {
 			*verdict = CONTINUE;
-			slot = slot_to_share(cfg, p);
+			slot = slot_to_share(cfg, p, external);
 			e.marks = SESSION_BY_REPLY;
 		} else if (!s && *verdict == REFUSE) {
 			count(COUNT_drop_ports_exhausted);
@@ -133,6 +138,8 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 	struct fragment *first = fragment_recall(cfg, p);
 	enum verdict verdict;
 
+	if (first && fragment_is_own(first))
+		return pass(COUNT_own_exempt);
 	if (first)
 		return fragment_rewrite(p, first, COUNT_slow_fragment_outbound);
 	verdict = source_policy(p);
@@ -166,6 +173,10 @@ static __always_inline enum verdict other_outbound(const struct settings *cfg, c
 
 static __always_inline enum verdict walk_outbound(const struct settings *cfg, struct packet *p)
 {
+	addr_t twin;
+
+	if (cfg->basic && counterpart_of(p->src, &twin))
+		return basic_translate(p, SOURCE, twin, COUNT_slow_basic_outbound);
 	if (packet_follows_first(p))
 		return fragment_outbound(cfg, p);
 	if (p->class == CLASS_NONE || (p->class == CLASS_ICMP && p->icmp_type != ICMP_ECHO))
@@ -189,7 +200,7 @@ static __always_inline enum verdict fragment_inbound(const struct settings *cfg,
 	struct fragment *first = fragment_recall(cfg, p);
 
 	if (first)
-		return addr_is_unset(first->new_addr[DESTINATION]) ?
+		return fragment_is_own(first) ?
 			       own_inbound(p) :
 			       fragment_rewrite(p, first, COUNT_slow_fragment_inbound);
 	if (!p->hairpin && punt(cfg, p, PUNT_FRAGMENT_IN)) {
@@ -232,10 +243,17 @@ static __always_inline enum verdict portless_or_own(const struct settings *cfg, 
 
 static __always_inline enum verdict walk_inbound(const struct settings *cfg, struct packet *p)
 {
+	addr_t twin;
+
 	/* Before anything else: no kind of packet may name an internal host from outside. */
-	if (external_of(cfg, p->dst) == NO_EXTERNAL)
-		return prefix_role(p->dst) == PREFIX_INTERNAL ? drop(COUNT_drop_destination_internal) :
-								 own_inbound(p);
+	if (external_of(cfg, p->dst) == NO_EXTERNAL) {
+		if (prefix_role(p->dst) == PREFIX_INTERNAL)
+			return is_exempt(p, p->src, p->src_port) ? pass(COUNT_own_exempt) :
+								    drop(COUNT_drop_destination_internal);
+		if (cfg->basic && counterpart_of(p->dst, &twin))
+			return basic_inbound(p, twin);
+		return own_inbound(p);
+	}
 	if (packet_follows_first(p))
 		return fragment_inbound(cfg, p);
 	if (packet_is_icmp_error(p))
@@ -272,6 +290,8 @@ static __always_inline bool leads_inside(const struct settings *cfg, const struc
 	u32 slot = slot_of_external(cfg, p->dst, p->class, p->dst_port);
 	struct fragment *first;
 
+	if (leads_to_counterpart(cfg, p->dst))
+		return true;
 	if (packet_follows_first(p)) {
 		first = fragment_recall(cfg, p);
 		return first && !addr_is_unset(first->new_addr[SOURCE]);
@@ -297,9 +317,10 @@ static __always_inline bool goes_to_external(const struct settings *cfg, const s
 {
 	addr_t dst;
 
-	return p->skb->protocol == bpf_htons(ETH_P_IP) &&
-	       !bpf_skb_load_bytes(p->skb, p->l3 + offsetof(struct ip_header, dst), &dst, sizeof(dst)) &&
-	       external_of(cfg, dst) != NO_EXTERNAL;
+	if (p->skb->protocol != bpf_htons(ETH_P_IP) ||
+	    bpf_skb_load_bytes(p->skb, p->l3 + offsetof(struct ip_header, dst), &dst, sizeof(dst)))
+		return false;
+	return external_of(cfg, dst) != NO_EXTERNAL || leads_to_counterpart(cfg, dst);
 }
 
 /* LAN ingress: hairpinning (RFC 4787 REQ-9). A packet from inside to an external endpoint goes out and comes in again

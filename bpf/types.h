@@ -228,6 +228,33 @@ struct prefix_key {
 	addr_t addr;
 };
 
+/* Which external addresses the hosts of an internal prefix may have; each host keeps one of them (RFC 4787 REQ-2). */
+#define CHOICE_MAX 64
+
+struct choice {
+	u32 count;
+	u8 external[CHOICE_MAX];
+};
+
+/* Basic NAT (RFC 2663 section 4.1.1) of a prefix to another of its length, one to one, whatever the protocol. */
+struct counterpart {
+	addr_t network; /* the other prefix */
+	addr_t mask;
+};
+
+/* A destination that is not translated for: everything there, or some ports. */
+#define EXEMPT_PORTS 4
+
+struct exempt {
+	u8 count; /* 0: everything */
+	u8 pad[3];
+	struct {
+		u8 proto;
+		u8 pad;
+		u16 first, last; /* host order */
+	} ports[EXEMPT_PORTS];
+};
+
 enum prefix_role { PREFIX_FOREIGN, PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE };
 
 #define INTERFACES 65536
@@ -272,7 +299,8 @@ struct settings { /* times in jiffies */
 	u8 parity; /* even to even, odd to odd (RFC 4787 REQ-4) */
 	u8 overload; /* a used-up pool shares its ports among hosts, for different remotes */
 	u8 drop_other; /* protocols without ports that are not known */
-	u8 pad[2];
+	u8 basic; /* there are counterparts */
+	u8 pad;
 	u32 hz; /* jiffies a second */
 	u32 host_sessions; /* limits for each internal host */
 	u32 host_mappings; /* per protocol */

@@ -81,7 +81,14 @@ class Agent:
     def __init__(self, config: Config, adopted: datapath.Attached | None = None) -> None:
         self._config = config
         further = adopted.maps["remotes"].max_entries if adopted else settings.further_sessions(config)
-        self._programs = datapath.Programs(further, adopted.maps if adopted else None)
+        externals = len(config.external.listed(None))
+        if adopted and adopted.externals != externals:
+            raise DatapathError(
+                "the running datapath has another number of external addresses",
+                f"it has {adopted.externals}, the configuration names {externals}",
+                "xdpmasq detach, then attach: running sessions start anew",
+            )
+        self._programs = datapath.Programs(further, adopted.maps if adopted else None, externals)
         if adopted and adopted.manifest["layouts"] != _through_json(self._programs.layouts):
             raise DatapathError(
                 "the running datapath is of another version",
@@ -101,7 +108,7 @@ class Agent:
         self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
         self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
         self._troubled = False
-        self._served: IPv4Address | None = None  # the address that all sessions are of
+        self._served: list[IPv4Address | None] = []  # the addresses that all sessions are of
         self._sysctls = Sysctls(self._manifest, self._save)
         self._serving = False
         self._retry_at, self._retry_s = float("inf"), 0.0
@@ -142,6 +149,7 @@ class Agent:
             "counters": list(source.counters()),
             "layouts": _through_json(self._programs.layouts),
             "qdiscs": [],
+            "local_routes": [],
             "sysctls": {},
             "side_effects": {},
         }
@@ -158,10 +166,13 @@ class Agent:
     def _settings(self) -> None:
         fields = settings.fields(self._config, self._hz, self.tables.maps["remotes"].max_entries)
         self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0)
+        external = self._config.external
+        self.tables.set_counterparts((each.internal, each.external) for each in external.one_to_one)
+        self.tables.set_exempts(external.exempt)
 
     def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:
         """The bitmap of slots outside the pool; claims them when the tables are new."""
-        outside = settings.outside(self._config.ports, len(self.tables.claims) * 64)
+        outside = settings.outside(self._config.ports, len(self.tables.claims) * 64, self.tables.externals)
         if not fresh:
             # Ports that an earlier configuration gave out are reaped like any other; forwarded ones are kept.
             outside[self.tables.given_slots()] = False
@@ -343,15 +354,50 @@ class Agent:
         own = [each for each in addresses if wan and each.index == wan.index]
         primary = next((each for each in own if not each.secondary), None)
         external = IPv4Address(primary.ip.ip) if primary else None
+        externals = self._config.external.listed(external)
+        self._own_externals(wan, own)
         self.tables.set_prefixes(self._prefixes(own, lans, addresses))
         # While there is none, the last address stays: it often comes back, and in the moment before we see that,
         # our own stack would answer its sessions with resets.
-        if external and external != self._served:
-            self.tables.set_settings(external=[datapath.addr(external)])
-            self._end_stale(external)
-            self._served = external
-            log.info("external address: %s", external)
-        return external
+        if all(externals) and externals != self._served:
+            self.tables.set_externals(externals, self._choices(externals))
+            self._end_stale(externals)
+            self._served = externals
+            log.info("external addresses: %s", ", ".join(map(str, externals)))
+        return externals[0]
+
+    def _choices(self, externals: list[IPv4Address | None]) -> dict[IPv4Network, list[int]]:
+        """By internal prefix, the indices of the addresses that its hosts may have."""
+        pool = self._config.external.addresses
+        chosen = {
+            each.internal: [externals.index(one) for one in each.addresses] for each in self._config.external.choices
+        }
+        return {IPv4Network("0.0.0.0/0"): [externals.index(one) for one in pool] or [0], **chosen}
+
+    def _own_externals(self, wan: netdev.Link | None, own: list[netdev.Address]) -> None:
+        """Sees to it that packets to the named external addresses come here.
+
+        Raises:
+            InterfaceError: the WAN does not have one of them, and is not to answer for it.
+        """
+        if not wan:
+            return
+        has = {each.ip.ip for each in own}
+        lacking = [each for each in self._config.external.named() if each.num_addresses > 1 or each[0] not in has]
+        if lacking and not self._config.external.answer_arp:
+            if self._serving:
+                log.warning("%s does not have %s", wan.name, ", ".join(map(str, lacking)))
+                return
+            raise InterfaceError(
+                f"{lacking[0]} is no address of {wan.name}",
+                f"it has {', '.join(sorted(map(str, has))) or 'none'}",
+                f"`ip addr add {lacking[0]} dev {wan.name}`, or answer_arp = true in [external] for the gateway to "
+                "answer for it (also where the provider routes it here)",
+            )
+        for network in lacking:
+            if netdev.local_route_add(network, wan.index):
+                self._manifest["local_routes"] = sorted({*self._manifest["local_routes"], str(network)})
+                self._save()
 
     def _prefixes(
         self, own: list[netdev.Address], lans: list[netdev.Link], addresses: list[netdev.Address]
@@ -363,26 +409,30 @@ class Agent:
         connected = [each.network for each in addresses if each.index in inside]
         networks = map(IPv4Network, (*routed, *connected, *self._config.internal))
         roles |= dict.fromkeys(collapse_addresses(networks), datapath.PREFIX_INTERNAL)
+        for named in self._config.external.listed(None):
+            if named:
+                roles[IPv4Network(named)] = datapath.PREFIX_OWN
         for each in own:
             roles[IPv4Network(each.ip.ip)] = datapath.PREFIX_OWN
         return roles
 
-    def _end_stale(self, external: IPv4Address) -> None:
+    def _end_stale(self, externals: list[IPv4Address | None]) -> None:
         """Ends the sessions and mappings of external addresses that are no longer ours."""
-        ours, ended = datapath.addr(external)[0][0], 0
+        ours, ended = np.array([datapath.addr(each)[0][0] for each in externals], np.uint32), 0
         for _ in range(10):  # packets may join a stale mapping until it is closed
             slots = self.tables.open_slots()
             self._forwards.readdress()
-            stale = slots[self.tables.sessions["out"]["new_addr"]["word"][slots, 0] != ours]
+            wanted = ours[self.tables.sessions["mapping"][slots] // datapath.EXTERNAL_SLOTS]
+            stale = slots[self.tables.sessions["out"]["new_addr"]["word"][slots, 0] != wanted]
             if not len(stale):
                 break
             ended += len(stale)
             # Further sessions first: a mapping closes with its last session.
-            for each in (stale[stale >= datapath.FURTHER_BASE], stale[stale < datapath.FURTHER_BASE]):
+            for each in (stale[stale >= self.tables.further_base], stale[stale < self.tables.further_base]):
                 self.tables.reap(self._programs["masq_reap"], each, datapath.REAP_FORCED)
         self.tables.disarm()
         if ended:
-            log.info("the WAN address changed to %s: %d sessions ended", external, ended)
+            log.info("the WAN address changed to %s: %d sessions ended", externals[0], ended)
 
     def _route(self) -> None:
         """Makes the host a router."""

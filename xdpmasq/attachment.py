@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 from collections.abc import Iterator
+from ipaddress import IPv4Network
 from typing import Any
 
 from xdpmasq import bpf, datapath, netdev, sysctls
@@ -118,6 +119,8 @@ def _clear_tcx(link: netdev.Link, hook: bpf.TcHook) -> bool:
 def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Puts sysctls back first, so that no packet is forwarded untranslated; then removes programs."""
     put_back = sysctls.restore(manifest)
+    for each in manifest.get("local_routes", ()):
+        netdev.local_route_del(IPv4Network(each))
     cleared = []
     # The WAN's translation goes last.
     for link in sorted(netdev.links(), key=lambda link: bool(netdev.match_links([manifest["wan"]], [link]))):

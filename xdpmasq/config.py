@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from xdpmasq import forwards
 from xdpmasq.errors import ConfigError, UsageError
+from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
 
 Mode = Literal["auto", "xdp", "tc"]
@@ -70,7 +71,7 @@ class Limits:
 
     Attributes:
         sessions_per_host: None: a quarter of all room for further sessions.
-        ports_per_host: external ports, for each protocol; None: three quarters of the pool.
+        ports_per_host: external ports, for each protocol; None: all of the pool but a hundredth.
         new_per_second, burst: sessions that it may open, lastingly and at once.
         refusal: one of :data:`REFUSALS`, ICMP 3/13 and 3/1.
     """
@@ -98,6 +99,7 @@ class Config:
         mss: to what new TCP connections are clamped: ``off``, ``auto`` (by the WAN's MTUs) or bytes (RFC 6691).
         other: what becomes of protocols without ports; one of :data:`OTHERS`.
         forwards: rules to be there from the start.
+        external: as whom the internal hosts appear.
         rearm_s: an accelerated flow shows itself to the kernel this often.
     """
 
@@ -114,6 +116,7 @@ class Config:
     mss: int | str = "off"
     other: str = OTHERS[0]
     forwards: tuple[Rule, ...] = ()
+    external: Externals = field(default_factory=Externals)
     rearm_s: int = 20
 
 
@@ -251,6 +254,8 @@ def problems(config: Config) -> Iterator[Problem]:
             yield Problem(key, _value(config, key), f"allowed is {', '.join(words)}")
     yield from _relation_problems(config)
     yield from _forward_problems(config)
+    for key, wrong, why in config.external.contradictions():
+        yield Problem(f"external.{key}", wrong, why)
 
 
 def _interface_problems(config: Config) -> Iterator[Problem]:
@@ -304,6 +309,7 @@ def as_fields(config: Config) -> dict[str, Any]:
         **asdict(config),
         "internal": [str(network) for network in config.internal],
         "forwards": [rule.as_fields() for rule in config.forwards],
+        "external": config.external.as_fields(),
     }
 
 
@@ -319,5 +325,6 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "filtering": Filtering(**fields["filtering"]),
             "limits": Limits(**fields["limits"]),
             "forwards": tuple(forwards.parse(**each) for each in fields["forwards"]),
+            "external": Externals.parse(**fields["external"]),
         }
     )

@@ -14,6 +14,7 @@ from typing import Any
 from xdpmasq import forwards
 from xdpmasq.config import Config, Filtering, Limits, Ports, Problem, Timeouts, problems
 from xdpmasq.errors import ConfigError, UsageError
+from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
 
 
@@ -40,6 +41,7 @@ def load(path: Path) -> Config:
         mss=get("tcp.mss", Config.mss),
         other=get("protocols.other", Config.other),
         forwards=tuple(document.forwards()),
+        external=document.externals(),
     )
     for problem in problems(config):
         raise document.error(problem)
@@ -62,6 +64,10 @@ _KEYS: dict[str, dict[str, str]] = {
     "sessions": {"further": _AUTO_OR_NUMBER, "inbound_refresh": _SWITCH},
     "tcp": {"mss": f"{_TEXT} or {_NUMBER}"},
     "protocols": {"other": _TEXT},
+    "external": {
+        **dict.fromkeys(("addresses", "choices", "one_to_one", "exempt"), _TEXTS),
+        "answer_arp": _SWITCH,
+    },
     "forward": {"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "to": f"{_TEXT} or {_TEXTS}", "from": _TEXT},
 }
 _REPEATED = {"forward"}  # tables of which there may be many: [[forward]]
@@ -160,6 +166,17 @@ class _Document:
                 yield forwards.parse(given["protocol"], given["ports"], to, given.get("from", ""))
             except UsageError as error:
                 raise self._error_at(Problem("forward", None, error.why, error.do, nth), error.what) from error
+
+    def externals(self) -> Externals:
+        """``[external]``."""
+        given = self.table("external")
+        for key, value in given.items():
+            for text in value if isinstance(value, list) else ():
+                try:
+                    Externals.parse(**{key: [text]})  # type: ignore[arg-type]
+                except UsageError as error:
+                    raise self._error_at(Problem(f"external.{key}", text, error.why, error.do), error.what) from error
+        return Externals.parse(**given)
 
     def prefix(self, text: str) -> IPv4Network:
         try:

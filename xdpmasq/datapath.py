@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from xdpmasq import bpf, netdev, presence, source
 from xdpmasq.errors import DatapathError, NotAttachedError
+from xdpmasq.externals import PROTOCOLS, Exempt
 
 Slots = npt.NDArray[np.uint32]
 Role = Literal["lan", "wan", "lo"]
@@ -28,11 +29,11 @@ FILTER = "xdpmasq"  # name of our filters on clsact
 PRIORITY = 0x4D51  # after filters that users put at low numbers, before those that the kernel numbers itself
 TC_HOOKS: tuple[bpf.TcHook, ...] = ("ingress", "egress")
 PROGRAM = "masq_"  # prefix of our programs' names
-EXTERNALS = 1
 CLASSES = ("tcp", "udp", "icmp")
 CLASS_ROOM = 4
 PORTS = 65536
-FURTHER_BASE = EXTERNALS * len(CLASSES) * PORTS
+EXTERNAL_SLOTS = len(CLASSES) * PORTS  # of one external address
+FURTHER_BASE = EXTERNAL_SLOTS  # where there is one
 
 # enum and #define values of bpf/types.h, flow.h and reaper.c
 ROLES: dict[Role, int] = {"lo": 0, "lan": 1, "wan": 2}
@@ -41,6 +42,7 @@ PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
 LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
 REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_KEEP, REAP_YIELD = 0, 1, 2, 4, 5
 REAP_MAX = 64
+CHOICE_MAX = 64
 
 # Never routed on the Internet, so never to leave with such a source (RFC 6890).
 PRIVATE = tuple(
@@ -99,6 +101,16 @@ class Tables:
     def settings(self) -> Any:
         """``struct settings`` as a numpy scalar; a copy."""
         return self.maps["settings"].get(0)
+
+    @cached_property
+    def externals(self) -> int:
+        """How many external addresses there is room for."""
+        return len(self.settings["external"])
+
+    @property
+    def further_base(self) -> int:
+        """The first slot for further sessions."""
+        return self.externals * EXTERNAL_SLOTS
 
     def set_settings(self, **fields: Any) -> None:
         """Changes some fields of ``struct settings``; only the agent writes it."""
@@ -188,6 +200,40 @@ class Tables:
                 found.append(IPv4Network((key["addr"]["word"][:1].tobytes(), int(key["bits"]))))
         return sorted(found)
 
+    def set_externals(
+        self, addresses: Sequence[IPv4Address | None], choices: Mapping[IPv4Network, Sequence[int]]
+    ) -> None:
+        """The addresses to masquerade as, and which of them (by index) the hosts of an internal prefix may have."""
+        self.set_settings(external=[addr(each) for each in addresses])
+        _replace(self.maps["externals"], {addr(each): nth for nth, each in enumerate(addresses) if each})
+        fields = {_prefix_key(network): (len(some), _padded(some, CHOICE_MAX)) for network, some in choices.items()}
+        _replace(self.maps["choices"], fields)
+
+    def set_counterparts(self, pairs: Iterable[tuple[IPv4Network, IPv4Network]]) -> None:
+        """Prefixes that are translated one to one."""
+        fields = {}
+        for internal, external in pairs:
+            mask = addr(internal.netmask)
+            fields[_prefix_key(internal)] = (addr(external.network_address), mask)
+            fields[_prefix_key(external)] = (addr(internal.network_address), mask)
+        _replace(self.maps["counterparts"], fields)
+        self.set_settings(basic=bool(fields))
+
+    def set_exempts(self, exempts: Iterable[Exempt]) -> None:
+        """Destinations that are not translated for."""
+        by_destination: dict[IPv4Network, list[Exempt]] = {}
+        for each in exempts:
+            by_destination.setdefault(each.destination, []).append(each)
+        fields = {}
+        for destination, some in by_destination.items():
+            record = np.zeros((), self.maps["exempts"].value)
+            if all(each.protocol for each in some):
+                record["count"] = len(some)
+                for nth, each in enumerate(some):
+                    record["ports"][nth] = (PROTOCOLS[each.protocol or ""], 0, each.first, each.last)
+            fields[_prefix_key(destination)] = record
+        _replace(self.maps["exempts"], fields)
+
     def set_interface(
         self, link: netdev.Link, role: Role, *, xdp_from: bool, xdp_to: bool, mss: int = 0, wan: int = 0
     ) -> None:
@@ -216,13 +262,28 @@ class Tables:
             program.test_run(bytes(12) + b"\x88\xb5" + bytes(2) + request.tobytes() + chunk.tobytes())
 
 
-def _prefix_key(network: IPv4Network) -> tuple[int, tuple[list[int]]]:
-    return (network.prefixlen, ([int.from_bytes(network.network_address.packed, "little")],))
+def _replace(table: bpf.Map, wanted: Mapping[Any, Any]) -> None:
+    """Makes a table hold exactly these; what stays is never absent meanwhile."""
+    keep = set()
+    for key, value in wanted.items():
+        table.set(key, value)
+        keep.add(np.asarray(key, table.key).tobytes())
+    for key in [key for chunk, _ in table.items(chunk=table.max_entries) for key in chunk]:
+        if key.tobytes() not in keep:
+            table.delete(key)
 
 
-def addr(address: IPv4Address | None) -> tuple[list[int]]:
+def _padded(numbers: Sequence[int], length: int) -> list[int]:
+    return [*numbers, *[0] * (length - len(numbers))]
+
+
+def _prefix_key(network: IPv4Network) -> tuple[int, tuple[tuple[int]]]:
+    return (network.prefixlen, addr(network.network_address))
+
+
+def addr(address: IPv4Address | None) -> tuple[tuple[int]]:
     """An ``addr_t`` for numpy: network byte order in memory."""
-    return ([int.from_bytes(address.packed, "little") if address else 0],)
+    return ((int.from_bytes(address.packed, "little") if address else 0,),)
 
 
 class Programs:
@@ -231,6 +292,7 @@ class Programs:
     Args:
         further: how many slots for further sessions.
         maps: existing maps to use.
+        externals: how many external addresses.
         defines: for the compiler, beside the sizes.
     """
 
@@ -238,10 +300,11 @@ class Programs:
         self,
         further: int,
         maps: Mapping[str, bpf.Map] | None = None,
+        externals: int = 1,
         defines: Mapping[str, str] | None = None,
     ) -> None:
-        self._further = further
-        sizes = {"EXTERNALS": EXTERNALS, "FURTHER": further}
+        self._further, self._externals = further, externals
+        sizes = {"EXTERNALS": externals, "FURTHER": further}
         self._object = bpf.compile(source.flatten(), {**sizes, **(defines or {})})
         self._loaded: dict[str, bpf.Program] = {}
         self.maps = {**self._object.maps, **(maps or {})}
@@ -251,7 +314,7 @@ class Programs:
     @cached_property
     def last(self) -> Programs:
         """The same, except that a packet let through by one of its TC programs meets no other on that hook."""
-        return Programs(self._further, self.maps, {"TC_GOES_ON": "TC_ACT_OK"})
+        return Programs(self._further, self.maps, self._externals, {"TC_GOES_ON": "TC_ACT_OK"})
 
     @property
     def layouts(self) -> dict[str, tuple[Any, Any]]:
@@ -331,7 +394,7 @@ class Attached(Tables):
         """The agent's own, or, when it is dead, one compiled for the occasion."""
         if self.agent_alive:
             return bpf.Program.by_id(self.manifest["reaper"])
-        return Programs(self.maps["remotes"].max_entries, self.maps)["masq_reap"]
+        return Programs(self.maps["remotes"].max_entries, self.maps, self.externals)["masq_reap"]
 
 
 def _with_layout(map_: bpf.Map, key: Any, value: Any) -> bpf.Map:

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from xdpmasq import bpf
 from xdpmasq.datapath import (
     CLASSES,
-    FURTHER_BASE,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,
     LIFE_RESTING,
@@ -107,7 +106,7 @@ class Expiry:
     def _rested(self, slots: Slots) -> Slots:
         sessions = self._tables.sessions
         resting = slots[sessions["life"][slots] & LIFE_STATE == LIFE_RESTING]
-        rest = np.where(resting < FURTHER_BASE, self._rest, self._pause)
+        rest = np.where(resting < self._tables.further_base, self._rest, self._pause)
         rested: Slots = resting[age(bpf.jiffies(), sessions["out"]["last_seen"][resting]) > rest]
         return rested
 

@@ -19,8 +19,7 @@ import numpy.typing as npt
 from xdpmasq import bpf, datapath, forwards, netdev, sockets
 from xdpmasq.datapath import (
     CLASSES,
-    EXTERNALS,
-    FURTHER_BASE,
+    EXTERNAL_SLOTS,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,
     LIFE_SESSION,
@@ -123,9 +122,9 @@ def _class(rule: Rule) -> int:
     return CLASSES.index(rule.protocol)
 
 
-def _keys(rule: Rule) -> Iterator[tuple[Any, ...]]:
+def _keys(rule: Rule, externals: int) -> Iterator[tuple[Any, ...]]:
     """``struct forward_key`` of each entry. The remote comes last, so a rule for some needs one for each port."""
-    for external in range(EXTERNALS):
+    for external in range(externals):
         if rule.source:
             remote, bits = datapath.addr(rule.source.network_address), REMOTE_AT + rule.source.prefixlen
             for port in range(rule.first, rule.last + 1):
@@ -135,23 +134,23 @@ def _keys(rule: Rule) -> Iterator[tuple[Any, ...]]:
                 yield PORT_AT + bits, external, _class(rule), socket.htons(port), datapath.addr(None)
 
 
-def slots_of(rule: Rule) -> Slots:
+def slots_of(rule: Rule, externals: int) -> Slots:
     """The slots of its ports, which are to stay out of the pool; the default host has none."""
     if rule.is_default:
         return NONE
     ports = np.arange(rule.first, rule.last + 1, dtype=np.uint32)
-    return np.concatenate([ports + (external * len(CLASSES) + _class(rule)) * PORTS for external in range(EXTERNALS)])
+    return np.concatenate([ports + external * EXTERNAL_SLOTS + _class(rule) * PORTS for external in range(externals)])
 
 
-def _slots_of_all(rules: Sequence[Rule]) -> Slots:
-    return np.unique(np.concatenate([NONE, *map(slots_of, rules)]))
+def _slots_of_all(rules: Sequence[Rule], externals: int) -> Slots:
+    return np.unique(np.concatenate([NONE, *(slots_of(rule, externals) for rule in rules)]))
 
 
-def _endpoints(rule: Rule) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def _endpoints(rule: Rule, externals: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Slot and ``struct mapping_key`` of the internal endpoint that may use it, where there is just one."""
     if rule.is_reversible:
         target = rule.targets[0]
-        for slot in slots_of(rule).tolist():
+        for slot in slots_of(rule, externals).tolist():
             port = target.port + slot % PORTS - rule.first
             yield slot, (datapath.addr(target.address), socket.htons(port), _class(rule), 0)
 
@@ -221,7 +220,7 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
         tables.maps["forward_rules"].set(index, _record(tables, rule))
         try:
             _keep(tables, reaper, rule)
-            for key in _keys(rule):
+            for key in _keys(rule, tables.externals):
                 tables.maps["forwards"].set(key, index)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.E2BIG, errno.ENOMEM):
@@ -233,18 +232,18 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
 
 def take(tables: Tables, reaper: bpf.Program, placed: Placed) -> None:
     """Ends a forward for new sessions; running ones go on."""
-    for key in _keys(placed.rule):
+    for key in _keys(placed.rule, tables.externals):
         tables.maps["forwards"].delete(key)
     tables.maps["forward_rules"].set(placed.index, np.zeros((), tables.maps["forward_rules"].value))
-    for slot, endpoint in _endpoints(placed.rule):
+    for slot, endpoint in _endpoints(placed.rule, tables.externals):
         withdraw(tables, slot, endpoint)
-    others = _slots_of_all([each.rule for each in read(tables)])
-    tables.reap(reaper, np.setdiff1d(slots_of(placed.rule), others), REAP_YIELD)
+    others = _slots_of_all([each.rule for each in read(tables)], tables.externals)
+    tables.reap(reaper, np.setdiff1d(slots_of(placed.rule, tables.externals), others), REAP_YIELD)
 
 
 def _keep(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
     """Takes the ports out of the pool. A target that is the only one gets its port for what it sends, too."""
-    slots, sessions = slots_of(rule), tables.sessions
+    slots, sessions = slots_of(rule, tables.externals), tables.sessions
     fresh = slots[sessions["life"][slots] & LIFE_STATIC == 0]
     _close(tables, reaper, fresh)
     idle = slots[_is_idle(sessions["life"][slots])]
@@ -257,7 +256,7 @@ def _keep(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
         sessions["in"]["new_port"][idle] = _network_order(idle % PORTS - rule.first + target.port)
     readdress(tables, idle)
     tables.reap(reaper, slots, REAP_KEEP)
-    for slot, endpoint in _endpoints(rule):
+    for slot, endpoint in _endpoints(rule, tables.externals):
         _publish(tables, slot, endpoint)
 
 
@@ -273,7 +272,7 @@ def _close(tables: Tables, reaper: bpf.Program, slots: Slots) -> None:
         if not len(mine):
             break
         # Further sessions first: a mapping closes with its last session.
-        for each in (mine[mine >= FURTHER_BASE], mine[mine < FURTHER_BASE]):
+        for each in (mine[mine >= tables.further_base], mine[mine < tables.further_base]):
             tables.reap(reaper, each, REAP_FORCED)
 
 
@@ -286,7 +285,7 @@ def _is_idle(life: Any) -> Mask:
 def readdress(tables: Tables, slots: Slots) -> None:
     """Idle forwarded ports of these stand for the external address as it is now."""
     idle = slots[_is_idle(tables.sessions["life"][slots])]
-    external = tables.settings["external"]["word"][:, 0][idle // (len(CLASSES) * PORTS)]
+    external = tables.settings["external"]["word"][:, 0][idle // EXTERNAL_SLOTS]
     addresses = tables.sessions["out"]["new_addr"]["word"]
     wrong = addresses[idle, 0] != external
     addresses[idle[wrong], 0] = external[wrong]
@@ -356,7 +355,7 @@ class Upkeep:
         slots = self._tables.used_slots()
         static = slots[self._tables.sessions["life"][slots] & LIFE_STATIC != 0]
         rules = [each.rule for each in read(self._tables)]
-        self._tables.reap(reaper, np.setdiff1d(static, _slots_of_all(rules)), REAP_YIELD)
+        self._tables.reap(reaper, np.setdiff1d(static, _slots_of_all(rules, self._tables.externals)), REAP_YIELD)
 
     def slots(self) -> Slots:
         """What expiry has to look at."""
@@ -381,9 +380,9 @@ class Upkeep:
             return
         self._seen = records.tobytes()
         rules = [_rule(record) for record in records[records["targets"] != 0]]
-        before, self._kept = self._kept, _slots_of_all(rules)
+        before, self._kept = self._kept, _slots_of_all(rules, self._tables.externals)
         self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
-        endpoints = [each for rule in rules for each in _endpoints(rule)]
+        endpoints = [each for rule in rules for each in _endpoints(rule, self._tables.externals)]
         present = {slot: endpoint for slot, endpoint in endpoints}
         self._withdrawn += [each for each in self._endpoints if present.get(each[0]) != each[1]]
         self._endpoints = endpoints

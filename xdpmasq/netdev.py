@@ -413,6 +413,31 @@ def route_to(target: IPAddress) -> Route | None:
         return None
 
 
+def local_route_add(network: ipaddress.IPv4Network, index: int) -> bool:
+    """Makes these addresses the host's own, so that it answers ARP for them; False when they are."""
+    try:
+        with IPRoute() as ipr:
+            ipr.route("add", dst=str(network), oif=index, **_LOCAL)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise _failure(f"cannot take {network} over", index, error) from error
+        return False
+    return True
+
+
+def local_route_del(network: ipaddress.IPv4Network) -> bool:
+    """False when there is none."""
+    try:
+        with IPRoute() as ipr:
+            ipr.route("del", dst=str(network), **_LOCAL)
+    except NetlinkError:
+        return False
+    return True
+
+
+_LOCAL = {"type": "local", "table": 255, "scope": "host"}
+
+
 def _routes_of(message: Any) -> list[Route]:
     any_address = "::/0" if message["family"] == socket.AF_INET6 else "0.0.0.0/0"
     destination = message.get_attr("RTA_DST")

@@ -60,16 +60,20 @@ def low_pools(ports: Ports) -> list[Pool]:
     return [low, low, _NO_POOL]
 
 
-def outside(ports: Ports, slots: int) -> npt.NDArray[np.bool_]:
+def ports_for_one(pool: int) -> int:
+    """Of a pool of that many ports one host may have nearly all (RFC 6888 REQ-13), yet others still find one."""
+    return max(1, pool - max(1, pool // 100))
+
+
+def outside(ports: Ports, slots: int, externals: int = 1) -> npt.NDArray[np.bool_]:
     """For each slot whether it is in no pool."""
-    found = np.ones(slots, bool)
-    found[datapath.FURTHER_BASE :] = False
+    one = np.ones(datapath.EXTERNAL_SLOTS, bool)
     for every in (pools(ports), low_pools(ports)):
         for class_, (firsts, counts) in enumerate(every):
             for first, count in zip(firsts, counts, strict=True):
                 start = class_ * datapath.PORTS + first
-                found[start : start + count] = False
-    return found
+                one[start : start + count] = False
+    return np.concatenate([np.tile(one, externals), np.zeros(slots - externals * len(one), bool)])
 
 
 def fields(config: Config, hz: int, further: int) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def fields(config: Config, hz: int, further: int) -> dict[str, Any]:
         "filtering": [FILTERINGS.index(config.filtering.tcp), FILTERINGS.index(config.filtering.udp), 0, 0],
         "drop_other": config.other == OTHERS[1],
         "host_sessions": limits.sessions_per_host or max(1, further // 4),
-        "host_mappings": limits.ports_per_host or sum(pool[0][1]) * 3 // 4,
+        "host_mappings": limits.ports_per_host or ports_for_one(sum(pool[0][1])),
         "host_rate": limits.new_per_second,
         "host_burst": limits.burst,
     }

@@ -14,7 +14,7 @@ import pytest
 from netkit import ECHO, Gateway, Wire, answers, ask, internal, soon, who
 
 from xdpmasq import bpf
-from xdpmasq.config import Ports, Timeouts
+from xdpmasq.config import Limits, Ports, Timeouts
 from xdpmasq.datapath import FURTHER_BASE, LIFE_RESTING, LIFE_STATE, PORTS
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC, TRANSIT
@@ -196,12 +196,15 @@ for number in range({sockets}):
 """
 
 
+UNLIMITED = Limits(sessions_per_host=1_000_000, ports_per_host=65536)
+
+
 @pytest.fixture
 def small() -> Iterator[Gateway]:
     """77 ports, 1,024 further sessions."""
     with Gateway.in_new_lab("tc", attach=False) as gateway:
         EchoServer(gateway.lab)
-        gateway.attach_with(ports=Ports(2000, 2076), further_sessions=1024)
+        gateway.attach_with(ports=Ports(2000, 2076), further_sessions=1024, limits=UNLIMITED)
         yield gateway
 
 
@@ -273,7 +276,7 @@ def test_the_agent_dead_for_long_costs_no_ports() -> None:
     """Packets help themselves: ports of expired sessions are taken back when no other is left."""
     with Gateway.in_new_lab("tc", attach=False) as gateway:
         EchoServer(gateway.lab)
-        gateway.attach_with(ports=Ports(2000, 2076))
+        gateway.attach_with(ports=Ports(2000, 2076), limits=UNLIMITED)
         to_nowhere(gateway, "a-box", sockets=150, remotes=1)  # few free ports among many are not always found
         assert not gateway.opens("b-box")
         gateway.kill_agent()

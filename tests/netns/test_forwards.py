@@ -22,6 +22,7 @@ from xdpmasq.datapath import CLASS_ROOM, CLASSES, LIFE_LIVE, LIFE_STATE, LIFE_ST
 from xdpmasq.errors import ForwardError
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC
+from xdpmasq.settings import ports_for_one
 
 pytestmark = pytest.mark.xdist_group("forwards")
 STRANGER = "198.51.100.7"
@@ -260,7 +261,7 @@ def test_contradictions_and_near_misses(gateway: Gateway) -> None:
         pytest.param(socket.AF_INET, socket.SOCK_DGRAM, "0.0.0.0", id="udp"),
     ],
 )
-@pytest.mark.req("port_shadow")
+@pytest.mark.req("attacks-port_shadow")
 def test_ports_of_the_gateways_own_services(gateway: Gateway, family: int, kind: int, address: str) -> None:
     with service(gateway, family, kind, address) as port:
         protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"
@@ -511,7 +512,7 @@ def test_settings_by_default(gateway: Gateway) -> None:
     further = tables.maps["remotes"].max_entries
     assert 65536 <= further <= 1048576
     assert int(settings["host_sessions"]) == further // 4
-    assert int(settings["host_mappings"]) == int(settings["pool"][0]["count"].sum()) * 3 // 4
+    assert int(settings["host_mappings"]) == ports_for_one(int(settings["pool"][0]["count"].sum()))
     assert int(settings["pool"]["count"][CLASS_ROOM:].sum()) == 0
     with gateway.inside():
         assert set(mss_of(tables).values()) == {0}

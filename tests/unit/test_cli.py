@@ -373,7 +373,7 @@ def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
         "UDP 1 of 60,000 in use",
         "ICMP 0 of 60,000 in use",
         "packets XDP 900, TC 100, 90.0% on the fast path",
-        "drops 7 a protocol that cannot be translated, from inside (drop_protocol)",
+        "drops 7 a protocol that is not to be translated, from inside (drop_protocol)",
     ]
 
 

@@ -17,7 +17,7 @@ HZ = 250
 NOW = 1_000_000
 TYPES = (Path(__file__).parents[2] / "bpf" / "types.h").read_text()
 SCALARS = {"u8": "u1", "u16": "u2", "__be16": "u2", "u32": "u4", "__be32": "u4", "u64": "u8"}
-LENGTHS = {"EXTERNALS": 1, "CLASSES": 3}
+LENGTHS = {"EXTERNALS": 1, "CLASS_ROOM": 4, "2 * CLASS_ROOM": 8}
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 TCP, UDP, ICMP = range(3)
 LIVE, RESTING, SESSION, STATIC, FURTHER = 1, 2, 4, 8, 1 << 8
@@ -29,7 +29,7 @@ def layout(struct: str) -> np.dtype[Any]:
     assert body
     found: list[Any] = []
     for kind, declared in re.findall(r"^\t((?:struct )?\w+) ([^;]+);", body[1], re.MULTILINE):
-        for name, length in re.findall(r"(\w+)(?:\[(\w+)\])?", declared):
+        for name, length in re.findall(r"(\w+)(?:\[([\w* ]+)\])?", declared):
             shape = (LENGTHS.get(length) or int(length),) if length else ()
             found.append((name, field_type(kind), shape))
     return np.dtype(found)
@@ -324,8 +324,8 @@ def test_port_use() -> None:
         array["life"][slot] = life
     array["life"][[80, 81]] = LIVE | STATIC, LIVE | STATIC | SESSION
     array["life"][3 * 65536 + 5] = LIVE | SESSION  # a further session uses no port of its own
-    pools = np.zeros(3, layout("pool"))
-    pools["count"] = [[31744, 4536], [31744, 4536], [64512, 0]]
+    pools = np.zeros(8, layout("pool"))
+    pools["count"][:3] = [[31744, 4536], [31744, 4536], [64512, 0]]
     assert sessions.port_use(array, settings(pool=pools)) == {
         "tcp": {"used": 2, "resting": 1, "forwarded": 2, "available": 36280},
         "udp": {"used": 1, "resting": 0, "forwarded": 0, "available": 36280},
