@@ -2,7 +2,7 @@
 
 ::
 
-    a-box .2, b-box .3, c-box .4 ─ lan0 masq-gate wan0 203.0.113.1, and .5 to .9 ─ internet .10 .11 ─ far 198.51.100.10
+    a-box .2, b-box .3, c-box .4 ─ lan0 masq-gate wan0 203.0.113.1, .5 to .9 ─ internet .10 .11 ─ far
 
 internet has no route to 192.168.0.0/24, unless a test gives it one.
 """
@@ -76,7 +76,7 @@ def test_choice_for_a_prefix(bare: Gateway) -> None:
 
 
 def test_pool_of_addresses_that_the_wan_lacks(bare: Gateway) -> None:
-    with pytest.raises(Exception, match="203.0.113.5/32 is no address of wan0"), serving(bare, addresses=POOL):
+    with pytest.raises(Exception, match="is no address of wan0"), serving(bare, addresses=POOL):
         pass
     with serving(bare, addresses=POOL[1:2], answer_arp=True):
         assert seen_as(bare, "a-box") == POOL[1]
@@ -102,13 +102,16 @@ def test_one_to_one(bare: Gateway, answer_arp: bool) -> None:
 
 
 def test_hairpin_to_one_to_one(bare: Gateway) -> None:
-    with serving(bare, "203.0.113.9", one_to_one=["192.168.0.2 as 203.0.113.9"]) as gateway:
-        with gateway.listen("a-box", 8000) as server, gateway.tcp("b-box", ("203.0.113.9", 8000)) as client:
-            connection, peer = server.accept()
-            assert peer[0] == PUBLIC
-            client.sendall(b"around")
-            assert connection.recv(100) == b"around"
-            connection.close()
+    with (
+        serving(bare, "203.0.113.9", one_to_one=["192.168.0.2 as 203.0.113.9"]) as gateway,
+        gateway.listen("a-box", 8000) as server,
+        gateway.tcp("b-box", ("203.0.113.9", 8000)) as client,
+    ):
+        connection, peer = server.accept()
+        assert peer[0] == PUBLIC
+        client.sendall(b"around")
+        assert connection.recv(100) == b"around"
+        connection.close()
 
 
 def test_traceroute_to_and_from_one_to_one(bare: Gateway) -> None:

@@ -24,6 +24,7 @@ from xdpmasq.config import (
 )
 from xdpmasq.configfile import load
 from xdpmasq.errors import ConfigError, UsageError
+from xdpmasq.externals import Externals
 from xdpmasq.forwards import parse
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "config.example.toml"
@@ -54,6 +55,7 @@ def test_example_has_every_key() -> None:
         "interfaces": {"wan", "lan", "mode", "internal"},
         "timeouts": {each.name for each in fields(Timeouts)},
         "ports": {each.name for each in fields(Ports)},
+        "external": {each.name for each in fields(Externals)},
         "filtering": {each.name for each in fields(Filtering)},
         "limits": {each.name for each in fields(Limits)},
         "sessions": {"further", "inbound_refresh"},
