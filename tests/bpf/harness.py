@@ -550,8 +550,8 @@ class Gateway:
         assert set(mapped.values()) <= set(live), "a mapping leads to a slot that is not live"
         for at, slot in mapped.items():
             assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
-        for slot in set(live) - static - set(further) - set(mapped.values()):
-            assert mapping_key(slot) in mapped, "a mapping that nobody can find"
+        for slot in set(running) - static - set(further):
+            assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
         assert {remote_key(slot): slot for slot in further} == {
             at: int(slot) for at, slot in self.entries("remotes").items()
         }
