@@ -29,7 +29,7 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq import bpf
+from xdpmasq import bpf, forwarding
 from xdpmasq.datapath import (
     LIFE_LIVE,
     LIFE_RESTING,
@@ -41,6 +41,7 @@ from xdpmasq.datapath import (
     REAP_FORCED,
     REAP_RESTED,
 )
+from xdpmasq.expiry import Expiry
 
 THIRD_HOST = "192.168.0.4"
 MAKE = {"tcp": tcp, "udp": udp}
@@ -271,6 +272,28 @@ def test_the_default_host_gets_many_remotes_at_a_port(gateway: Gateway, protocol
         age(gateway.tables.sessions[slot], 7441)
     assert gateway.inbound(knock(protocol, SERVER, port, 7003)).ip.dst == HOST
     gateway.assert_tables_agree()
+
+
+@pytest.mark.parametrize("withdrawn", [False, True], ids=["in place", "withdrawn"])
+def test_the_agent_ends_the_default_hosts_sessions_outside_the_pool(gateway: Gateway, withdrawn: bool) -> None:
+    rule = gateway.forward("tcp", 0, (HOST, 0))
+    upkeep = forwarding.Upkeep(gateway.tables)
+    reserved = gateway.tables.claims.copy()
+    expiry = Expiry(gateway.tables, gateway.bench.programs["masq_reap"], reserved, 0, 0, kept=upkeep.slots)
+    upkeep.run()
+    gateway.inbound(knock("tcp", SERVER, 443))
+    if withdrawn:
+        gateway.withdraw(rule)
+    age(gateway.tables.sessions[443], 241)
+    upkeep.run()
+    expiry.run()
+    assert gateway.counted()["mapping_closed"] == 1
+    age(gateway.tables.sessions[443], 9)
+    upkeep.run()
+    expiry.run()
+    upkeep.run()
+    assert gateway.slots() == upkeep.slots().tolist() == []
+    assert gateway.mappings == 0
 
 
 @EACH_PROTOCOL
