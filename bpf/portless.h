@@ -12,9 +12,11 @@ static __always_inline bool protocol_is_known(u8 proto)
 static __always_inline long portless_rewrite(const struct packet *p, enum side side, addr_t new)
 {
 	bool sums_addresses = p->proto == IPPROTO_DCCP || p->proto == IPPROTO_UDPLITE;
+	u64 never_zero = p->proto == IPPROTO_UDPLITE ? BPF_F_MARK_MANGLED_0 : 0; /* RFC 3828 section 3.1 */
 
 	if (sums_addresses && !packet_is_later_fragment(p) &&
-	    bpf_l4_csum_replace(p->skb, p->l4 + 6, 0, csum_delta_addr(packet_addr(p, side), new), BPF_F_PSEUDO_HDR))
+	    bpf_l4_csum_replace(p->skb, p->l4 + 6, 0, csum_delta_addr(packet_addr(p, side), new),
+				BPF_F_PSEUDO_HDR | never_zero))
 		return -1;
 	return rewrite_addr(p, side, new);
 }
