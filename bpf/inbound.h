@@ -47,15 +47,19 @@ static __always_inline bool forward_target(const struct forward *f, const struct
 	return false;
 }
 
-/* Handed to the gateway's own stack, unless it claims to come from where nothing from outside can. */
-static __always_inline enum verdict own_inbound(const struct packet *p)
+/* Claims to come from where nothing from outside can. Sessions with such remotes there are too, of hairpins. */
+static __always_inline bool source_is_impossible(const struct packet *p)
 {
 	u32 role = prefix_role(p->src);
 
+	return role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src);
+}
+
+/* Handed to the gateway's own stack. */
+static __always_inline enum verdict own_inbound(const struct packet *p)
+{
 	if (p->hairpin)
 		return drop(COUNT_drop_filtered);
-	if (role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src))
-		return drop(COUNT_drop_source_martian);
 	fragment_begin_own(p);
 	return pass(COUNT_own_inbound);
 }

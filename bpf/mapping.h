@@ -442,13 +442,15 @@ static __always_inline struct session *mapping_open(const struct settings *cfg, 
 	}
 	session_init(cfg, s, e, claimed, p->now);
 	s->life = LIFE_LIVE | LIFE_SESSION | (host ? LIFE_COUNTED : 0);
+	if (host)
+		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
 	if (!mappings.insert(&key, &claimed)) {
 		count(COUNT_mapping_opened);
 		count(COUNT_session_opened);
-		if (host)
-			__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
 		return s;
 	}
+	if (host)
+		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], -1);
 	s->life = 0;
 	slot_release(claimed);
 	*slot = slot_of_internal(e->internal, p->class, e->internal_port);
