@@ -526,6 +526,7 @@ class Gateway:
         running = [slot for slot in live if rows[slot]["life"] & datapath.LIFE_SESSION]
         static = {slot for slot in live if rows[slot]["life"] & datapath.LIFE_STATIC}
         further = [slot for slot in live if slot >= datapath.FURTHER_BASE]
+        by_reply = [slot for slot in running if rows[slot]["out"]["marks"] & BY_REPLY]
 
         def key(name: str, *fields: Any) -> bytes:
             return np.array(fields, maps[name].key).tobytes()
@@ -550,12 +551,11 @@ class Gateway:
         assert set(mapped.values()) <= set(live), "a mapping leads to a slot that is not live"
         for at, slot in mapped.items():
             assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
-        for slot in set(running) - static - set(further):
+        for slot in set(running) - static - set(further) - set(by_reply):
             assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
         assert {remote_key(slot): slot for slot in further} == {
             at: int(slot) for at, slot in self.entries("remotes").items()
         }
-        by_reply = [slot for slot in running if rows[slot]["out"]["marks"] & BY_REPLY]
         assert {reply_key(slot): slot for slot in by_reply} == {
             at: int(slot) for at, slot in self.entries("replies").items()
         }
