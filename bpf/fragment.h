@@ -73,7 +73,7 @@ static __always_inline void fragment_begin_own(const struct packet *p)
 	struct fragment untouched = { .seen_at = p->now };
 
 	if (p->more_fragments && !packet_is_later_fragment(p))
-		fragments.insert(&key, &untouched);
+		fragments.update(&key, &untouched);
 }
 
 static __always_inline bool fragment_is_own(const struct fragment *first)

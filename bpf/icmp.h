@@ -59,6 +59,8 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 	addr_t twin;
 
 	if (quote_parse(p, &q)) {
+		if (!own && !icmp_error_is_intact(p, &q))
+			return drop(COUNT_drop_icmp_checksum);
 		if (q.inner.class == CLASS_NONE)
 			return portless_error_outbound(cfg, p, &q, own);
 		s = session_find_outbound(slot_of_internal(q.inner.dst, q.inner.class, q.inner.dst_port), q.inner.dst,
@@ -76,8 +78,6 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 		return prefix_role(q.inner.dst) >= PREFIX_INTERNAL ? drop(COUNT_drop_icmp_error_leak) :
 								      pass(COUNT_own_outbound);
 	}
-	if (!own && !icmp_error_is_intact(p, &q))
-		return drop(COUNT_drop_icmp_checksum);
 	if (quote_rewrite(p, &q, DESTINATION, s->out.new_addr, s->out.new_port))
 		return drop(COUNT_drop_rewrite);
 	if (!own && rewrite_addr(p, SOURCE, s->out.new_addr))
@@ -111,14 +111,14 @@ static __always_inline enum verdict icmp_error_inbound(const struct settings *cf
 
 	if (!quote_parse(p, &q) || !addr_equal(p->dst, q.inner.src))
 		return own_inbound(p);
+	if (!icmp_error_is_intact(p, &q))
+		return drop(COUNT_drop_icmp_checksum);
 	if (q.inner.class == CLASS_NONE)
 		return portless_error_inbound(cfg, p, &q);
 	slot = slot_of_external(cfg, q.inner.src, q.inner.class, q.inner.src_port);
 	s = session_find(slot, q.inner.dst, q.inner.dst_port, INBOUND);
 	if (!s || !session_is_alive(cfg, s, p->now))
 		return own_inbound(p);
-	if (!icmp_error_is_intact(p, &q))
-		return drop(COUNT_drop_icmp_checksum);
 	if (!icmp_error_is_plausible(p, &q, s))
 		return drop(COUNT_drop_icmp_error_implausible);
 	if (quote_rewrite(p, &q, SOURCE, s->in.new_addr, s->in.new_port) ||

@@ -77,13 +77,22 @@ static __always_inline bool mapping_is_live(u32 slot)
 	return mapping && (mapping->life & LIFE_STATE) == LIFE_LIVE;
 }
 
+/* Has another than the default host the port in @slot? That which slot_adopt() made for an earlier remote is its own. */
+static __always_inline bool mapping_is_anothers(const struct forward *f, const struct packet *p, u32 slot)
+{
+	struct session *m = session_at(slot);
+
+	return mapping_is_live(slot) && m &&
+	       (m->in.new_port != p->dst_port || !addr_equal(m->in.new_addr, f->target[0].addr));
+}
+
 /* The forward that takes @p, or NULL. The default host gets what nobody else has. */
 static __always_inline struct forward *forward_for(const struct packet *p, u32 slot)
 {
 	struct forward *f = p->class < CLASS_ICMP ? forward_find(p, slot / PORTS / CLASSES) : NULL;
 
 	if (f && f->flags & FORWARD_DEFAULT &&
-	    (mapping_is_live(slot) || socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port)))
+	    (mapping_is_anothers(f, p, slot) || socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port)))
 		return NULL;
 	return f;
 }
@@ -193,14 +202,27 @@ static __always_inline enum verdict stranger_inbound(const struct packet *p, u32
 	return drop(COUNT_drop_filtered);
 }
 
+/* Has the internal endpoint of @mapping a session of its own with the remote of @p? Nobody could tell its answers apart. */
+static __always_inline bool speaks_by_itself(const struct settings *cfg, const struct packet *p, u32 mapping)
+{
+	struct session *s = session_find(mapping, p->src, p->src_port, OUTBOUND);
+
+	return s && !(s->out.marks & SESSION_BY_REPLY) && session_is_alive(cfg, s, p->now);
+}
+
 /* The session that @p opens from outside, or NULL with the verdict. @s is the expired one over the same endpoints. */
 static __always_inline struct session *session_admit(const struct settings *cfg, struct packet *p, u32 slot,
 						     struct session *s, enum verdict *verdict)
 {
 	struct ends e = { .marks = SESSION_FROM_OUTSIDE };
 	struct forward *f;
+	u32 mapping;
 
 	packet_blur(p);
+	if (!p->hairpin && source_is_impossible(p)) {
+		*verdict = drop(COUNT_drop_source_martian);
+		return NULL;
+	}
 	e.remote = p->src;
 	e.remote_port = p->src_port;
 	f = forward_for(p, slot);
@@ -217,8 +239,13 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
 	}
-	if (slot_of_internal(e.internal, p->class, e.internal_port) != slot)
+	mapping = slot_of_internal(e.internal, p->class, e.internal_port);
+	if (mapping != slot)
 		e.marks |= SESSION_BY_REPLY;
+	if (mapping != slot && speaks_by_itself(cfg, p, mapping)) {
+		*verdict = drop(COUNT_drop_reply_taken);
+		return NULL;
+	}
 	s = session_join(cfg, &e, &slot, p->now, verdict);
 	if (!s)
 		return NULL;

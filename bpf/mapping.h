@@ -443,13 +443,15 @@ static __always_inline struct session *mapping_open(const struct settings *cfg, 
 	}
 	session_init(cfg, s, e, claimed, p->now);
 	s->life = LIFE_LIVE | LIFE_SESSION | (host ? LIFE_COUNTED : 0);
+	if (host)
+		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
 	if (!mappings.insert(&key, &claimed)) {
 		count(COUNT_mapping_opened);
 		count(COUNT_session_opened);
-		if (host)
-			__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
 		return s;
 	}
+	if (host)
+		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], -1);
 	s->life = 0;
 	slot_release(claimed);
 	*slot = slot_of_internal(e->internal, p->class, e->internal_port);
@@ -458,8 +460,8 @@ static __always_inline struct session *mapping_open(const struct settings *cfg, 
 	return NULL;
 }
 
-/* Leads to @slot by the 5-tuple where the mapping does not. */
-static __always_inline bool reply_publish(const struct ends *e, u32 class, u32 slot)
+/* Leads to @slot by the 5-tuple where the mapping does not; CONTINUE unless that is not possible. */
+static __always_inline enum verdict reply_publish(const struct ends *e, u32 class, u32 slot)
 {
 	struct reply_key key = { .addr = e->internal,
 				 .remote_addr = e->remote,
@@ -467,7 +469,9 @@ static __always_inline bool reply_publish(const struct ends *e, u32 class, u32 s
 				 .remote_port = e->remote_port,
 				 .class = class };
 
-	return !(e->marks & SESSION_BY_REPLY) || !replies.insert(&key, &slot);
+	if (!(e->marks & SESSION_BY_REPLY) || !replies.insert(&key, &slot))
+		return CONTINUE;
+	return drop(replies.lookup(&key) ? COUNT_drop_reply_taken : COUNT_drop_sessions_full);
 }
 
 static __always_inline struct session *further_open(const struct settings *cfg, const struct ends *e, u32 *slot,
@@ -482,10 +486,9 @@ static __always_inline struct session *further_open(const struct settings *cfg, 
 		return NULL;
 	}
 	session_init(cfg, s, e, mapping, now);
-	if (!reply_publish(e, slot_class(mapping), further)) {
-		*verdict = drop(COUNT_drop_reply_taken);
+	*verdict = reply_publish(e, slot_class(mapping), further);
+	if (*verdict != CONTINUE)
 		goto release;
-	}
 	if (!life_swap(m, life, life + LIFE_FURTHER))
 		goto busy;
 	s->life = LIFE_LIVE | LIFE_SESSION;
@@ -514,6 +517,7 @@ release:
 static __always_inline struct session *session_join(const struct settings *cfg, const struct ends *e, u32 *slot, u32 now,
 						    enum verdict *verdict)
 {
+	struct remote_key key = { .mapping = *slot, .addr = e->remote, .port = e->remote_port };
 	struct session *m = session_at(*slot);
 	struct ending ending;
 	bool taken_by_live;
@@ -534,6 +538,11 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		*verdict = drop(COUNT_drop_reply_taken);
 		return NULL;
 	}
+	/* Another host that shares the port speaks with this remote; whoever stood here would get its answers. */
+	if (!taken_by_live && life & LIFE_FURTHER_MASK && remotes.lookup(&key)) {
+		*verdict = drop(COUNT_drop_reply_taken);
+		return NULL;
+	}
 	/* The place of a mapping that is not static tells whose it is, so no other host's session may stand there. */
 	if (taken_by_live || (e->marks & SESSION_BY_REPLY && !(life & LIFE_STATIC)))
 		return further_open(cfg, e, slot, m, life, now, verdict);
@@ -546,9 +555,9 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 	if (life & LIFE_SESSION)
 		session_ended(&ending, *slot);
 	session_init(cfg, m, e, *slot, now);
-	if (!reply_publish(e, slot_class(*slot), *slot)) {
+	*verdict = reply_publish(e, slot_class(*slot), *slot);
+	if (*verdict != CONTINUE) {
 		life_swap(m, taken, taken & ~LIFE_SESSION);
-		*verdict = drop(COUNT_drop_reply_taken);
 		return NULL;
 	}
 	count(COUNT_session_opened);

@@ -105,6 +105,8 @@ static __always_inline enum verdict hairpin_send(const struct packet *p)
 	ip = packet_at(p, p->l3, sizeof(*ip));
 	if (!ip || !to || to->role != ROLE_LAN)
 		return drop(COUNT_drop_hairpin_route);
+	if (ip->ttl <= 1)
+		return drop(COUNT_drop_ttl);
 	ip->ttl--;
 	ip->check = csum_apply(ip->check, CSUM_DELTA_TTL);
 	p->skb->mark = 0;

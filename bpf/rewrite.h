@@ -46,6 +46,7 @@ static __always_inline long rewrite_sums(const struct packet *p, enum side side,
 {
 	u32 delta = csum_delta_addr(packet_addr(p, side), new);
 	u64 zero_stays = p->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+	u64 never_zero = p->proto == IPPROTO_UDPLITE ? BPF_F_MARK_MANGLED_0 : 0; /* RFC 3828 section 3.1 */
 
 	if (packet_is_later_fragment(p))
 		return 0;
@@ -53,7 +54,8 @@ static __always_inline long rewrite_sums(const struct packet *p, enum side side,
 		return bpf_l4_csum_replace(p->skb, p->l4 + l4_check_offset(p->proto), 0, delta,
 					   BPF_F_PSEUDO_HDR | zero_stays);
 	if (p->proto == IPPROTO_DCCP || p->proto == IPPROTO_UDPLITE)
-		return bpf_l4_csum_replace(p->skb, p->l4 + offsetof(struct udp_header, check), 0, delta, BPF_F_PSEUDO_HDR);
+		return bpf_l4_csum_replace(p->skb, p->l4 + offsetof(struct udp_header, check), 0, delta,
+					   BPF_F_PSEUDO_HDR | never_zero);
 	return 0;
 }
 

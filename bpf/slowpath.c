@@ -86,23 +86,26 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		*verdict = host_may_open(cfg, host, p->class, slot == NO_SLOT, p->now);
 	if (*verdict != CONTINUE)
 		return NULL;
+	/* Counted before others can see it: it could end, and be counted off, at once. */
+	if (host)
+		__sync_fetch_and_add(&host->sessions, 1);
+	e.marks = host ? SESSION_COUNTED : 0;
+	asm volatile("" : : "r"(&e) : "memory"); /* or the verifier has much more to walk */
 	s = NULL;
 	if (slot == NO_SLOT) {
 		s = mapping_open(cfg, p, &e, external, host, &slot, verdict);
 		if (!s && *verdict == REFUSE && slot == NO_SLOT && cfg->overload) {
 			*verdict = CONTINUE;
 			slot = slot_to_share(cfg, p, external);
-			e.marks = SESSION_BY_REPLY;
+			e.marks |= SESSION_BY_REPLY;
 		} else if (!s && *verdict == REFUSE) {
 			count(COUNT_drop_ports_exhausted);
 		}
 	}
 	if (!s && *verdict == CONTINUE)
 		s = session_join(cfg, &e, &slot, p->now, verdict);
-	if (s && host) {
-		s->out.marks |= SESSION_COUNTED;
-		__sync_fetch_and_add(&host->sessions, 1);
-	}
+	if (!s && host)
+		__sync_fetch_and_add(&host->sessions, -1);
 	return s;
 }
 
@@ -245,7 +248,11 @@ static __always_inline enum verdict walk_inbound(const struct settings *cfg, str
 {
 	addr_t twin;
 
-	/* Before anything else: no kind of packet may name an internal host from outside. */
+	/* Before anything else: no kind of packet may name an internal host from outside, or claim to be from us. Sessions
+	 * with such remotes there are, of hairpins.
+	 */
+	if (!p->hairpin && external_of(cfg, p->src) != NO_EXTERNAL)
+		return drop(COUNT_drop_source_martian);
 	if (external_of(cfg, p->dst) == NO_EXTERNAL) {
 		if (prefix_role(p->dst) == PREFIX_INTERNAL)
 			return is_exempt(p, p->src, p->src_port) ? pass(COUNT_own_exempt) :
@@ -342,7 +349,7 @@ static __always_inline enum verdict slow_hairpin(struct packet *p)
 	if (prefix_role(p->src) != PREFIX_INTERNAL || !(inside || answers_gateway(cfg, p)))
 		return PASS;
 	if (p->ttl <= 1)
-		return punt(cfg, p, PUNT_TTL) ? REDIRECT : drop(COUNT_drop_ttl);
+		return drop(COUNT_drop_ttl) == DROP && punt(cfg, p, PUNT_TTL) ? REDIRECT : DROP;
 	p->hairpin = true;
 	packet_blur(p);
 	verdict = walk_outbound(cfg, p);
@@ -355,10 +362,15 @@ static __always_inline enum verdict slow_hairpin(struct packet *p)
 static __always_inline enum verdict slow_loopback(struct packet *p)
 {
 	struct settings *cfg = settings_get();
+	enum verdict verdict;
 	struct forward *f;
 
-	if (!cfg || !goes_to_external(cfg, p) || parse(p) != CONTINUE || external_of(cfg, p->src) == NO_EXTERNAL ||
-	    p->class >= CLASS_ICMP || packet_is_later_fragment(p))
+	if (!cfg || !goes_to_external(cfg, p))
+		return PASS;
+	verdict = parse(p);
+	if (verdict != CONTINUE)
+		return verdict;
+	if (external_of(cfg, p->src) == NO_EXTERNAL || p->class >= CLASS_ICMP || packet_is_later_fragment(p))
 		return PASS;
 	f = forward_find(p, external_of(cfg, p->dst));
 	return f && !(f->flags & FORWARD_DEFAULT) ? hairpin_turn(cfg, p) : PASS;
@@ -403,7 +415,9 @@ static __always_inline void learn_inbound(struct packet *p)
 		return;
 	s = session_find_outbound(slot_of_internal(p->dst, p->class, p->dst_port), p->dst, p->dst_port, p->src,
 				  p->src_port, p->class);
-	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s))
+	/* From an external address is a hairpin's; at the WAN's XDP hook nothing tells that from a forgery. */
+	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s) &&
+	    external_of(cfg, p->src) == NO_EXTERNAL)
 		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port);
 }
 

@@ -212,11 +212,12 @@ class Map(_Descriptor):
 
 @dataclass(frozen=True)
 class TestRun:
-    """What a program made of a packet: its return value, the packet after it, ns a run."""
+    """What a program made of a packet: its return value, the packet and the context after it, ns a run."""
 
     __test__ = False  # not a test class, whatever pytest makes of its name
     verdict: int
     data: bytes
+    context: bytes
     duration_ns: int
 
 
@@ -269,7 +270,7 @@ class Program(_Descriptor):
         live = bool(flags & LIVE_FRAMES)
         packet = ct.create_string_buffer(data, len(data))
         after = ct.create_string_buffer(room)
-        before = ct.create_string_buffer(context, max(len(context), 1))
+        told = ct.create_string_buffer(context, max(len(context), 1))  # the kernel writes it back here
         attr = struct.pack(
             "<IIIIQQIIIIQQIIII",
             self.fd,
@@ -281,9 +282,9 @@ class Program(_Descriptor):
             repeat,
             0,
             len(context),
-            0,
-            _address(before) if context else 0,
-            0,
+            0 if live else len(context),
+            _address(told) if context else 0,
+            0 if live or not context else _address(told),
             flags,
             cpu,
             0,
@@ -291,7 +292,7 @@ class Program(_Descriptor):
         )
         _, result = _bpf(_TEST_RUN, attr)
         verdict, _, size = struct.unpack_from("<III", result, 4)
-        return TestRun(verdict, after.raw[:size], struct.unpack_from("<I", result, 36)[0])
+        return TestRun(verdict, after.raw[:size], told.raw[: len(context)], struct.unpack_from("<I", result, 36)[0])
 
 
 def _object_info(fd: int, size: int, request: bytearray | None = None) -> bytes:

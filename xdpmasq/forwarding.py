@@ -346,6 +346,7 @@ class Upkeep:
         self._tables = tables
         self._seen = b""
         self._kept, self._former = NONE, NONE
+        self._has_default = False
         self._endpoints: list[tuple[int, tuple[Any, ...]]] = []
         self._withdrawn: list[tuple[int, tuple[Any, ...]]] = []
         self._next = 0
@@ -368,10 +369,17 @@ class Upkeep:
 
     def run(self) -> None:
         """A tick."""
+        had_default = self._has_default
         self.readdress()
+        if had_default or self._has_default:  # its remotes choose the ports
+            self._former = np.union1d(self._former, np.setdiff1d(self._used(), self._kept))
         self._former = self._former[self._tables.sessions["life"][self._former] != 0]
         self._withdrawn = [each for each in self._withdrawn if not withdraw(self._tables, *each)]
         self._republish()
+
+    def _used(self) -> Slots:
+        """Ports that are mapped or at rest."""
+        return np.flatnonzero(self._tables.sessions["life"][:FURTHER_BASE]).astype(np.uint32)
 
     def _follow(self) -> None:
         records = _records(self._tables)
@@ -380,6 +388,7 @@ class Upkeep:
             return
         self._seen = records.tobytes()
         rules = [_rule(record) for record in records[records["targets"] != 0]]
+        self._has_default = any(rule.is_default for rule in rules)
         before, self._kept = self._kept, _slots_of_all(rules, self._tables.externals)
         self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
         endpoints = [each for rule in rules for each in _endpoints(rule, self._tables.externals)]

@@ -14,8 +14,9 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -23,7 +24,8 @@ import numpy as np
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
-from xdpmasq import bpf, datapath, netdev, source
+from xdpmasq import bpf, datapath, forwarding, netdev, source
+from xdpmasq.forwards import Rule, Target
 
 GATEWAY = "203.0.113.1"
 GATEWAY_INSIDE = "192.168.0.1"
@@ -40,12 +42,23 @@ EVERY_IDENTIFIER = ((0, 65536), (0, 0))
 LIFE_FURTHER = 1 << 8
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
 
-ENDINGS = ("fast", "slow", "up", "own", "drop")
-TC_VERDICTS = {2: "drop", 0xFFFFFFFF: "pass"}
+ENDINGS = ("fast", "slow", "punt", "up", "own", "drop")
+TC_VERDICTS = {2: "drop", 7: "redirect", 0xFFFFFFFF: "pass"}
+# Where a packet may go on uncounted: nothing was done to it, or a hairpin is turned round, which ends elsewhere.
+AHEAD = {
+    "masq_lan_learn": ("pass",),
+    "masq_lan_in": ("pass", "redirect"),
+    "masq_lo_out": ("pass", "redirect"),
+}
 XDP_VERDICTS = {2: "pass", 4: "redirect"}
 PROTOCOLS = {1: ICMP, 6: TCP, 17: UDP}
 CHECK_AT = {1: 2, 6: 16, 17: 6}  # the checksum within the transport header
 ICMP_ERRORS = (3, 11, 12)
+HAIRPIN_MARK = 0x4D510000
+LOOPBACK = 1
+PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT, PUNT_REFUSED, PUNT_TTL = range(4)
+BY_REPLY, COUNTED, FROM_OUTSIDE = 1, 2, 4  # SESSION_*
+LIFE_COUNTED = 16
 
 
 # --- packets ---------------------------------------------------------------------------------------
@@ -143,6 +156,7 @@ NETWORK = (
     "link set lo up",
     f"link add lan0 address {LAN_MAC} type veth peer name lan1",
     f"link add wan0 address {WAN_MAC} type veth peer name wan1",
+    "link add punt0 type veth peer name punt1",
     *(f"link set {name} arp off" for name in ("lan1", "wan1")),
     *(f"link set {name} up" for name in ("lan0", "lan1", "wan0", "wan1")),
     f"addr add {GATEWAY_INSIDE}/24 dev lan0",
@@ -165,7 +179,7 @@ class Bench:
     def __init__(self) -> None:
         self.programs = datapath.Programs(FURTHER)
         self.tables = datapath.Tables(self.programs.maps)
-        self.lan, self.wan = netdev.link("lan0"), netdev.link("wan0")
+        self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.
         netdev.xdp_attach(self.lan.index, self.programs["masq_lan_xdp"].fd, "native")
         netdev.xdp_attach(self.wan.index, self.programs["masq_wan_xdp"].fd, "native")
@@ -194,6 +208,11 @@ class Bench:
             for keys, _ in tables.maps[name].items(chunk=max(FURTHER, 16384)):
                 for key in keys:
                     tables.maps[name].delete(key)
+        for placed in forwarding.read(tables):
+            rules = tables.maps["forward_rules"]
+            rules.set(placed.index, np.zeros((), rules.value))
+        for reason in range(4):
+            tables.maps["budgets"].set(reason, (0, 0))
         tables.set_settings(
             external=[datapath.addr(IPv4Address(GATEWAY))],
             tcp_established=7440 * TICKS,
@@ -231,14 +250,18 @@ class Result:
     Attributes:
         verdict: pass, drop or redirect.
         frame: the packet afterwards, from its Ethernet header on.
-        ended: the one counter that says how it ended.
+        ended: the one counter that says how it ended; none where a hairpin is turned round, or nothing was done.
         counted: every other counter that changed, by how much.
+        mark: the skb's afterwards.
+        punted: the reason for which it was sent to the agent.
     """
 
     verdict: str
     frame: bytes
     ended: str
     counted: dict[str, int]
+    mark: int = 0
+    punted: int | None = None
 
     @property
     def bytes(self) -> bytes:
@@ -288,6 +311,30 @@ class Gateway:
     def accelerate(self) -> None:
         self.tables.set_settings(accelerate=1)
 
+    def attend(self) -> None:
+        """The agent reads the punt port."""
+        self.tables.set_settings(punt=self.bench.punt.index, heartbeat=bpf.jiffies())
+
+    def filtering(self, mode: int) -> None:
+        self.tables.set_settings(filtering=(mode, mode, 0, 0))
+
+    def forward(
+        self, protocol: str, first: int, *targets: tuple[Any, ...], last: int | None = None, source: str | None = None
+    ) -> Rule:
+        """Puts a forward in place; targets are (address, port[, weight]). From port 0 it is the default host's."""
+        last = (first or datapath.PORTS - 1) if last is None else last
+        to = tuple(Target(IPv4Address(target[0]), *target[1:]) for target in targets)
+        rule = Rule(protocol, first, last, to, IPv4Network(source) if source else None)
+        forwarding.put(self.tables, self.bench.programs["masq_reap"], rule)
+        self.counted()
+        return rule
+
+    def withdraw(self, rule: Rule) -> dict[str, int]:
+        """Takes a forward out; returns the counters that changed."""
+        (placed,) = (each for each in forwarding.read(self.tables) if each.rule == rule)
+        forwarding.take(self.tables, self.bench.programs["masq_reap"], placed)
+        return self.counted()
+
     # --- packets
 
     def outbound(self, packet: Packet | bytes, *, local: bool = False, **context: int) -> Result:
@@ -327,6 +374,30 @@ class Gateway:
         frame = packet if isinstance(packet, bytes) else _frame(packet, WAN_MAC, NEXT_HOP_MAC)
         return self._xdp("masq_wan_xdp", frame, self.wan)
 
+    def lan_in(self, packet: Packet | bytes, **context: int) -> Result:
+        """At the LAN's ingress, where hairpins are found."""
+        frame = packet if isinstance(packet, bytes) else _frame(packet, LAN_MAC, HOST_MAC)
+        return self._tc("masq_lan_in", frame, {"ingress_ifindex": self.lan, "ifindex": self.lan, **context})
+
+    def lo_out(self, packet: Packet | bytes) -> Result:
+        """At the egress of lo: the gateway speaks to itself."""
+        frame = packet if isinstance(packet, bytes) else bytes(12) + b"\x08\x00" + wire(packet)
+        return self._tc("masq_lo_out", frame, {"ingress_ifindex": 0, "ifindex": LOOPBACK})
+
+    def punt_in(self, frame: bytes, *, ifindex: int | None = None) -> Result:
+        """At the punt port's ingress: a frame that the agent writes."""
+        here = self.bench.punt.index if ifindex is None else ifindex
+        return self._tc("masq_punt_in", frame, {"ingress_ifindex": here, "ifindex": here})
+
+    def hairpin(self, packet: Packet | bytes) -> Result:
+        """From a LAN to an external address and round: the second leg, or the first when it ended there."""
+        first = self.lan_in(packet)
+        return self.turned(first) if first.verdict == "redirect" and not first.ended else first
+
+    def turned(self, first: Result) -> Result:
+        """A hairpin's second leg, at the WAN's ingress."""
+        return self.inbound(first.frame, mark=first.mark)
+
     def reap(self, slots: Iterable[int], order: int = datapath.REAP_EXPIRED) -> dict[str, int]:
         """Returns the counters that changed."""
         self.tables.reap(self.bench.programs["masq_reap"], np.array(list(slots), np.uint32), order)
@@ -342,11 +413,13 @@ class Gateway:
 
     def _tc(self, function: str, frame: bytes, context: dict[str, int]) -> Result:
         skb = bytearray(192)  # struct __sk_buff
+        struct.pack_into("<I", skb, 8, context.get("mark", 0))
         struct.pack_into("<II", skb, 36, context["ingress_ifindex"], context["ifindex"])
         struct.pack_into("<I", skb, 164, context.get("gso_segs", 0))
         struct.pack_into("<I", skb, 176, context.get("gso_size", 0))
         run = self.bench.programs[function].test_run(frame, context=bytes(skb))
-        return self._judge(function, frame, TC_VERDICTS[run.verdict], run.data)
+        result = self._judge(function, frame, TC_VERDICTS[run.verdict], run.data)
+        return replace(result, mark=struct.unpack_from("<I", run.context, 8)[0])
 
     def _xdp(self, function: str, frame: bytes, ifindex: int) -> Result:
         md = struct.pack("<6I", 0, len(frame), 0, ifindex, 0, 0)  # struct xdp_md
@@ -357,27 +430,44 @@ class Gateway:
         """No unaccounted exit; unmodified or translated whole; nothing internal on the WAN."""
         counted = self.counted()
         ends = [name for name in counted if name.split("_")[0] in ENDINGS]
-        if function == "masq_lan_learn":
-            assert not counted
-            assert verdict == "pass"
-            assert after == before
+        l3 = 0 if function.endswith("_l3") else 14
+        if not ends and function in AHEAD:
+            assert not counted or function == "masq_lan_in"
+            assert verdict in AHEAD[function]
+            if verdict == "pass" or function == "masq_lo_out":
+                assert after == before
+            else:
+                _assert_translated(before[l3:], after[l3:], hops=0)
+                _assert_nothing_internal(after)
             return Result(verdict, after, "", counted)
         assert len(ends) == 1, f"not one way to end: {counted}"
         (ended,) = ends
         assert counted.pop(ended) == 1
         kind = ended.split("_")[0]
-        assert verdict == {"fast": "redirect", "drop": "drop"}.get(kind, "pass"), f"{ended}, but {verdict}"
+        punted = None
+        if verdict == "redirect" and (kind == "drop" or ended == "punt_fragment"):
+            punted = after[1]
+            told = {"masq_lan_in": self.lan}.get(function, self.wan)
+            assert after[:6] == bytes([2, punted]) + told.to_bytes(4, "big")
+            assert after[12:] == before[12:], "the agent is to get the packet as it was"
+            assert punted in {"punt_fragment": (PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT), "drop_ttl": (PUNT_TTL,)}.get(
+                ended, (PUNT_REFUSED,)
+            )
+        else:
+            sent_on = kind in ("fast", "punt") or ended.startswith("slow_hairpin")
+            expected = "redirect" if sent_on else "drop" if kind == "drop" else "pass"
+            assert verdict == expected, f"{ended}, but {verdict}"
         if verdict == "pass" and kind in ("own", "up"):
             assert after == before, f"{ended}, but modified"
+        elif ended == "punt_return":
+            assert after[6:] == before[6:]
         elif kind in ("fast", "slow"):
-            l3 = 0 if function.endswith("_l3") else 14
-            old, new = before[l3:], after[l3:]
-            assert len(old) == len(new)
-            assert sums(new) == sums(old)
-            assert old[8] - new[8] == (kind == "fast"), "TTL"
-        if function in ("masq_wan_out", "masq_lan_xdp") and (verdict == "redirect" or kind in ("own", "slow")):
+            turns = function == "masq_wan_in" and ended.startswith("slow_hairpin")
+            _assert_translated(before[l3:], after[l3:], hops=int(kind == "fast" or turns))
+        leaves = function in ("masq_wan_out", "masq_lan_xdp") and (verdict == "redirect" or kind in ("own", "slow"))
+        if (leaves and punted is None) or ended.startswith("slow_hairpin"):
             _assert_nothing_internal(after)
-        return Result(verdict, after, ended, counted)
+        return Result(verdict, after, ended, counted, punted=punted)
 
     # --- the tables
 
@@ -412,6 +502,80 @@ class Gateway:
     @property
     def mappings(self) -> int:
         return sum(len(keys) for keys, _ in self.tables.maps["mappings"].items(chunk=16384))
+
+    def host(self, address: str) -> tuple[int, int, int, int]:
+        """What an internal host has open, as it is counted: sessions, and mappings of TCP, UDP, ICMP."""
+        found = self.tables.maps["hosts"].get(datapath.addr(IPv4Address(address)))
+        return (0, 0, 0, 0) if found is None else (int(found["sessions"]), *map(int, found["mappings"][:3]))
+
+    def entries(self, name: str) -> dict[bytes, Any]:
+        """A hash table's contents by the bytes of the key."""
+        table = self.tables.maps[name]
+        return {
+            key.tobytes(): value
+            for keys, values in table.items(chunk=16384)
+            for key, value in zip(keys, values, strict=True)
+        }
+
+    def assert_tables_agree(self) -> None:
+        """Every entry leads to a live slot that leads back to it, no live slot is without its entry, and what is
+        counted (further sessions, hosts' sessions and mappings) is there.
+        """
+        rows, maps = self.tables.sessions, self.tables.maps
+        live = [slot for slot in self.slots() if rows[slot]["life"] & datapath.LIFE_STATE == datapath.LIFE_LIVE]
+        running = [slot for slot in live if rows[slot]["life"] & datapath.LIFE_SESSION]
+        static = {slot for slot in live if rows[slot]["life"] & datapath.LIFE_STATIC}
+        further = [slot for slot in live if slot >= datapath.FURTHER_BASE]
+        by_reply = [slot for slot in running if rows[slot]["out"]["marks"] & BY_REPLY]
+
+        def key(name: str, *fields: Any) -> bytes:
+            return np.array(fields, maps[name].key).tobytes()
+
+        def class_of(slot: int) -> int:
+            return int(rows[slot]["mapping"]) // datapath.PORTS % len(datapath.CLASSES)
+
+        def mapping_key(slot: int) -> bytes:
+            return key("mappings", rows[slot]["in"]["new_addr"], rows[slot]["in"]["new_port"], class_of(slot), 0)
+
+        def remote_key(slot: int) -> bytes:
+            out = rows[slot]["out"]
+            return key("remotes", rows[slot]["mapping"], out["remote_addr"], out["remote_port"], 0)
+
+        def reply_key(slot: int) -> bytes:
+            out, in_ = rows[slot]["out"], rows[slot]["in"]
+            ports = (in_["new_port"], out["remote_port"])
+            return key("replies", in_["new_addr"], out["remote_addr"], *ports, class_of(slot))
+
+        mapped = {at: int(slot) for at, slot in self.entries("mappings").items()}
+        assert len(set(mapped.values())) == len(mapped), "two endpoints have one port"
+        assert set(mapped.values()) <= set(live), "a mapping leads to a slot that is not live"
+        for at, slot in mapped.items():
+            assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
+        for slot in set(running) - static - set(further) - set(by_reply):
+            assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
+        assert {remote_key(slot): slot for slot in further} == {
+            at: int(slot) for at, slot in self.entries("remotes").items()
+        }
+        assert {reply_key(slot): slot for slot in by_reply} == {
+            at: int(slot) for at, slot in self.entries("replies").items()
+        }
+        counts = Counter(int(rows[slot]["mapping"]) for slot in further)
+        for slot in self.slots():
+            assert int(rows[slot]["life"] & datapath.LIFE_FURTHER_MASK) >> 8 == counts[slot]
+        sessions = Counter(
+            rows[slot]["in"]["new_addr"].tobytes() for slot in running if rows[slot]["out"]["marks"] & COUNTED
+        )
+        mappings = Counter(
+            (rows[slot]["in"]["new_addr"].tobytes(), class_of(slot))
+            for slot in live
+            if rows[slot]["life"] & LIFE_COUNTED
+        )
+        for at, host in self.entries("hosts").items():
+            assert host["sessions"] == sessions.pop(at, 0), "a host's sessions"
+            for number in range(len(datapath.CLASSES)):
+                assert host["mappings"][number] == mappings.pop((at, number), 0), "a host's mappings"
+        assert not sessions
+        assert not mappings
 
     # --- what tests often need first
 
@@ -456,6 +620,12 @@ def wan_frame(packet: Packet) -> bytes:
 def _frame(packet: Packet, dst: str, src: str) -> bytes:
     macs = bytes.fromhex(dst.replace(":", "") + src.replace(":", ""))
     return macs + b"\x08\x00" + wire(packet)
+
+
+def _assert_translated(old: bytes, new: bytes, hops: int) -> None:
+    assert len(old) == len(new)
+    assert sums(new) == sums(old)
+    assert old[8] - new[8] == hops, "TTL"
 
 
 def _assert_nothing_internal(frame: bytes) -> None:
