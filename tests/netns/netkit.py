@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +24,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from xdpmasq import attachment, bpf, datapath, netdev, presence
+from xdpmasq import attachment, bpf, datapath, forwarding, forwards, netdev, presence
 from xdpmasq.config import Config, as_fields
 from xdpmasq.datapath import Hook
 from xdpmasq.lab import Capture, Lab, netns
@@ -201,6 +203,25 @@ class Gateway:
             self.gate("sysctl", "-qw", f"{name}={value}")
         return self.gate("sysctl", "-n", name).strip()
 
+    # forwards
+
+    @contextlib.contextmanager
+    def forward(self, protocol: str, ports: str, *targets: str, source: str = "") -> Iterator[forwards.Rule]:
+        """A forward is in place inside the block; what ran by it ends with it."""
+        tables, rule = self.tables, forwards.parse(protocol, ports, list(targets), source)
+        forwarding.put(tables, tables.reaper, rule)
+        try:
+            yield rule
+        finally:
+            for placed in forwarding.read(tables):
+                if placed.rule == rule:
+                    forwarding.take(tables, tables.reaper, placed)
+            tables.flush(tables.live_slots())
+
+    def way_through_lo(self) -> None:
+        """Waits until the agent has noticed a forward, and the gateway itself can ask for it."""
+        soon(lambda: self.on("lo") == {"egress"}, "lo has its program", timeout_s=5)
+
     # sockets
 
     def udp(self, role: str, port: int = 0, *, address: str = "0.0.0.0", timeout_s: float = 2) -> socket.socket:
@@ -304,6 +325,56 @@ class Connection:
                 text = bytes([number % 256]) * size
                 source.sendall(text)
                 assert read(sink, size) == text
+
+
+def name_of(stream: socket.socket) -> str:
+    return "{}:{}".format(*stream.getsockname())
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """As what two programs know each other.
+
+    Attributes:
+        client: the client's own name; seen: what the server calls it.
+        server: the server's own name; called: what the client calls it.
+    """
+
+    client: str
+    seen: str
+    server: str
+    called: str
+
+
+def meet_tcp(
+    gateway: Gateway, box: str, called: tuple[str, int], host: str, port: int, size: int = 200_000
+) -> Meeting:
+    """A program in a box connects, and a server on a port of a host answers; bytes in both directions arrive."""
+    with gateway.listen(host, port) as listener, gateway.tcp(box, called) as near:
+        far, peer = listener.accept()
+        with far, ThreadPoolExecutor(1) as pool:
+            far.settimeout(5)
+            for source, sink in ((near, far), (far, near)):
+                text = os.urandom(size)
+                sending = pool.submit(source.sendall, text)
+                assert read(sink, size) == text
+                sending.result(timeout=5)
+            return Meeting(name_of(near), "{}:{}".format(*peer), name_of(far), "{}:{}".format(*near.getpeername()))
+
+
+def meet_udp(gateway: Gateway, box: str, called: tuple[str, int], host: str, port: int) -> Meeting:
+    """The same by datagrams, several."""
+    with gateway.udp(host, port) as far, gateway.udp(box) as near:
+        near.connect(called)
+        for number in range(5):
+            near.send(b"to %d" % number)
+            text, peer = far.recvfrom(100)
+            assert text == b"to %d" % number
+            far.sendto(b"fro %d" % number, peer)
+            assert near.recv(100) == b"fro %d" % number
+        return Meeting(
+            name_of(near), "{}:{}".format(*peer), f"{HOSTS.get(host, host)}:{port}", "{}:{}".format(*called)
+        )
 
 
 def read(stream: socket.socket, size: int) -> bytes:
