@@ -67,13 +67,20 @@ static __always_inline bool mapping_is_live(u32 slot)
 	return mapping && (mapping->life & LIFE_STATE) == LIFE_LIVE;
 }
 
+static __always_inline bool mapping_is_of_others(u32 slot)
+{
+	struct session *mapping = session_at(slot);
+
+	return mapping && (mapping->life & (LIFE_STATE | LIFE_DEFAULT)) == LIFE_LIVE;
+}
+
 /* The forward that takes @p, or NULL. The default host gets what nobody else has. */
 static __always_inline struct forward *forward_for(const struct packet *p, u32 slot)
 {
 	struct forward *f = p->class < CLASS_ICMP ? forward_find(p, slot / PORTS / CLASSES) : NULL;
 
 	if (f && f->flags & FORWARD_DEFAULT &&
-	    (mapping_is_live(slot) || socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port)))
+	    (mapping_is_of_others(slot) || socket_is_at(p, p->dst, p->dst_port, p->src, p->src_port)))
 		return NULL;
 	return f;
 }
@@ -141,7 +148,7 @@ static __always_inline bool slot_adopt(const struct settings *cfg, u32 slot, con
 	s->in.new_port = e->internal_port;
 	s->out.last_seen = now;
 	s->mapping = slot;
-	if (!life_swap(s, life, ((life & ~LIFE_STATE) + LIFE_CHANGE) | LIFE_LIVE))
+	if (!life_swap(s, life, ((life & ~LIFE_STATE) + LIFE_CHANGE) | LIFE_LIVE | LIFE_DEFAULT))
 		return false;
 	count(COUNT_mapping_opened);
 	mappings.insert(&key, &slot);

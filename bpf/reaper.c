@@ -42,7 +42,7 @@ static __always_inline void slot_keep(const struct settings *cfg, u32 slot, u32 
 	slot_reap(cfg, slot, true, now);
 	life = s->life;
 	s->mapping = slot;
-	life_swap(s, life, (life & ~LIFE_STATE) | LIFE_LIVE | LIFE_STATIC);
+	life_swap(s, life, (life & ~(LIFE_STATE | LIFE_DEFAULT)) | LIFE_LIVE | LIFE_STATIC);
 }
 
 static __always_inline void slot_yield(u32 slot)

@@ -67,6 +67,7 @@ struct flow {
 #define LIFE_SESSION 4ULL
 #define LIFE_STATIC 8ULL /* a forwarded port: live with and without sessions */
 #define LIFE_COUNTED 16ULL /* among its internal host's mappings */
+#define LIFE_DEFAULT 32ULL /* the default host got this port, live or resting: all remotes may open sessions there */
 #define LIFE_FURTHER (1ULL << 8)
 #define LIFE_FURTHER_MASK (0xffffffULL << 8)
 #define LIFE_CHANGE (1ULL << 32) /* grows with every reopening, so that no swap succeeds on an old reading */

@@ -21,6 +21,7 @@ from xdpmasq.datapath import (
     CLASSES,
     EXTERNALS,
     FURTHER_BASE,
+    LIFE_DEFAULT,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,
     LIFE_SESSION,
@@ -339,14 +340,15 @@ def _fits(rule: Rule, table: Table) -> Mask:
 class Upkeep:
     """What an agent does for forwarded ports, whoever put them there.
 
-    Ports of former rules are looked after until their last session is gone and they have rested: they may lie outside
-    the pool, where nobody else looks.
+    Ports of former rules, and those that a default host has got, are looked after until their last session is gone and
+    they have rested: they may lie outside the pool, where nobody else looks.
     """
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._seen = b""
         self._kept, self._former = NONE, NONE
+        self._default = True  # there is, or was, a default host
         self._endpoints: list[tuple[int, tuple[Any, ...]]] = []
         self._withdrawn: list[tuple[int, tuple[Any, ...]]] = []
         self._next = 0
@@ -360,7 +362,15 @@ class Upkeep:
 
     def slots(self) -> Slots:
         """What expiry has to look at."""
-        return np.union1d(self._kept, self._former)
+        return np.unique(np.concatenate([self._kept, self._former, self._defaults()]))
+
+    def _defaults(self) -> Slots:
+        if not self._default:
+            return NONE
+        life = self._tables.sessions["life"][: EXTERNALS * len(CLASSES) * PORTS]
+        found: Slots = np.flatnonzero(life & LIFE_DEFAULT).astype(np.uint32)
+        self._default = bool(len(found)) or any(each.rule.is_default for each in read(self._tables))
+        return found
 
     def readdress(self) -> None:
         """The external address may have changed."""
@@ -381,6 +391,7 @@ class Upkeep:
             return
         self._seen = records.tobytes()
         rules = [_rule(record) for record in records[records["targets"] != 0]]
+        self._default |= any(rule.is_default for rule in rules)
         before, self._kept = self._kept, _slots_of_all(rules)
         self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
         endpoints = [each for rule in rules for each in _endpoints(rule)]

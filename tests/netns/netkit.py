@@ -30,7 +30,7 @@ from xdpmasq.datapath import Hook
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import wait_until
 from xdpmasq.lab.servers import ECHO_PORT
-from xdpmasq.lab.topology import HOSTS, INTERNET, TRANSIT
+from xdpmasq.lab.topology import HOSTS, INTERNET, PUBLIC, TRANSIT
 
 GATE = "masq-gate"
 ECHO = (INTERNET, ECHO_PORT)
@@ -327,8 +327,12 @@ class Connection:
                 assert read(sink, size) == text
 
 
+def written(endpoint: tuple[str, int]) -> str:
+    return f"{endpoint[0]}:{endpoint[1]}"
+
+
 def name_of(stream: socket.socket) -> str:
-    return "{}:{}".format(*stream.getsockname())
+    return written(stream.getsockname())
 
 
 @dataclass(frozen=True)
@@ -346,25 +350,24 @@ class Meeting:
     called: str
 
 
-def meet_tcp(
-    gateway: Gateway, box: str, called: tuple[str, int], host: str, port: int, size: int = 200_000
-) -> Meeting:
-    """A program in a box connects, and a server on a port of a host answers; bytes in both directions arrive."""
+def meet_tcp(gateway: Gateway, box: str, called: tuple[str, int], host: str, port: int) -> Meeting:
+    """A program in a box connects, and a server on a port of a host answers; bytes arrive in both directions."""
     with gateway.listen(host, port) as listener, gateway.tcp(box, called) as near:
         far, peer = listener.accept()
         with far, ThreadPoolExecutor(1) as pool:
             far.settimeout(5)
             for source, sink in ((near, far), (far, near)):
-                text = os.urandom(size)
+                text = os.urandom(200_000)
                 sending = pool.submit(source.sendall, text)
-                assert read(sink, size) == text
+                assert read(sink, len(text)) == text
                 sending.result(timeout=5)
-            return Meeting(name_of(near), "{}:{}".format(*peer), name_of(far), "{}:{}".format(*near.getpeername()))
+            return Meeting(name_of(near), written(peer), name_of(far), written(near.getpeername()))
 
 
 def meet_udp(gateway: Gateway, box: str, called: tuple[str, int], host: str, port: int) -> Meeting:
     """The same by datagrams, several."""
-    with gateway.udp(host, port) as far, gateway.udp(box) as near:
+    address = HOSTS.get(host, PUBLIC)
+    with gateway.udp(host, port, address=address) as far, gateway.udp(box) as near:
         near.connect(called)
         for number in range(5):
             near.send(b"to %d" % number)
@@ -372,9 +375,10 @@ def meet_udp(gateway: Gateway, box: str, called: tuple[str, int], host: str, por
             assert text == b"to %d" % number
             far.sendto(b"fro %d" % number, peer)
             assert near.recv(100) == b"fro %d" % number
-        return Meeting(
-            name_of(near), "{}:{}".format(*peer), f"{HOSTS.get(host, host)}:{port}", "{}:{}".format(*called)
-        )
+        return Meeting(name_of(near), written(peer), name_of(far), written(near.getpeername()))
+
+
+MEET = {"tcp": meet_tcp, "udp": meet_udp}
 
 
 def read(stream: socket.socket, size: int) -> bytes:

@@ -8,18 +8,18 @@
     d-box .2 ─── lan1 192.168.1.1 ┘                              └─ .254 transit ── 198.51.100.10 far
 """
 
+import itertools
 import select
 import socket
 from collections.abc import Iterator
 
 import pytest
-from netkit import CURL, GATE, Gateway, Meeting, meet_tcp, meet_udp, soon
+from netkit import CURL, GATE, MEET, Connection, Gateway, Meeting, soon, written
 
 from xdpmasq.lab import netns
 from xdpmasq.lab.servers import WebServer
 from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, PUBLIC
 
-MEET = {"tcp": meet_tcp, "udp": meet_udp}
 A, B, C, D = HOSTS.values()
 
 
@@ -80,31 +80,32 @@ def test_a_range_keeps_its_distance(gateway: Gateway, protocol: str) -> None:
             met = MEET[protocol](gateway, "internet", (PUBLIC, port), "c-box", port + 1000)
             assert met.called == f"{PUBLIC}:{port}"
             assert met.server == f"{C}:{port + 1000}"
-        assert not reaches(gateway, protocol, "internet", 5011, "c-box", 6011)
+        assert not reaches(gateway, protocol, "internet", 5011, ("c-box", 6011))
 
 
 @both
 def test_only_for_some(gateway: Gateway, protocol: str) -> None:
     with gateway.forward(protocol, "8080", f"{B}:9090", source="198.51.100.0/24"):
         assert MEET[protocol](gateway, "far", (PUBLIC, 8080), "b-box", 9090).seen.startswith(f"{FAR}:")
-        assert not reaches(gateway, protocol, "internet", 8080, "b-box", 9090)
+        assert not reaches(gateway, protocol, "internet", 8080, ("b-box", 9090))
         with gateway.forward(protocol, "8080", f"{C}:9090"):
-            assert reaches(gateway, protocol, "internet", 8080, "c-box", 9090)
-            assert reaches(gateway, protocol, "far", 8080, "b-box", 9090)
+            assert reaches(gateway, protocol, "internet", 8080, ("c-box", 9090))
+            assert reaches(gateway, protocol, "far", 8080, ("b-box", 9090))
 
 
-def reaches(gateway: Gateway, protocol: str, box: str, port: int, host: str, inner: int) -> bool:
+def reaches(gateway: Gateway, protocol: str, box: str, port: int, inside: tuple[str, int]) -> bool:
     """Whether a first packet from a box to the public address gets to a host's port."""
-    if protocol == "udp":
-        with gateway.udp(host, inner, timeout_s=0.3) as far, gateway.udp(box) as near:
-            near.sendto(b"?", (PUBLIC, port))
-            try:
-                return far.recv(10) == b"?"
-            except TimeoutError:
-                return False
-    with gateway.listen(host, inner), gateway.lab.socket(box, socket.SOCK_STREAM) as near:
-        near.settimeout(0.3)
-        return near.connect_ex((PUBLIC, port)) == 0
+    host, inner = inside
+    if protocol == "tcp":
+        with gateway.listen(host, inner), gateway.lab.socket(box, socket.SOCK_STREAM) as near:
+            near.settimeout(0.3)
+            return near.connect_ex((PUBLIC, port)) == 0
+    with gateway.udp(host, inner, timeout_s=0.3) as far, gateway.udp(box) as near:
+        near.sendto(b"?", (PUBLIC, port))
+        try:
+            return far.recv(10) == b"?"
+        except TimeoutError:
+            return False
 
 
 @pytest.fixture
@@ -160,3 +161,100 @@ def meet_own(gateway: Gateway, protocol: str, box: str) -> Meeting:
     met = MEET[protocol](gateway, box, (PUBLIC, 2222), GATE, 2222)
     assert met.seen.startswith(f"{HOSTS.get(box, INTERNET)}:")
     return met
+
+
+# --- its life --------------------------------------------------------------------------------------
+
+
+def joined(gateway: Gateway, box: str, port: int, inside: tuple[str, int]) -> Connection:
+    """A connection through a forward, both ends; ``public`` is how the host inside calls the other."""
+    with gateway.listen(*inside) as listener:
+        near = gateway.tcp(box, (PUBLIC, port))
+        far, peer = listener.accept()
+    far.settimeout(5)
+    return Connection(near, far, written(peer))
+
+
+def test_deleted_but_what_runs_goes_on(gateway: Gateway) -> None:
+    with (
+        gateway.forward("tcp", "8080", f"{B}:9090"),
+        joined(gateway, "internet", 8080, ("b-box", 9090)) as outside,
+        joined(gateway, "d-box", 8080, ("b-box", 9090)) as inside,
+    ):
+        gateway.masq("forward", "del", "tcp", "8080")
+        for box in ("internet", "d-box"):  # hosts of its own LAN reach it anyway, as long as it is mapped
+            assert not reaches(gateway, "tcp", box, 8080, ("b-box", 9090))
+        outside.talk(3)
+        inside.talk(3)
+    # Once the last session is gone, and the port has rested, the gateway itself says that nobody is there.
+
+
+def test_killed_with_all_that_runs(gateway: Gateway) -> None:
+    with gateway.forward("tcp", "8080", f"{B}:9090"), gateway.forward("tcp", "8081", f"{B}:9091"):
+        with (
+            joined(gateway, "internet", 8080, ("b-box", 9090)) as ended,
+            joined(gateway, "internet", 8081, ("b-box", 9091)) as other,
+        ):
+            told = gateway.masq("forward", "del", "tcp", "8080", "--kill").stdout
+            assert told.endswith("; 1 session ended\n")
+            ended.near.settimeout(0.5)
+            with pytest.raises((TimeoutError, ConnectionResetError, AssertionError)):
+                ended.talk()
+            other.talk(3)
+
+
+@pytest.mark.req("reliability-agent_killed")
+def test_with_the_agent_killed(gateway: Gateway) -> None:
+    """What is there goes on, and can be changed; the next agent takes it over as it is."""
+    with (
+        gateway.forward("tcp", "8080", f"{B}:9090"),
+        gateway.forward("udp", "8080", f"{B}:9090"),
+        joined(gateway, "internet", 8080, ("b-box", 9090)) as outside,
+        joined(gateway, "a-box", 8080, ("b-box", 9090)) as inside,
+    ):
+        gateway.kill_agent()
+        try:
+            for protocol, box in itertools.product(MEET, ("internet", "a-box")):
+                MEET[protocol](gateway, box, (PUBLIC, 8080), "b-box", 9090)
+            gateway.masq("forward", "add", "udp", "8081", f"{C}:9091")
+            for box in ("internet", "a-box"):
+                assert reaches(gateway, "udp", box, 8081, ("c-box", 9091))
+        finally:
+            gateway.attach()
+        assert reaches(gateway, "udp", "far", 8081, ("c-box", 9091))
+        gateway.masq("forward", "del", "udp", "8081")
+        assert not reaches(gateway, "udp", "d-box", 8081, ("c-box", 9091))
+        for protocol, box in itertools.product(MEET, ("internet", "d-box")):
+            MEET[protocol](gateway, box, (PUBLIC, 8080), "b-box", 9090)
+        outside.talk(3)
+        inside.talk(3)
+
+
+# --- from the gateway itself -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=[0, 1, 2], ids="rp_filter {}".format)
+def rp_filter(gateway: Gateway, request: pytest.FixtureRequest) -> Iterator[int]:
+    """On lo, and for all: the kernel takes the greater of both."""
+    names = [f"net.ipv4.conf.{name}.rp_filter" for name in ("all", "lo", "wan0", "lan0", "lan1")]
+    before = [gateway.sysctl(name) for name in names]
+    for name in names:
+        gateway.sysctl(name, request.param)
+    yield request.param
+    for name, value in zip(names, before, strict=True):
+        gateway.sysctl(name, value)
+
+
+@pytest.mark.usefixtures("rp_filter")
+@both
+def test_the_gateway_asks_for_its_own_forward(gateway: Gateway, protocol: str) -> None:
+    with gateway.forward(protocol, "8080", f"{B}:9090"):
+        gateway.way_through_lo()
+        for _ in range(3):
+            met = MEET[protocol](gateway, GATE, (PUBLIC, 8080), "b-box", 9090)
+            assert met.called == f"{PUBLIC}:8080"
+            assert met.seen == met.client
+            assert met.seen.startswith(f"{PUBLIC}:")
+        for box in ("a-box", "d-box", "b-box"):
+            assert MEET[protocol](gateway, box, (PUBLIC, 8080), "b-box", 9090).seen.startswith(f"{PUBLIC}:")
+        assert MEET[protocol](gateway, "internet", (PUBLIC, 8080), "b-box", 9090).seen.startswith(f"{INTERNET}:")
