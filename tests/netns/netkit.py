@@ -218,6 +218,17 @@ class Gateway:
                     forwarding.take(tables, tables.reaper, placed)
             tables.flush(tables.live_slots())
 
+    @contextlib.contextmanager
+    def settings(self, **fields: Any) -> Iterator[None]:
+        """The programs are told something else inside the block; the agent knows nothing of it."""
+        tables = self.tables
+        before = tables.settings.copy()
+        tables.set_settings(**fields)
+        try:
+            yield
+        finally:
+            tables.set_settings(**{name: before[name] for name in fields})
+
     def way_through_lo(self) -> None:
         """Waits until the agent has noticed a forward, and the gateway itself can ask for it."""
         soon(lambda: self.on("lo") == {"egress"}, "lo has its program", timeout_s=5)
@@ -489,6 +500,33 @@ while not stopping:
 receive(time.monotonic() + 1)
 print(sent, len(seen))
 """
+
+
+# --- packets of our own making ---------------------------------------------------------------------
+
+
+def raw(gateway: Gateway, role: str, protocol: int, *, timeout_s: float = 2) -> socket.socket:
+    """A raw socket in a box: sends whole IP packets, receives them put together from their fragments."""
+    with gateway.inside(role):
+        made = socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol)
+    made.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    made.settimeout(timeout_s)
+    return made
+
+
+def receive(listener: socket.socket, fits: Callable[[bytes], bool]) -> bytes:
+    """The next IP packet that fits.
+
+    Raises:
+        TimeoutError: none came.
+    """
+    deadline = time.monotonic() + (listener.gettimeout() or 0)
+    while time.monotonic() < deadline:
+        packet = listener.recv(_BIG_DATAGRAM)
+        if fits(packet):
+            return packet
+    raise TimeoutError
 
 
 # --- the wire --------------------------------------------------------------------------------------
