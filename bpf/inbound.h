@@ -47,14 +47,20 @@ static __always_inline bool forward_target(const struct forward *f, const struct
 	return false;
 }
 
-/* Handed to the gateway's own stack, unless it claims to come from where nothing from outside can. */
-static __always_inline enum verdict own_inbound(const struct packet *p)
+/* Does @p claim to come from where nothing from outside can? */
+static __always_inline bool source_cannot_be(const struct packet *p)
 {
 	u32 role = prefix_role(p->src);
 
+	return role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src);
+}
+
+/* Handed to the gateway's own stack. */
+static __always_inline enum verdict own_inbound(const struct packet *p)
+{
 	if (p->hairpin)
 		return drop(COUNT_drop_filtered);
-	if (role == PREFIX_OWN || role == PREFIX_INTERNAL || addr_is_martian(p->src))
+	if (source_cannot_be(p))
 		return drop(COUNT_drop_source_martian);
 	fragment_begin_own(p);
 	return pass(COUNT_own_inbound);
@@ -205,7 +211,7 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 		*verdict = stranger_inbound(p, slot);
 		return NULL;
 	}
-	*verdict = may_open(p);
+	*verdict = !p->hairpin && source_cannot_be(p) ? drop(COUNT_drop_source_martian) : may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
 	if (s && session_reopen(cfg, s, &e, p->now))

@@ -236,6 +236,9 @@ static __always_inline enum verdict walk_inbound(const struct settings *cfg, str
 	if (external_of(cfg, p->dst) == NO_EXTERNAL)
 		return prefix_role(p->dst) == PREFIX_INTERNAL ? drop(COUNT_drop_destination_internal) :
 								 own_inbound(p);
+	/* There are sessions with our own address as the remote, but those are hairpins. */
+	if (!p->hairpin && external_of(cfg, p->src) != NO_EXTERNAL)
+		return drop(COUNT_drop_source_martian);
 	if (packet_follows_first(p))
 		return fragment_inbound(cfg, p);
 	if (packet_is_icmp_error(p))
@@ -378,7 +381,7 @@ static __always_inline void learn_inbound(struct packet *p)
 
 	/* What parse() would count has been counted where it came in; of that only other protocols get here. */
 	if (!cfg || !from || from->role != ROLE_WAN || p->skb->protocol != bpf_htons(ETH_P_IP) || parse(p) != CONTINUE ||
-	    packet_is_later_fragment(p) || p->class == CLASS_NONE)
+	    packet_is_later_fragment(p) || p->class == CLASS_NONE || external_of(cfg, p->src) != NO_EXTERNAL)
 		return;
 	s = session_find_outbound(slot_of_internal(p->dst, p->class, p->dst_port), p->dst, p->dst_port, p->src,
 				  p->src_port, p->class);
