@@ -186,21 +186,20 @@ def test_deleted_but_what_runs_goes_on(gateway: Gateway) -> None:
             assert not reaches(gateway, "tcp", box, 8080, ("b-box", 9090))
         outside.talk(3)
         inside.talk(3)
-    # Once the last session is gone, and the port has rested, the gateway itself says that nobody is there.
 
 
 def test_killed_with_all_that_runs(gateway: Gateway) -> None:
-    with gateway.forward("tcp", "8080", f"{B}:9090"), gateway.forward("tcp", "8081", f"{B}:9091"):
-        with (
-            joined(gateway, "internet", 8080, ("b-box", 9090)) as ended,
-            joined(gateway, "internet", 8081, ("b-box", 9091)) as other,
-        ):
-            told = gateway.masq("forward", "del", "tcp", "8080", "--kill").stdout
-            assert told.endswith("; 1 session ended\n")
-            ended.near.settimeout(0.5)
-            with pytest.raises((TimeoutError, ConnectionResetError, AssertionError)):
-                ended.talk()
-            other.talk(3)
+    with (
+        gateway.forward("tcp", "8080", f"{B}:9090"),
+        gateway.forward("tcp", "8081", f"{B}:9091"),
+        joined(gateway, "internet", 8080, ("b-box", 9090)) as ended,
+        joined(gateway, "internet", 8081, ("b-box", 9091)) as other,
+    ):
+        told = gateway.masq("forward", "del", "tcp", "8080", "--kill").stdout
+        assert told.endswith("; 1 session ended\n")
+        with pytest.raises(OSError, match=r"timed out|reset"):
+            ended.talk()
+        other.talk(3)
 
 
 @pytest.mark.req("reliability-agent_killed")

@@ -1,4 +1,4 @@
-"""Hairpinning: hosts inside reach each other by their public endpoints (RFC 4787 REQ-9, RFC 5382 REQ-8, RFC 5508 REQ-7).
+"""Hairpinning: hosts inside reach each other by their public endpoints (RFC 4787 REQ-9).
 
 ::
 
