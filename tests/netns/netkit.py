@@ -40,6 +40,8 @@ needs_tcx = pytest.mark.skipif(
     os.geteuid() != 0 or not attachment.uses_tcx(), reason="needs root, and TCX in the kernel (6.6)"
 )
 
+PATIENCE_S = 90  # to attach is to compile, which takes its time when all tests do so at once
+
 _numbers = itertools.count()
 _BIG_DATAGRAM = 65535
 
@@ -83,7 +85,7 @@ class Gateway:
 
     def masq(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """``xdpmasq …`` in masq-gate."""
-        return self.lab.exec(GATE, [sys.executable, "-m", "xdpmasq", *words], check=check)
+        return self.lab.exec(GATE, [sys.executable, "-m", "xdpmasq", *words], check=check, timeout_s=PATIENCE_S)
 
     def attach(self, *options: str, lans: Sequence[str] | None = None, check: bool = True) -> str:
         """``xdpmasq attach``; returns what it said, on stderr where it failed."""
@@ -97,7 +99,8 @@ class Gateway:
         config = Config("wan0", self.lab.topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
         start = "control.start_background(config.from_fields(json.load(sys.stdin)))"
         program = f"import json, sys; from xdpmasq import config, control; {start}"
-        self.lab.exec(GATE, [sys.executable, "-c", program], input=json.dumps(as_fields(config)))
+        fields = json.dumps(as_fields(config))
+        self.lab.exec(GATE, [sys.executable, "-c", program], input=fields, timeout_s=PATIENCE_S)
 
     def detach(self) -> str:
         return self.masq("detach").stdout

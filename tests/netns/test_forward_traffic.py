@@ -12,12 +12,14 @@ import itertools
 import select
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from netkit import CURL, GATE, MEET, Connection, Gateway, Meeting, soon, written
 
 from xdpmasq.lab import netns
 from xdpmasq.lab.servers import WebServer
+from xdpmasq.lab.snapshot import differences, snapshot
 from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, PUBLIC
 
 A, B, C, D = HOSTS.values()
@@ -257,3 +259,51 @@ def test_the_gateway_asks_for_its_own_forward(gateway: Gateway, protocol: str) -
         for box in ("a-box", "d-box", "b-box"):
             assert MEET[protocol](gateway, box, (PUBLIC, 8080), "b-box", 9090).seen.startswith(f"{PUBLIC}:")
         assert MEET[protocol](gateway, "internet", (PUBLIC, 8080), "b-box", 9090).seen.startswith(f"{INTERNET}:")
+
+
+# --- a lab of its own ------------------------------------------------------------------------------
+
+CONFIG = """
+[interfaces]
+wan = "wan0"
+lan = ["lan0", "lan1"]
+mode = "tc"
+[[forward]]
+protocol = "tcp"
+ports = 8080
+to = "192.168.0.3:9090"
+[[forward]]
+protocol = "udp"
+ports = "5000-5010"
+to = "192.168.0.3:6000"
+"""
+NEW_PUBLIC = "203.0.113.77"
+
+
+@pytest.mark.req("reliability-address")
+@pytest.mark.req("reliability-detach")
+def test_of_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On clsact, as where the kernel has no TCX, also when the WAN's address changes; and no trace of it stays."""
+    monkeypatch.setenv("XDPMASQ_TC", "clsact")
+    (tmp_path / "masq.toml").write_text(CONFIG)
+    with Gateway.in_new_lab("tc", attach=False, lans=2) as gateway:
+        before = snapshot(gateway.lab)
+        gateway.masq("attach", "--config", str(tmp_path / "masq.toml"))
+        everywhere(gateway, PUBLIC)
+        gateway.readdress(f"{NEW_PUBLIC}/24")
+        soon(lambda: gateway.tables.manifest["external"] == NEW_PUBLIC, "the address is followed")
+        everywhere(gateway, NEW_PUBLIC)
+        gateway.readdress(f"{PUBLIC}/24")
+        soon(lambda: gateway.tables.manifest["external"] == PUBLIC, "the address is followed")
+        gateway.detach()
+        assert differences(before, snapshot(gateway.lab)) == []
+
+
+def everywhere(gateway: Gateway, public: str) -> None:
+    """From outside, from both LANs, from the host itself and from the gateway."""
+    gateway.way_through_lo()
+    for box in ("internet", "a-box", "d-box", "b-box", GATE):
+        meet_tcp(gateway, box, (public, 8080), "b-box", 9090)
+        met = meet_udp(gateway, box, (public, 5003), "b-box", 6003)
+        assert met.called == f"{public}:5003"
+        assert met.seen.startswith(f"{INTERNET if box == 'internet' else public}:")
