@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from netkit import CURL, GATE, MEET, Connection, Gateway, Meeting, soon, written
+from netkit import CURL, GATE, MEET, Connection, Gateway, Meeting, meet_tcp, meet_udp, soon, written
 
+from xdpmasq import bpf
+from xdpmasq.datapath import CLASSES, LIFE_LIVE, LIFE_STATE, PORTS
 from xdpmasq.lab import netns
 from xdpmasq.lab.servers import WebServer
 from xdpmasq.lab.snapshot import differences, snapshot
@@ -165,6 +167,21 @@ def meet_own(gateway: Gateway, protocol: str, box: str) -> Meeting:
     return met
 
 
+def test_ports_of_the_default_host_are_given_back(gateway: Gateway) -> None:
+    """Also those outside the pool, where nobody else looks: services below 1024, the gateway's ephemeral ports."""
+    tables = gateway.tables
+    with gateway.forward("udp", "default", C):
+        for port in (443, 40_000):
+            assert MEET["udp"](gateway, "internet", (PUBLIC, port), "c-box", port).server == f"{C}:{port}"
+        slots = [CLASSES.index("udp") * PORTS + port for port in (443, 40_000)]
+        long_ago = (bpf.jiffies() - 10 * int(tables.settings["udp"])) % 2**32
+        for direction in ("out", "in"):
+            tables.sessions[direction]["last_seen"][slots] = long_ago
+        soon(lambda: LIFE_LIVE not in tables.sessions["life"][slots] & LIFE_STATE, "they have ended")
+        tables.sessions["out"]["last_seen"][slots] = long_ago
+        soon(lambda: not tables.sessions["life"][slots].any(), "they have rested")
+
+
 # --- its life --------------------------------------------------------------------------------------
 
 
@@ -302,6 +319,7 @@ def test_of_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def everywhere(gateway: Gateway, public: str) -> None:
     """From outside, from both LANs, from the host itself and from the gateway."""
     gateway.way_through_lo()
+    assert gateway.hooks() == dict.fromkeys(("wan0", "lan0", "lan1", "lo"), "tc")
     for box in ("internet", "a-box", "d-box", "b-box", GATE):
         meet_tcp(gateway, box, (public, 8080), "b-box", 9090)
         met = meet_udp(gateway, box, (public, 5003), "b-box", 6003)

@@ -260,7 +260,7 @@ def test_contradictions_and_near_misses(gateway: Gateway) -> None:
         pytest.param(socket.AF_INET, socket.SOCK_DGRAM, "0.0.0.0", id="udp"),
     ],
 )
-@pytest.mark.req("port_shadow")
+@pytest.mark.req("attacks-port_shadow")
 def test_ports_of_the_gateways_own_services(gateway: Gateway, family: int, kind: int, address: str) -> None:
     with service(gateway, family, kind, address) as port:
         protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"

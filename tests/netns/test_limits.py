@@ -126,6 +126,7 @@ def test_no_port_is_left(gateway: Gateway) -> None:
     assert grown["drop_ports_exhausted"] >= 2
 
 
+@pytest.mark.req("6888-5")
 @pytest.mark.req("attacks-exhaust")
 @pytest.mark.parametrize("way", ["ports", "remotes"])
 def test_one_host_opens_as_many_as_it_can(gateway: Gateway, way: str) -> None:
