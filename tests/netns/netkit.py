@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Self
@@ -22,13 +24,13 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from xdpmasq import attachment, bpf, datapath, netdev, presence
+from xdpmasq import attachment, bpf, datapath, forwarding, forwards, netdev, presence
 from xdpmasq.config import Config, as_fields
 from xdpmasq.datapath import Hook
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import wait_until
 from xdpmasq.lab.servers import ECHO_PORT
-from xdpmasq.lab.topology import HOSTS, INTERNET, TRANSIT
+from xdpmasq.lab.topology import HOSTS, INTERNET, PUBLIC, TRANSIT
 
 GATE = "masq-gate"
 ECHO = (INTERNET, ECHO_PORT)
@@ -37,6 +39,8 @@ CURL = ["curl", "-sS", "--fail", "--connect-timeout", "4", "--max-time", "25"]
 needs_tcx = pytest.mark.skipif(
     os.geteuid() != 0 or not attachment.uses_tcx(), reason="needs root, and TCX in the kernel (6.6)"
 )
+
+PATIENCE_S = 90  # to attach is to compile, which takes its time when all tests do so at once
 
 _numbers = itertools.count()
 _BIG_DATAGRAM = 65535
@@ -81,7 +85,7 @@ class Gateway:
 
     def masq(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """``xdpmasq …`` in masq-gate."""
-        return self.lab.exec(GATE, [sys.executable, "-m", "xdpmasq", *words], check=check)
+        return self.lab.exec(GATE, [sys.executable, "-m", "xdpmasq", *words], check=check, timeout_s=PATIENCE_S)
 
     def attach(self, *options: str, lans: Sequence[str] | None = None, check: bool = True) -> str:
         """``xdpmasq attach``; returns what it said, on stderr where it failed."""
@@ -95,7 +99,8 @@ class Gateway:
         config = Config("wan0", self.lab.topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
         start = "control.start_background(config.from_fields(json.load(sys.stdin)))"
         program = f"import json, sys; from xdpmasq import config, control; {start}"
-        self.lab.exec(GATE, [sys.executable, "-c", program], input=json.dumps(as_fields(config)))
+        fields = json.dumps(as_fields(config))
+        self.lab.exec(GATE, [sys.executable, "-c", program], input=fields, timeout_s=PATIENCE_S)
 
     def detach(self) -> str:
         return self.masq("detach").stdout
@@ -201,6 +206,36 @@ class Gateway:
             self.gate("sysctl", "-qw", f"{name}={value}")
         return self.gate("sysctl", "-n", name).strip()
 
+    # forwards
+
+    @contextlib.contextmanager
+    def forward(self, protocol: str, ports: str, *targets: str, source: str = "") -> Iterator[forwards.Rule]:
+        """A forward is in place inside the block; what ran by it ends with it."""
+        tables, rule = self.tables, forwards.parse(protocol, ports, list(targets), source)
+        forwarding.put(tables, tables.reaper, rule)
+        try:
+            yield rule
+        finally:
+            for placed in forwarding.read(tables):
+                if placed.rule == rule:
+                    forwarding.take(tables, tables.reaper, placed)
+            tables.flush(tables.live_slots())
+
+    @contextlib.contextmanager
+    def settings(self, **fields: Any) -> Iterator[None]:
+        """The programs are told something else inside the block; the agent knows nothing of it."""
+        tables = self.tables
+        before = tables.settings.copy()
+        tables.set_settings(**fields)
+        try:
+            yield
+        finally:
+            tables.set_settings(**{name: before[name] for name in fields})
+
+    def way_through_lo(self) -> None:
+        """Waits until the agent has noticed a forward, and the gateway itself can ask for it."""
+        soon(lambda: self.on("lo") == {"egress"}, "lo has its program", timeout_s=5)
+
     # sockets
 
     def udp(self, role: str, port: int = 0, *, address: str = "0.0.0.0", timeout_s: float = 2) -> socket.socket:
@@ -304,6 +339,60 @@ class Connection:
                 text = bytes([number % 256]) * size
                 source.sendall(text)
                 assert read(sink, size) == text
+
+
+def written(endpoint: tuple[str, int]) -> str:
+    return f"{endpoint[0]}:{endpoint[1]}"
+
+
+def name_of(stream: socket.socket) -> str:
+    return written(stream.getsockname())
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """As what two programs know each other.
+
+    Attributes:
+        client: the client's own name; seen: what the server calls it.
+        server: the server's own name; called: what the client calls it.
+    """
+
+    client: str
+    seen: str
+    server: str
+    called: str
+
+
+def meet_tcp(gateway: Gateway, box: str, called: tuple[str, int], host: str, port: int) -> Meeting:
+    """A program in a box connects, and a server on a port of a host answers; bytes arrive in both directions."""
+    with gateway.listen(host, port) as listener, gateway.tcp(box, called) as near:
+        far, peer = listener.accept()
+        with far, ThreadPoolExecutor(1) as pool:
+            far.settimeout(5)
+            for source, sink in ((near, far), (far, near)):
+                text = os.urandom(200_000)
+                sending = pool.submit(source.sendall, text)
+                assert read(sink, len(text)) == text
+                sending.result(timeout=5)
+            return Meeting(name_of(near), written(peer), name_of(far), written(near.getpeername()))
+
+
+def meet_udp(gateway: Gateway, box: str, called: tuple[str, int], host: str, port: int) -> Meeting:
+    """The same by datagrams, several."""
+    address = HOSTS.get(host, PUBLIC)
+    with gateway.udp(host, port, address=address) as far, gateway.udp(box) as near:
+        near.connect(called)
+        for number in range(5):
+            near.send(b"to %d" % number)
+            text, peer = far.recvfrom(100)
+            assert text == b"to %d" % number
+            far.sendto(b"fro %d" % number, peer)
+            assert near.recv(100) == b"fro %d" % number
+        return Meeting(name_of(near), written(peer), name_of(far), written(near.getpeername()))
+
+
+MEET = {"tcp": meet_tcp, "udp": meet_udp}
 
 
 def read(stream: socket.socket, size: int) -> bytes:
@@ -414,6 +503,33 @@ while not stopping:
 receive(time.monotonic() + 1)
 print(sent, len(seen))
 """
+
+
+# --- packets of our own making ---------------------------------------------------------------------
+
+
+def raw(gateway: Gateway, role: str, protocol: int, *, timeout_s: float = 2) -> socket.socket:
+    """A raw socket in a box: sends whole IP packets, receives them put together from their fragments."""
+    with gateway.inside(role):
+        made = socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol)
+    made.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    made.settimeout(timeout_s)
+    return made
+
+
+def receive(listener: socket.socket, fits: Callable[[bytes], bool]) -> bytes:
+    """The next IP packet that fits.
+
+    Raises:
+        TimeoutError: none came.
+    """
+    deadline = time.monotonic() + (listener.gettimeout() or 0)
+    while time.monotonic() < deadline:
+        packet = listener.recv(_BIG_DATAGRAM)
+        if fits(packet):
+            return packet
+    raise TimeoutError
 
 
 # --- the wire --------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ Both ask a STUN server that has two addresses and two ports (RFC 5780, and RFC 3
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 from netkit import Gateway
 
+from xdpmasq.config import Filtering
 from xdpmasq.lab import Lab
 from xdpmasq.lab.servers import Server
 from xdpmasq.lab.topology import INTERNET, INTERNET_TOO, PUBLIC
@@ -90,22 +90,32 @@ def vovida_report(gateway: Gateway, box: str = "c-box") -> list[str]:
 
 @pytest.mark.req("4787-1")
 @pytest.mark.req("4787-8")
+@pytest.mark.req("4787-9")
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("word", "filtering"),
     [
-        pytest.param({}, Verdict(ENDPOINT_INDEPENDENT, ADDRESS_AND_PORT_DEPENDENT), id="default"),
+        pytest.param("address-and-port-dependent", ADDRESS_AND_PORT_DEPENDENT, id="default"),
+        pytest.param("address-dependent", ADDRESS_DEPENDENT, id="address"),
+        pytest.param("endpoint-independent", ENDPOINT_INDEPENDENT, id="full cone"),
     ],
 )
-def test_mapping_and_filtering(bare: Gateway, settings: dict[str, Any], expected: Verdict) -> None:
-    """As the settings promise."""
+@pytest.mark.parametrize("mode", ["tc"], indirect=True)  # XDP neither maps nor filters
+def test_what_they_find(bare: Gateway, word: str, filtering: str) -> None:
+    """Mapping, filtering as the settings promise, and hairpinning."""
     StunServer(bare.lab)
-    bare.attach_with(**settings)
-    with ThreadPoolExecutor(1) as pool:
+    bare.attach_with(filtering=Filtering(udp=word))
+    with ThreadPoolExecutor(2) as pool:
         coturn = pool.submit(coturn_verdict, bare)
-        mapping, filtering, port, *_ = vovida_report(bare)
-        assert coturn.result() == expected
-    assert (mapping, VOVIDA[filtering]) == ("Independent Mapping", expected.filtering)
-    assert port == "random port"
+        hairpins = pool.submit(coturn_hairpins, bare, "c-box")
+        mapping, kept, port, hairpin = vovida_report(bare)
+        assert coturn.result() == Verdict(ENDPOINT_INDEPENDENT, filtering)
+        assert hairpins.result()
+    assert (mapping, VOVIDA[kept], port, hairpin) == (
+        "Independent Mapping",
+        filtering,
+        "random port",
+        "will hairpin",
+    )
 
 
 @pytest.mark.req("4787-3")
