@@ -122,6 +122,7 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, enum direction
 	return CONTINUE;
 }
 
+#ifndef L3
 int masq_lan_xdp(struct xdp_md *ctx)
 {
 	u32 egress = 0;
@@ -135,3 +136,4 @@ int masq_wan_xdp(struct xdp_md *ctx)
 
 	return fast_walk(ctx, INBOUND, &egress) == CONTINUE ? transmitters.redirect_map(egress, 0) : XDP_PASS;
 }
+#endif

@@ -67,6 +67,7 @@ static long (*redirect_neigh)(u32 ifindex, void *params, int length, u64 flags) 
  */
 #define HAIRPIN_MARK 0x4d510000
 #define HAIRPIN_MARKED 0xffff0000
+#define HAIRPIN_OWN 0xffff /* in place of an interface: the answer to a packet of the gateway's own */
 
 static __always_inline bool hairpin_is_marked(const struct __sk_buff *skb)
 {
@@ -78,15 +79,30 @@ static __always_inline u32 hairpin_came_by(const struct packet *p)
 	return p->skb->mark & ~HAIRPIN_MARKED;
 }
 
-static __always_inline enum verdict hairpin_turn(const struct settings *cfg, const struct packet *p)
+/* To one of the WAN's hooks, with what they need to know. */
+static __always_inline enum verdict hairpin_redirect(const struct settings *cfg, const struct packet *p, u32 mark, u64 hook)
 {
 	struct ethernet_header eth = { .proto = bpf_htons(ETH_P_IP) };
 
 	if (!p->l3 && (bpf_skb_change_head(p->skb, sizeof(eth), 0) ||
 		       bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0)))
 		return drop(COUNT_drop_rewrite);
-	p->skb->mark = HAIRPIN_MARK | (p->skb->ifindex & ~HAIRPIN_MARKED);
-	return bpf_redirect(cfg->wan, BPF_F_INGRESS) == TC_ACT_REDIRECT ? REDIRECT : drop(COUNT_drop_hairpin_route);
+	p->skb->mark = mark;
+	return bpf_redirect(cfg->wan, hook) == TC_ACT_REDIRECT ? REDIRECT : drop(COUNT_drop_hairpin_route);
+}
+
+/* From the LAN to the WAN's egress hook. @inside: on to another host, else to the gateway itself. */
+static __always_inline enum verdict hairpin_go_out(const struct settings *cfg, const struct packet *p, bool inside)
+{
+	u32 came_by = p->skb->ifindex & ~HAIRPIN_MARKED;
+
+	return hairpin_redirect(cfg, p, inside ? HAIRPIN_MARK | came_by : HAIRPIN_MARK | HAIRPIN_OWN, 0);
+}
+
+/* From lo to the WAN's ingress hook: what the gateway asks needs no translation on its way out. */
+static __always_inline enum verdict hairpin_come_in(const struct settings *cfg, const struct packet *p)
+{
+	return hairpin_redirect(cfg, p, HAIRPIN_MARK | LOOPBACK, BPF_F_INGRESS);
 }
 
 /* Forwards a hairpinned packet, translated by now, to its LAN: what the kernel does with all others. */
@@ -121,9 +137,19 @@ static __always_inline enum verdict loopback_send(const struct packet *p)
 {
 	struct ethernet_header eth = { .proto = bpf_htons(ETH_P_IP) };
 
-	if (p->l3 != sizeof(eth) || bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0) ||
+	if ((!p->l3 && bpf_skb_change_head(p->skb, sizeof(eth), 0)) || bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0) ||
 	    bpf_redirect(LOOPBACK, BPF_F_INGRESS) != TC_ACT_REDIRECT)
 		return drop(COUNT_drop_hairpin_route);
 	count(COUNT_slow_hairpin_own);
 	return REDIRECT;
+}
+
+/* At the WAN's egress hook, translated once. */
+static __always_inline enum verdict hairpin_turn(const struct settings *cfg, const struct packet *p)
+{
+	if (hairpin_came_by(p) == HAIRPIN_OWN) {
+		p->skb->mark = 0;
+		return loopback_send(p);
+	}
+	return bpf_redirect(cfg->wan, BPF_F_INGRESS) == TC_ACT_REDIRECT ? REDIRECT : drop(COUNT_drop_hairpin_route);
 }

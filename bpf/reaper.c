@@ -57,6 +57,7 @@ static __always_inline void slot_yield(u32 slot)
 	life_swap(s, life, life & ~LIFE_STATIC);
 }
 
+#ifndef L3
 int masq_reap(struct __sk_buff *skb)
 {
 	struct settings *cfg = settings_get();
@@ -93,3 +94,4 @@ int masq_reap(struct __sk_buff *skb)
 	}
 	return now;
 }
+#endif

@@ -1,7 +1,7 @@
 /* TC on the WAN: a complete NAT by itself, and the only place where anything is decided. It sees every packet
  * that leaves or enters the WAN through the stack: all of them in TC mode, what XDP passed up in XDP mode.
  *
- * The hooks' suffix _l3 is for interfaces without Ethernet header (tun, ppp).
+ * The hooks' suffix _l3 is for interfaces without Ethernet header (tun, ppp); they are compiled on demand, with -DL3.
  */
 
 /* Whose packet is it? CONTINUE: an internal host's, to be translated. */
@@ -195,7 +195,11 @@ static __always_inline enum verdict slow_outbound(struct packet *p)
 	struct settings *cfg = settings_get();
 	enum verdict verdict = parse(p);
 
-	return verdict == CONTINUE && cfg ? walk_outbound(cfg, p) : verdict;
+	if (verdict != CONTINUE || !cfg)
+		return verdict;
+	p->hairpin = hairpin_is_marked(p->skb);
+	verdict = walk_outbound(cfg, p);
+	return verdict == PASS && p->hairpin ? hairpin_turn(cfg, p) : verdict;
 }
 
 static __always_inline enum verdict fragment_inbound(const struct settings *cfg, const struct packet *p)
@@ -330,9 +334,9 @@ static __always_inline bool goes_to_external(const struct settings *cfg, const s
 	return external_of(cfg, dst) != NO_EXTERNAL || leads_to_counterpart(cfg, dst);
 }
 
-/* LAN ingress: hairpinning (RFC 4787 REQ-9). A packet from inside to an external endpoint goes out and comes in again
- * without ever leaving: here it is translated as on its way out of the WAN, there as on its way in, by the same sessions,
- * and the other host sees the external endpoint as its source.
+/* LAN ingress: hairpinning (RFC 4787 REQ-9). A packet from inside to an external endpoint is sent out of the WAN, and from
+ * its egress hook back in at its ingress hook: translated both ways by the same sessions as everything else, so that the
+ * other host sees the external endpoint as its source. It never reaches the device.
  */
 static __always_inline enum verdict slow_hairpin(struct packet *p)
 {
@@ -350,12 +354,7 @@ static __always_inline enum verdict slow_hairpin(struct packet *p)
 		return PASS;
 	if (p->ttl <= 1)
 		return drop(COUNT_drop_ttl) == DROP && punt(cfg, p, PUNT_TTL) ? REDIRECT : DROP;
-	p->hairpin = true;
-	packet_blur(p);
-	verdict = walk_outbound(cfg, p);
-	if (verdict != PASS)
-		return verdict;
-	return inside ? hairpin_turn(cfg, p) : loopback_send(p);
+	return hairpin_go_out(cfg, p, inside);
 }
 
 /* lo egress: the gateway itself, asking for a forward by its external address, comes in like everybody. */
@@ -373,7 +372,7 @@ static __always_inline enum verdict slow_loopback(struct packet *p)
 	if (external_of(cfg, p->src) == NO_EXTERNAL || p->class >= CLASS_ICMP || packet_is_later_fragment(p))
 		return PASS;
 	f = forward_find(p, external_of(cfg, p->dst));
-	return f && !(f->flags & FORWARD_DEFAULT) ? hairpin_turn(cfg, p) : PASS;
+	return f && !(f->flags & FORWARD_DEFAULT) ? hairpin_come_in(cfg, p) : PASS;
 }
 
 /* The punt port's ingress: a fragment that the agent has kept goes back to the hook that sent it there. */
@@ -421,15 +420,28 @@ static __always_inline void learn_inbound(struct packet *p)
 		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port);
 }
 
-int masq_wan_out(struct __sk_buff *skb)
-{
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_outbound(&p));
-}
-
+#ifdef L3
 int masq_wan_out_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_outbound(&p));
+}
+
+int masq_wan_in_l3(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_inbound(&p));
+}
+
+int masq_lan_in_l3(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_hairpin(&p));
+}
+#else
+int masq_wan_out(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
 	return tc_verdict(slow_outbound(&p));
 }
 
@@ -439,10 +451,10 @@ int masq_wan_in(struct __sk_buff *skb)
 	return tc_verdict(slow_inbound(&p));
 }
 
-int masq_wan_in_l3(struct __sk_buff *skb)
+int masq_lan_in(struct __sk_buff *skb)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_inbound(&p));
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	return tc_verdict(slow_hairpin(&p));
 }
 
 int masq_lan_learn(struct __sk_buff *skb)
@@ -450,18 +462,6 @@ int masq_lan_learn(struct __sk_buff *skb)
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
 	learn_inbound(&p);
 	return tc_verdict(PASS);
-}
-
-int masq_lan_in(struct __sk_buff *skb)
-{
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_hairpin(&p));
-}
-
-int masq_lan_in_l3(struct __sk_buff *skb)
-{
-	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_hairpin(&p));
 }
 
 int masq_lo_out(struct __sk_buff *skb)
@@ -474,3 +474,4 @@ int masq_punt_in(struct __sk_buff *skb)
 {
 	return tc_verdict(punt_back(skb));
 }
+#endif

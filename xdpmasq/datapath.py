@@ -303,13 +303,24 @@ class Programs:
         externals: int = 1,
         defines: Mapping[str, str] | None = None,
     ) -> None:
-        self._further, self._externals = further, externals
-        sizes = {"EXTERNALS": externals, "FURTHER": further}
-        self._object = bpf.compile(source.flatten(), {**sizes, **(defines or {})})
+        self._further, self._externals, self._defines = further, externals, dict(defines or {})
+        self._object = self._compile({})
         self._loaded: dict[str, bpf.Program] = {}
         self.maps = {**self._object.maps, **(maps or {})}
         for name in self._object.maps.keys() & (maps or {}).keys():
             self._object.maps[name].close()
+
+    def _compile(self, defines: Mapping[str, str]) -> bpf.Object:
+        sizes = {"EXTERNALS": self._externals, "FURTHER": self._further}
+        return bpf.compile(source.flatten(), {**sizes, **self._defines, **defines})
+
+    @cached_property
+    def _without_ethernet(self) -> bpf.Object:
+        """The functions for interfaces without Ethernet header; compiling takes its time, and few have such a one."""
+        compiled = self._compile({"L3": "1"})
+        for map_ in compiled.maps.values():
+            map_.close()
+        return compiled
 
     @cached_property
     def last(self) -> Programs:
@@ -325,7 +336,8 @@ class Programs:
         """The loaded program, holding every map of the datapath."""
         if function not in self._loaded:
             kind = "xdp" if function.endswith("_xdp") else "tc"
-            program = self._object.load(function, kind, self.maps)
+            compiled = self._without_ethernet if function.endswith("_l3") else self._object
+            program = compiled.load(function, kind, self.maps)
             for map_ in self.maps.values():
                 program.bind(map_)
             self._loaded[function] = program

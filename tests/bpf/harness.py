@@ -48,6 +48,7 @@ TC_VERDICTS = {2: "drop", 7: "redirect", 0xFFFFFFFF: "pass"}
 AHEAD = {
     "masq_lan_learn": ("pass",),
     "masq_lan_in": ("pass", "redirect"),
+    "masq_wan_out": ("redirect",),
     "masq_lo_out": ("pass", "redirect"),
 }
 XDP_VERDICTS = {2: "pass", 4: "redirect"}
@@ -375,9 +376,12 @@ class Gateway:
         return self._xdp("masq_wan_xdp", frame, self.wan)
 
     def lan_in(self, packet: Packet | bytes, **context: int) -> Result:
-        """At the LAN's ingress, where hairpins are found."""
+        """At the LAN's ingress, where hairpins are found; and on, at the WAN's egress, where they are translated first."""
         frame = packet if isinstance(packet, bytes) else _frame(packet, LAN_MAC, HOST_MAC)
-        return self._tc("masq_lan_in", frame, {"ingress_ifindex": self.lan, "ifindex": self.lan, **context})
+        found = self._tc("masq_lan_in", frame, {"ingress_ifindex": self.lan, "ifindex": self.lan, **context})
+        if found.verdict == "pass" or found.ended:
+            return found
+        return self._tc("masq_wan_out", frame, {"ingress_ifindex": self.lan, "ifindex": self.wan, "mark": found.mark})
 
     def lo_out(self, packet: Packet | bytes) -> Result:
         """At the egress of lo: the gateway speaks to itself."""
@@ -432,9 +436,9 @@ class Gateway:
         ends = [name for name in counted if name.split("_")[0] in ENDINGS]
         l3 = 0 if function.endswith("_l3") else 14
         if not ends and function in AHEAD:
-            assert not counted or function == "masq_lan_in"
+            assert not counted or function == "masq_wan_out"
             assert verdict in AHEAD[function]
-            if verdict == "pass" or function == "masq_lo_out":
+            if function != "masq_wan_out":
                 assert after == before
             else:
                 _assert_translated(before[l3:], after[l3:], hops=0)
