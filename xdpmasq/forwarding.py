@@ -340,8 +340,8 @@ def _fits(rule: Rule, table: Table) -> Mask:
 class Upkeep:
     """What an agent does for forwarded ports, whoever put them there.
 
-    Ports of former rules, and those that a default host has got, are looked after until their last session is gone
-    and they have rested: they may lie outside the pool, where nobody else looks.
+    Ports of former rules are looked after until their last session is gone and they have rested: they may lie outside
+    the pool, where nobody else looks.
     """
 
     def __init__(self, tables: Tables) -> None:
