@@ -344,6 +344,9 @@ def test_upkeep_follows_the_rules(gateway: Gateway) -> None:
     try:
         gateway.masq("forward", "del", "tcp", "90-91")
         upkeep.run()
+        assert upkeep.slots().tolist() == [90, 91]  # an agent would end the idle one now, and let it rest
+        tables.sessions["life"][90] = 0
+        upkeep.run()
         assert upkeep.slots().tolist() == [91]
         assert mapping_of(tables, "tcp", "192.168.0.2", 91) == 91
         tables.sessions["life"][91] = 0
@@ -360,10 +363,10 @@ def test_hosts_and_bindings_are_forgotten(gateway: Gateway) -> None:
     long_ago = (bpf.jiffies() - 400 * tables.hz) % 2**32
     now = bpf.jiffies()
     a, b, c, d = (datapath.addr(IPv4Address(f"10.9.8.{number}")) for number in range(4))
-    hosts.set(a, (0, [0, 0, 0], 5, 10, long_ago))
-    hosts.set(b, (1, [0, 0, 0], 0, 10, long_ago))
-    hosts.set(c, (0, [0, 1, 0], 0, 10, long_ago))
-    hosts.set(d, (0, [0, 0, 0], 0, 10, now))
+    hosts.set(a, (0, [0, 0, 0, 0], 5, 10, long_ago))
+    hosts.set(b, (1, [0, 0, 0, 0], 0, 10, long_ago))
+    hosts.set(c, (0, [0, 1, 0, 0], 0, 10, long_ago))
+    hosts.set(d, (0, [0, 0, 0, 0], 0, 10, now))
     for number, seen in ((47, long_ago), (50, now)):
         bindings.set((a, 0, 0, number, 0, 0), (b, seen, 0, 0, 0, 0))
     expiry.forget_hosts(tables)

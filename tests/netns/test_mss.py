@@ -28,8 +28,9 @@ def lab_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         gateway.masq("attach", "--config", str(path))
         gateway.gate("ip", "link", "set", "wan0", "mtu", str(MTU))
         soon(lambda: clamp(gateway) == MTU - 40, "the agent has followed the MTU")
-        gateway.kill_agent()  # or it would put right what the tests change
-        yield gateway
+        with gateway.forward("tcp", "8080", f"{HOSTS['a-box']}:8080"):
+            gateway.kill_agent()  # or it would put right what the tests change
+            yield gateway
 
 
 def clamp(gateway: Gateway) -> int:
@@ -69,7 +70,6 @@ def told(gateway: Gateway, *, inward: bool) -> tuple[int, int]:
     syns = "tcp[tcpflags] & tcp-syn != 0"
     role, host = ("internet", "a-box") if inward else ("a-box", "internet")
     with (
-        gateway.forward("tcp", "8080", f"{HOSTS['a-box']}:8080"),
         gateway.lab.capture(host, "eth0", f"{syns} and tcp[tcpflags] & tcp-ack == 0") as syn,
         gateway.lab.capture(role, "eth0", f"{syns} and tcp[tcpflags] & tcp-ack != 0") as syn_ack,
         gateway.listen(host, 8080),
