@@ -215,6 +215,7 @@ class Bench:
             tables.maps["budgets"].set(reason, (0, 0))
         tables.set_settings(
             external=[datapath.addr(IPv4Address(GATEWAY))],
+            pool=np.zeros_like(tables.settings["pool"]),
             tcp_established=7440 * TICKS,
             tcp_transitory=240 * TICKS,
             udp=300 * TICKS,
@@ -582,7 +583,7 @@ class Gateway:
     def open(self, packet: Packet | bytes) -> int:
         """Sends the packet out; returns the external port."""
         result = self.outbound(packet)
-        assert result.ended == "slow_outbound"
+        assert result.ended == "slow_outbound", result.ended
         return result.port
 
     def connect(self, host: str, port: int, remote: str, remote_port: int) -> int:
