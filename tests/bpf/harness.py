@@ -390,6 +390,11 @@ class Gateway:
         here = self.bench.punt.index if ifindex is None else ifindex
         return self._tc("masq_punt_in", frame, {"ingress_ifindex": here, "ifindex": here})
 
+    def clear_embryos(self) -> None:
+        """For who has put slots there: otherwise what is left over from another test does no harm."""
+        for place in range(4096):
+            self.tables.maps["embryos"].set(place, 0)
+
     def hairpin(self, packet: Packet | bytes) -> Result:
         """From a LAN to an external address and round: the second leg, or the first when it ended there."""
         first = self.lan_in(packet)

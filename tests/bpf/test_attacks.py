@@ -232,8 +232,7 @@ def test_a_flood_that_shares_one_port(gateway: Gateway) -> None:
         gateway.inbound(tcp("45.0.0.1", 1000 + number, GATEWAY, 8080, SYN))
         gateway.assert_tables_agree()
     assert gateway.counted().get("drop_sessions_full", 0) == 0
-    for slot in range(EMBRYOS):
-        gateway.tables.maps["embryos"].set(slot, 0)
+    gateway.clear_embryos()
 
 
 def test_a_one_sided_stream_of_datagrams_survives(gateway: Gateway) -> None:
@@ -246,8 +245,7 @@ def test_a_one_sided_stream_of_datagrams_survives(gateway: Gateway) -> None:
     assert result.counted["embryo_evicted"] == 1
     assert gateway.inbound(udp(SERVER, 7000, GATEWAY, 514)).ip.dst == HOST
     gateway.assert_tables_agree()
-    for slot in range(EMBRYOS):
-        gateway.tables.maps["embryos"].set(slot, 0)
+    gateway.clear_embryos()
 
 
 # --- ports of one's own ----------------------------------------------------------------------------
