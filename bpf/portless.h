@@ -86,5 +86,5 @@ static __always_inline enum verdict portless_inbound(const struct settings *cfg,
 		return DROP;
 	if (portless_rewrite(p, DESTINATION, b->internal))
 		return drop(COUNT_drop_rewrite);
-	return pass(COUNT_slow_portless_inbound);
+	return translated(p, COUNT_slow_portless_inbound);
 }

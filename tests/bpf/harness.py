@@ -216,6 +216,7 @@ class Bench:
             tables.maps["budgets"].set(reason, (0, 0))
         tables.set_settings(
             external=[datapath.addr(IPv4Address(GATEWAY))],
+            pool=np.zeros_like(tables.settings["pool"]),
             tcp_established=7440 * TICKS,
             tcp_transitory=240 * TICKS,
             udp=300 * TICKS,
@@ -392,6 +393,11 @@ class Gateway:
         """At the punt port's ingress: a frame that the agent writes."""
         here = self.bench.punt.index if ifindex is None else ifindex
         return self._tc("masq_punt_in", frame, {"ingress_ifindex": here, "ifindex": here})
+
+    def clear_embryos(self) -> None:
+        """For who has put slots there: otherwise what is left over from another test does no harm."""
+        for place in range(4096):
+            self.tables.maps["embryos"].set(place, 0)
 
     def hairpin(self, packet: Packet | bytes) -> Result:
         """From a LAN to an external address and round: the second leg, or the first when it ended there."""
@@ -586,7 +592,7 @@ class Gateway:
     def open(self, packet: Packet | bytes) -> int:
         """Sends the packet out; returns the external port."""
         result = self.outbound(packet)
-        assert result.ended == "slow_outbound"
+        assert result.ended == "slow_outbound", result.ended
         return result.port
 
     def connect(self, host: str, port: int, remote: str, remote_port: int) -> int:

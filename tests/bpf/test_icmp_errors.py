@@ -346,3 +346,105 @@ def test_own_errors_about_its_own_packets(gateway: Gateway) -> None:
         echo(SERVER, GATEWAY, 1),
     ):
         assert gateway.outbound(icmp_error(GATEWAY, SERVER, quoted), local=True).ended == "own_outbound"
+
+
+# --- what is damaged, or cannot be -----------------------------------------------------------------
+
+LENGTHS = (0, 1, 35, 36, 37, 63, 64, 500, 576 - 56, 576 - 55, 1444, 1445, 1444 + 36)
+
+
+@pytest.mark.req("5508-3")
+@pytest.mark.parametrize("length", LENGTHS)
+def test_checksums_of_every_length(gateway: Gateway, length: int) -> None:
+    """Odd and even, the 576 bytes of RFC 1812, a full frame: right ones pass, one wrong bit anywhere does not."""
+    payload = bytes(i * 7 & 255 for i in range(length))
+    port = gateway.open(udp(HOST, 5000, SERVER, 53))
+    about = udp(GATEWAY, port, SERVER, 53, payload)
+    error = icmp_error(ROUTER, GATEWAY, about)
+    assert gateway.inbound(error).bytes == wire(icmp_error(ROUTER, HOST, udp(HOST, 5000, SERVER, 53, payload)))
+    delivered = udp(SERVER, 53, HOST, 5000, payload)
+    answer = icmp_error(HOST, SERVER, delivered)
+    assert gateway.outbound(answer).ended == "slow_icmp_error_outbound"
+    for at in {21, 27, 31, len(wire(error)) - 1}:  # code, MTU's end, a length, the last byte
+        for frame, send in ((error, gateway.inbound), (answer, gateway.outbound)):
+            broken = bytearray(wire(frame))
+            broken[at] ^= 0x10
+            assert send(Raw(bytes(broken))).ended == "drop_icmp_checksum"
+
+
+@pytest.mark.req("5508-3")
+@pytest.mark.parametrize("options", [None, RECORD_ROUTE], ids=["plain", "with options"])
+def test_checksum_of_the_quoted_header(gateway: Gateway, options: list[object] | None) -> None:
+    """The outer one is right about it; only the quoted header's own tells."""
+    extra = {"options": options} if options else {}
+    port = gateway.open(udp(HOST, 5000, SERVER, 53))
+    for about, src, dst, send in (
+        (udp(GATEWAY, port, SERVER, 53, **extra), ROUTER, GATEWAY, gateway.inbound),
+        (udp(SERVER, 53, HOST, 5000, **extra), HOST, SERVER, gateway.outbound),
+    ):
+        for at in (1, 4, 8, 11, *([22] if options else [])):
+            quoted = bytearray(wire(about))
+            quoted[at] ^= 1
+            assert send(icmp_error(src, dst, bytes(quoted))).ended == "drop_icmp_checksum"
+
+
+def test_longer_than_a_frame(gateway: Gateway) -> None:
+    """Beyond 1536 bytes of ICMP nothing is summed up: no router quotes so much."""
+    port = gateway.open(udp(HOST, 5000, SERVER, 53))
+    sent = udp(HOST, 5000, SERVER, 53, bytes(1600))
+    result = gateway.inbound(icmp_error(ROUTER, GATEWAY, rebuilt(sent, src=GATEWAY, sport=port)))
+    assert result.bytes == wire(icmp_error(ROUTER, HOST, sent))
+
+
+@pytest.mark.req("attacks-icmp_spoof")
+@pytest.mark.parametrize(("mtu", "believed"), [(0, True), (1, False), (68, False), (551, False), (552, True)])
+def test_tiny_mtu(gateway: Gateway, mtu: int, believed: bool) -> None:
+    """0 is what routers older than RFC 1191 say. Of other errors that field is no MTU."""
+    quoted = udp(GATEWAY, gateway.open(udp(HOST, 5000, SERVER, 53)), SERVER, 53)
+    ended = "slow_icmp_error_inbound" if believed else "drop_icmp_error_implausible"
+    assert gateway.inbound(icmp_error(ROUTER, GATEWAY, quoted, (3, 4), rest=mtu)).ended == ended
+    for kind in ((3, 1), (11, 0), (12, 4)):
+        assert gateway.inbound(icmp_error(ROUTER, GATEWAY, quoted, kind, rest=mtu)).ended == "slow_icmp_error_inbound"
+
+
+WINDOW = 1 << 22  # SEQ_WINDOW of bpf/icmp.h
+OFFSETS = {
+    "the next": (0, True),
+    "just sent": (-1, True),
+    "a window ago": (-WINDOW, True),
+    "more than a window ago": (-WINDOW - 1, False),
+    "a window ahead": (WINDOW - 1, True),
+    "further ahead": (WINDOW, False),
+    "the other side of the world": (1 << 31, False),
+}
+
+
+@pytest.mark.req("attacks-icmp_spoof")
+@pytest.mark.parametrize("state", ["SYN sent", "established", "mid-stream", "about to wrap"])
+@pytest.mark.parametrize(("offset", "believed"), OFFSETS.values(), ids=OFFSETS)
+def test_tcp_sequence(gateway: Gateway, state: str, offset: int, believed: bool) -> None:
+    """A blind forger knows the endpoints at most. Nothing moves, whatever is quoted."""
+    start = {"SYN sent": 1_000_000_000, "about to wrap": 2**32 - 5}.get(state, 100)
+    if state == "mid-stream":  # picked up after the gateway was replaced, and answered
+        port = gateway.open(tcp(HOST, 5000, SERVER, 80, ACK, seq=90_000, ack=7))
+        gateway.inbound(tcp(SERVER, 80, GATEWAY, port, ACK, seq=7, ack=start + 1))
+    elif state == "established":
+        port = gateway.connect(HOST, 5000, SERVER, 80)
+    else:
+        port = gateway.open(tcp(HOST, 5000, SERVER, 80, SYN, seq=start))
+    seq = (start + 1 + offset) % 2**32
+    before = gateway.tables.sessions[gateway.slots()[0]].tobytes()
+    for how in (cut, wire):
+        for kind in ((3, 1), (3, 3), (3, 4), (11, 0)):
+            error = icmp_error(ROUTER, GATEWAY, how(tcp(GATEWAY, port, SERVER, 80, seq=seq)), kind, rest=1400)
+            ended = "slow_icmp_error_inbound" if believed else "drop_icmp_error_implausible"
+            assert gateway.inbound(error).ended == ended
+    assert gateway.tables.sessions[gateway.slots()[0]].tobytes() == before
+
+
+def test_tcp_sequence_before_the_remote_has_spoken(gateway: Gateway) -> None:
+    """Picked up in the middle: nothing is known to compare with."""
+    port = gateway.open(tcp(HOST, 5000, SERVER, 80, ACK, seq=90_000, ack=7))
+    for seq in (90_000, 5, 2**31):
+        error = icmp_error(ROUTER, GATEWAY, tcp(GATEWAY, port, SERVER, 80, seq=seq))
+        assert gateway.inbound(error).ended == "slow_icmp_error_inbound"

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from harness import HOST, SERVER, Bench, Gateway, age, udp, wan_frame
+from harness import GATEWAY, HOST, OTHER_HOST, SERVER, Bench, Gateway, age, udp, wan_frame, wire
 
 from xdpmasq import bpf, source
 from xdpmasq.datapath import (
@@ -60,7 +60,7 @@ int take_and_put_back(struct __sk_buff *skb)
 
 
 def _packets(bench: Bench, seed: int) -> None:
-    """A CPU's share: few endpoints, so that they meet; results are not looked at."""
+    """A CPU's share outbound: few endpoints, so that they meet; results are not looked at."""
     rng = random.Random(seed)
     context = bytearray(192)
     struct.pack_into("<II", context, 36, bench.lan.index, bench.wan.index)
@@ -68,6 +68,18 @@ def _packets(bench: Bench, seed: int) -> None:
     program = bench.programs["masq_wan_out"]
     for _ in range(RUNS):
         frame[35], frame[37] = rng.randrange(ENDPOINTS), rng.randrange(REMOTES)
+        program.test_run(bytes(frame), context=bytes(context), room=256)
+
+
+def _knocks(bench: Bench, seed: int) -> None:
+    """A CPU's share inbound, at a forward with two targets."""
+    rng = random.Random(seed)
+    context = bytearray(192)
+    struct.pack_into("<II", context, 36, bench.wan.index, bench.wan.index)
+    frame = bytearray(bytes(12) + b"\x08\x00" + wire(udp("45.0.0.0", 0, GATEWAY, 3000)))
+    program = bench.programs["masq_wan_in"]
+    for _ in range(RUNS):
+        frame[29], frame[35], frame[37] = rng.randrange(8), rng.randrange(REMOTES), 0xB8 + rng.randrange(4)
         program.test_run(bytes(frame), context=bytes(context), room=256)
 
 
@@ -142,3 +154,30 @@ def test_tables_agree_afterwards(gateway: Gateway, namespace: str) -> None:
     assert {slot for slot in pool if claimed[slot]} == set(life), "claimed is what is not free"
     opened = counted["session_opened"] + counted.get("session_reopened", 0)
     assert opened >= len(live)
+    gateway.assert_tables_agree()
+
+
+@two_cpus
+@pytest.mark.parametrize("filtering", [0, 2], ids=["forwards", "open ports"])
+def test_both_directions_and_the_reaper(gateway: Gateway, namespace: str, filtering: int) -> None:
+    """Remotes knock at forwarded and at mapped ports while hosts open, embryos give way, and all is reaped."""
+    gateway.pool(udp=((3000, 100),))
+    gateway.tables.set_settings(filtering=(0, filtering, 0, 0), overload=1)
+    gateway.forward("udp", 3000, (HOST, 1), (OTHER_HOST, 2))
+    gateway.forward("udp", 3001, (HOST, 3))
+    for place in range(4096):
+        gateway.tables.maps["embryos"].set(place, PORTS + 3000 + place % 2)
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    threads = [
+        _in_namespace(namespace, first, _packets, gateway.bench, 1),
+        _in_namespace(namespace, second, _knocks, gateway.bench, 2),
+        _in_namespace(namespace, second, _reaps, gateway, 3),
+    ]
+    for thread in threads:
+        thread.join()
+    counted = gateway.counted()
+    ended = {name: n for name, n in counted.items() if name.startswith(("slow", "own", "drop"))}
+    assert sum(ended.values()) == 2 * RUNS
+    assert min(ended["slow_outbound"], ended["slow_inbound"], counted["forward_opened"]) > RUNS / 20
+    gateway.assert_tables_agree()
+    gateway.clear_embryos()
