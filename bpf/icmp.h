@@ -162,6 +162,8 @@ static __always_inline enum verdict portless_error_outbound(const struct setting
 		return own && prefix_role(inner->dst) < PREFIX_INTERNAL ? pass(COUNT_own_outbound) :
 		       own					       ? drop(COUNT_drop_icmp_error_leak) :
 									 drop(COUNT_drop_icmp_error_no_session);
+	if (!own && !icmp_error_is_intact(p, q))
+		return drop(COUNT_drop_icmp_checksum);
 	if (rewrite_addr(inner, DESTINATION, cfg->external[0]) || (!own && rewrite_addr(p, SOURCE, cfg->external[0])))
 		return drop(COUNT_drop_rewrite);
 	return translated(p, COUNT_slow_icmp_error_outbound);
@@ -205,6 +207,8 @@ static __always_inline enum verdict portless_error_inbound(const struct settings
 
 	if (!b)
 		return own_inbound(p);
+	if (!icmp_error_is_intact(p, q))
+		return drop(COUNT_drop_icmp_checksum);
 	if (rewrite_addr(inner, SOURCE, b->internal) || rewrite_addr(p, DESTINATION, b->internal))
 		return drop(COUNT_drop_rewrite);
 	return translated(p, COUNT_slow_icmp_error_inbound);
