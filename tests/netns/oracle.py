@@ -41,6 +41,7 @@ ICMP, TCP_, UDP_ = 1, 6, 17
 WITH_PORTS = (ICMP, TCP_, UDP_)
 ERRORS = (3, 11, 12)
 TIMESTAMP_REPLY = 14  # whose times differ
+OWN_TTL = 64  # of what the gateway itself sends; nothing that is forwarded has it
 NOBODYS_PORT = 7  # where nothing listens and nothing is mapped
 PATIENCE_S = 1.0
 SCRIPTS_AT_ONCE = 4000  # whose sessions are left in the tables
@@ -136,6 +137,7 @@ class Seen(NamedTuple):
 
     Attributes:
         whole: all its fragments came; otherwise the rest says nothing.
+        same_id: the identifier is that of the step's packet, and not by chance.
         checks: what its checksums add up to, of the IP header and of the rest; 0 is right, None is none.
         head: of the transport: ports by name, numbers, flags.
         body: the rest, of an error what it quotes.
@@ -405,7 +407,7 @@ class Play:
                 view.network.send(end, packet)
         result = {}
         for view in views:
-            raw = view.network.settle(end)
+            raw = view.ours(view.network.settle(end))
             view.crossed.append(next((packet for out, packet in raw if out != end), None))
             view.pieces = raw
             result[view.network.kind] = view.look(step, raw)
@@ -438,6 +440,15 @@ class View:
         self.ports: dict[tuple[Any, ...], int] = {}  # (proto, host, port, remote, rport) → external
         self.crossed: list[bytes | None] = []
         self.pieces: list[tuple[End, bytes]] = []
+
+    def ours(self, raw: Sequence[tuple[End, bytes]]) -> list[tuple[End, bytes]]:
+        """What is of this script, and no late word about another's fragments."""
+        names = self.script.names.keys() - {socket.inet_aton(GATE), socket.inet_aton(PUBLIC)}
+        return [(end, packet) for end, packet in raw if not names.isdisjoint((packet[12:16], packet[16:20]))]
+
+    def wait(self) -> None:
+        """Takes in what has come since."""
+        self.pieces += self.ours(self.network.more())
 
     # building packets
 
@@ -547,7 +558,7 @@ class View:
                 ttl=packet[8],
                 tos=packet[1],
                 df=bool(packet[6] & 0x40),
-                same_id=int.from_bytes(packet[4:6], "big") == self.script.step,
+                same_id=int.from_bytes(packet[4:6], "big") == self.script.step and packet[8] != OWN_TTL,
                 options=packet[20:at],
                 checks=(full_sum(header), segment_sum(packet, segment)),
                 head=head,
@@ -624,7 +635,8 @@ class View:
             rest = segment[6:]
         length = packet[2:4] if fragment_of(packet) == (0, False) else b""  # the kernel cuts anew where it can
         header = (packet[:2], length, packet[6:10])
-        sums = (full_sum(packet[:at]), segment_sum(packet, segment, int.from_bytes(packet[2:4], "big") - at))
+        claimed = int.from_bytes(packet[2:4], "big") - at if length else 0
+        sums = (full_sum(packet[:at]), segment_sum(packet, segment, claimed))
         text = rest if len(rest) < 20 else f"{len(rest)} bytes, {zlib.crc32(rest)}"
         return (self._name(packet[12:16]), self._name(packet[16:20]), *header, packet[20:at], *head, text, sums)
 
