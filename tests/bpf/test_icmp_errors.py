@@ -239,6 +239,25 @@ def test_outbound_about_no_session_of_ours(gateway: Gateway) -> None:
         assert gateway.outbound(icmp_error(HOST, SERVER, quoted)).ended == "drop_icmp_error_no_session"
 
 
+@pytest.mark.req("5508-3")
+@pytest.mark.parametrize("at", [22, 28 + 10], ids=["error", "quoted header"])
+def test_wrong_checksums_about_a_protocol_without_ports(gateway: Gateway, at: int) -> None:
+    inside = IP(src=HOST, dst=SERVER, proto=50) / Raw(bytes(8))
+    assert gateway.outbound(inside).ended == "slow_portless_outbound"
+    errors = {
+        gateway.inbound: icmp_error(ROUTER, GATEWAY, rebuilt(inside, src=GATEWAY)),
+        gateway.outbound: icmp_error(HOST, SERVER, rebuilt(inside, src=SERVER, dst=HOST)),
+    }
+    for send, error in errors.items():
+        assert send(error).ended.startswith("slow_icmp_error")
+        spoiled = bytearray(wire(error))
+        spoiled[at] ^= 1
+        if at > 22:  # the outer sum covers it: made to agree
+            spoiled[22:24] = b"\0\0"
+            spoiled[22:24] = (0xFFFF - full_sum(bytes(spoiled[20:]))).to_bytes(2, "big")
+        assert send(Raw(bytes(spoiled))).ended == "drop_icmp_checksum"
+
+
 @pytest.mark.req("5508-6")
 @pytest.mark.req("4787-12")
 @pytest.mark.req("5382-10")

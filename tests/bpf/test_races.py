@@ -25,7 +25,7 @@ from xdpmasq.datapath import (
 from xdpmasq.lab import netns
 
 two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-RUNS, ENDPOINTS, REMOTES = 15_000, 40, 3
+RUNS, HOSTS, ENDPOINTS, REMOTES = 15_000, 2, 20, 3
 
 
 # Claims used as locks: whoever has one must be alone. Eight of them, within one word.
@@ -67,6 +67,7 @@ def _packets(bench: Bench, seed: int) -> None:
     frame = bytearray(wan_frame(udp(HOST, 0, SERVER, 53)))
     program = bench.programs["masq_wan_out"]
     for _ in range(RUNS):
+        frame[29] = 2 + rng.randrange(HOSTS)
         frame[35], frame[37] = rng.randrange(ENDPOINTS), rng.randrange(REMOTES)
         program.test_run(bytes(frame), context=bytes(context), room=256)
 
@@ -123,9 +124,19 @@ def test_no_two_cpus_claim_one_slot(namespace: str) -> None:
     assert compiled.maps["claims"].get(0) == 0
 
 
+@pytest.mark.req("4787-3")
 @two_cpus
-def test_tables_agree_afterwards(gateway: Gateway, namespace: str) -> None:
-    gateway.pool(udp=((3000, 100),))
+@pytest.mark.parametrize(
+    ("first_port", "choice"),
+    [
+        pytest.param(3000, {}, id="random"),
+        pytest.param(0, {"preserve": 1}, id="preserved, two hosts after each port"),
+        pytest.param(3000, {"parity": 1}, id="parity"),
+    ],
+)
+def test_tables_agree_afterwards(gateway: Gateway, namespace: str, first_port: int, choice: dict[str, int]) -> None:
+    gateway.pool(udp=((first_port, 100),))
+    gateway.tables.set_settings(**choice)
     first, second = sorted(os.sched_getaffinity(0))[:2]
     threads = [
         _in_namespace(namespace, first, _packets, gateway.bench, 1),
@@ -142,7 +153,12 @@ def test_tables_agree_afterwards(gateway: Gateway, namespace: str) -> None:
     sessions = gateway.tables.sessions
     life = {slot: int(sessions["life"][slot]) for slot in gateway.slots()}
     live = {slot for slot, each in life.items() if each & LIFE_STATE == LIFE_LIVE}
-    mapped = [int(slot) for _, slots in gateway.tables.maps["mappings"].items(16384) for slot in slots]
+    mapped = []
+    for keys, slots in gateway.tables.maps["mappings"].items(16384):
+        mapped += [int(slot) for slot in slots]
+        theirs = sessions["in"][slots]
+        assert (theirs["new_port"] == keys["port"]).all(), "and its slot tells whose it is"
+        assert (theirs["new_addr"] == keys["addr"]).all()
     further = {int(slot) for _, slots in gateway.tables.maps["remotes"].items(256) for slot in slots}
     assert Counter(mapped) == Counter(slot for slot in live if slot < FURTHER_BASE), "each mapping has its own slot"
     assert further == {slot for slot in live if slot >= FURTHER_BASE}
@@ -150,7 +166,7 @@ def test_tables_agree_afterwards(gateway: Gateway, namespace: str) -> None:
     for slot in mapped:
         assert (life[slot] & LIFE_FURTHER_MASK) >> 8 == counts[slot]
     claimed = np.unpackbits(gateway.tables.claims.view(np.uint8), bitorder="little")
-    pool = [*range(PORTS + 3000, PORTS + 3100), *range(FURTHER_BASE, FURTHER_BASE + 256)]
+    pool = [*range(PORTS + first_port, PORTS + first_port + 100), *range(FURTHER_BASE, FURTHER_BASE + 256)]
     assert {slot for slot in pool if claimed[slot]} == set(life), "claimed is what is not free"
     opened = counted["session_opened"] + counted.get("session_reopened", 0)
     assert opened >= len(live)

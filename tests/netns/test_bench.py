@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from xdpmasq import datapath
 from xdpmasq.bench import Bench, Settings, chosen
 from xdpmasq.bench.contestants import Command, Contestant
 from xdpmasq.bench.generator import Expectation, Traffic
@@ -53,6 +54,46 @@ def test_what_is_right_is_valid(traffic: Traffic, name: str) -> None:
     assert cost > 0
     if name != "drop":
         assert all(tally.checked >= 2000 // 61 for tally in turn.tallies)
+
+
+@pytest.mark.parametrize("name", ["drop", "forward", "nftables", "xdpmasq-xdp", "xdpmasq-tc"])
+def test_each_packet_opens_a_flow(traffic: Traffic, name: str) -> None:
+    """Emptied tables in between, or the second warm-up and what is measured would find theirs."""
+    turn = play_turn(traffic, chosen([name])[0], replace(TINY, scenario="setup", packets=300))
+    assert turn.failure is None
+    assert turn.problems == ()
+    assert [(tally.direction, tally.sent, tally.seen) for tally in turn.tallies] == [("out", 100, 100)] * 3
+
+
+@pytest.mark.parametrize("name", ["nftables", "xdpmasq-xdp"])
+def test_tables_are_emptied(traffic: Traffic, name: str) -> None:
+    contestant = chosen([name])[0]
+    with contestant.running(traffic):
+        ports = []
+        for _ in range(2):
+            traffic.begin_turn()
+            assert traffic.send("out", 100, contestant.expected).problems == []
+            ports.append(traffic._maps["ports"].view(writable=False)["port"][:100].copy())
+            assert connections(traffic, name) == 100
+            contestant.forget(traffic.topology)
+            assert connections(traffic, name) == 0
+        if name == "xdpmasq-xdp":  # drawn anew, at random
+            assert (ports[0] != ports[1]).any()
+
+
+def connections(traffic: Traffic, name: str) -> int:
+    if name == "nftables":
+        return int(traffic.topology.run("gate", ["conntrack", "--count"]).splitlines()[0])
+    with traffic.topology.inside("gate"):
+        return len(datapath.find().open_slots())
+
+
+@pytest.mark.parametrize("name", ["xdpmasq-xdp", "xdpmasq-tc"])
+def test_more_flows_than_one_address_has_ports(name: str) -> None:
+    """Each both ways; a million of them is ``tools/million.py``."""
+    settings = replace(TINY, flows=40_000)
+    with Bench(settings, chosen([name]), name=f"masq-bench-{os.getpid()}-many") as bench:
+        assert [turn.problems for turn in bench.play()] == [()]
 
 
 @pytest.mark.parametrize("frame_bytes", [64, 66, 1400, 1514])

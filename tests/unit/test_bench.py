@@ -161,7 +161,8 @@ def test_contestants_are_chosen_by_name_in_the_order_of_the_table() -> None:
     "wrong",
     [
         {"flows": 0},
-        {"flows": 30_001},
+        {"flows": 1_048_577},
+        {"flows": 30_001, "scenario": "setup"},
         {"frame_bytes": 62},
         {"frame_bytes": 65},
         {"frame_bytes": 1516},

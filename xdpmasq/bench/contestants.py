@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from xdpmasq import datapath
 from xdpmasq.bench.generator import Direction, Expectation, Traffic
 from xdpmasq.bench.topology import Answer, Topology
 from xdpmasq.errors import MasqError, UsageError
@@ -47,6 +48,7 @@ class Contestant:
         programs: the stem of two XDP programs of ``traffic.c`` (``drop``: drop_out, drop_in), or empty.
         kernel_forwards: whether the bench itself switches ip_forward on.
         start, stop: commands that set it up and take it down.
+        forget: empties its tables, so that every packet opens a new flow.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Contestant:
     kernel_forwards: bool = False
     start: tuple[Command, ...] = field(default=())
     stop: tuple[Command, ...] = field(default=())
+    forget: Callable[[Topology], None] = Topology.forget_connections
 
     @contextlib.contextmanager
     def running(self, traffic: Traffic) -> Iterator[None]:
@@ -94,6 +97,15 @@ class Contestant:
                 raise StillThereError(f"{self.name} could not be taken down", said)
 
 
+def _forget_sessions(topology: Topology) -> None:
+    """Ends all sessions and returns their ports at once, which the agent would let rest."""
+    with topology.inside("gate"):
+        attached = datapath.find()
+    slots = attached.open_slots()
+    attached.flush(slots)
+    attached.reap(attached.reaper, slots, datapath.REAP_RESTED)
+
+
 def _xdpmasq(mode: str) -> Contestant:
     xdpmasq = (sys.executable, "-m", "xdpmasq")
     return Contestant(
@@ -102,6 +114,7 @@ def _xdpmasq(mode: str) -> Contestant:
         Expectation(translated=True, hops=1),
         start=(Command((*xdpmasq, "attach", "--wan", "wan0", "--lan", "lan0", "--mode", mode)),),
         stop=(Command((*xdpmasq, "detach")),),
+        forget=_forget_sessions,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from xdpmasq import bpf
 from xdpmasq.bench import measure
-from xdpmasq.bench.topology import REMOTES, Role, Topology, defines, mac_words
+from xdpmasq.bench.topology import ENDPOINTS, REMOTES, Role, Topology, defines, mac_words
 
 Direction = Literal["out", "in"]
 DIRECTIONS: tuple[Direction, ...] = ("out", "in")
@@ -129,7 +129,7 @@ class Traffic:
             self.topology.attach_xdp("lan", f"held{number}", self.program(f"generate_{direction}").fd)
 
     def begin_turn(self) -> None:
-        """Forgets the ports learned so far: another contestant translates from now on."""
+        """Forgets the ports learned so far: another contestant translates from now on, or the same one anew."""
         self._turn += 1
 
     def send(self, direction: Direction, packets: int, expected: Expectation, *, check_every: int = 1) -> Tally:
@@ -188,7 +188,8 @@ class Traffic:
         found = []
         if missing := int(self.flows - known.sum()):
             found.append(f"no translated packet of {missing:,} of {self.flows:,} flows")
-        remotes = np.arange(self.flows, dtype=np.uint32) % REMOTES
+        numbers = np.arange(self.flows, dtype=np.uint32)
+        remotes = numbers // ENDPOINTS * REMOTES + numbers % REMOTES
         endpoints = (remotes << 16 | learned["port"])[known]
         if shared := len(endpoints) - len(np.unique(endpoints)):
             found.append(f"{shared:,} flows share port and remote endpoint with another")

@@ -88,6 +88,8 @@ MARKS = (
     Mark("xdpmasq-tc", RIVAL, 1.15),
 )
 MARKED_SETTINGS = Settings()
+# For new flows, however many.
+SETUP_MARKS = (Mark("xdpmasq-xdp", RIVAL, 1.0), Mark("xdpmasq-tc", RIVAL, 1.0))
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Report:
 def report(turns: Sequence[Turn], names: Sequence[str], settings: Settings, host: Host, seconds: float) -> Report:
     """The figures of all turns; one row for each name, in that order."""
     rows = tuple(_compared([_row(name, [turn for turn in turns if turn.contestant == name]) for name in names]))
-    marks = tuple(_valued(MARKS, rows)) if _is_marked(settings) else ()
+    marks = tuple(_valued(_marks_for(settings), rows))
     shares = [turn.usage.cpu_ns / turn.usage.presence_ns for turn in turns if turn.usage.presence_ns]
     return Report(settings, host, rows, marks, statistics.median(shares) if shares else None, seconds)
 
@@ -185,6 +187,12 @@ def _compared(rows: Sequence[Row]) -> Iterable[Row]:
 
 def _quotient(theirs: float | None, ours: float | None) -> float | None:
     return theirs / ours if theirs is not None and ours else None
+
+
+def _marks_for(settings: Settings) -> tuple[Mark, ...]:
+    if settings.scenario == "setup":
+        return SETUP_MARKS
+    return MARKS if _is_marked(settings) else ()
 
 
 def _is_marked(settings: Settings) -> bool:

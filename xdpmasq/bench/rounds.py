@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from xdpmasq.bench.contestants import Contestant, StillThereError
 from xdpmasq.bench.generator import (
@@ -15,6 +16,7 @@ from xdpmasq.bench.generator import (
     Traffic,
 )
 from xdpmasq.bench.measure import Usage
+from xdpmasq.bench.topology import ENDPOINTS, MOST_FLOWS
 from xdpmasq.errors import MasqError, UsageError
 
 # Of a flow's first packets, outbound and inbound in turn: the first makes the session, the second lets XDP have it.
@@ -24,7 +26,10 @@ _SETTLE_PACKETS = 20_000  # as measured, but not counted: caches, and the page p
 _CHUNK_PACKETS = 50_000
 # One full check in so many packets; a prime, so that in time all flows have their turn.
 _CHECK_EVERY_SMALL, _CHECK_EVERY_LARGE = 61, 509
-MOST_FLOWS = 30_000  # one public address has some 36,000 ports outside the gateway's own
+_SETUP_WARM_UPS = 2
+
+Scenario = Literal["established", "setup"]
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Settings:
     """What is measured.
 
     Attributes:
+        scenario: in ``established`` all flows have been opened before; in ``setup`` each packet opens one, outbound,
+            and the tables are emptied each time that all have had their turn.
         flows: UDP flows, one packet of each in turn.
         frame_bytes: from the Ethernet header on, without the frame check sequence.
         directions: of the measured packets; warm-up always uses both.
@@ -43,11 +50,13 @@ class Settings:
     directions: tuple[Direction, ...] = DIRECTIONS
     rounds: int = 7
     packets: int = 200_000
+    scenario: Scenario = "established"
 
     def __post_init__(self) -> None:
         """Raises: UsageError."""
-        if not 1 <= self.flows <= MOST_FLOWS:
-            raise UsageError(f"cannot run {self.flows:,} flows", f"1 to {MOST_FLOWS:,} fit one public address")
+        most = ENDPOINTS if self.scenario == "setup" else MOST_FLOWS
+        if not 1 <= self.flows <= most:
+            raise UsageError(f"cannot run {self.flows:,} flows", f"1 to {most:,} fit one public address")
         if not SMALLEST_FRAME <= self.frame_bytes <= BROADEST_FRAME or self.frame_bytes % 2:
             raise UsageError(
                 f"cannot send frames of {self.frame_bytes} bytes",
@@ -130,9 +139,12 @@ def play_turn(traffic: Traffic, contestant: Contestant, settings: Settings, roun
     try:
         traffic.topology.forget_connections()
         with contestant.running(traffic):
-            warm_up = list(_warm_up(traffic, contestant, settings))
-            ports = traffic.port_problems() if contestant.expected.translated else []
-            tallies = list(_measured(traffic, contestant, settings))
+            if settings.scenario == "setup":
+                warm_up, ports, tallies = _opened(traffic, contestant, settings)
+            else:
+                warm_up = list(_warm_up(traffic, contestant, settings))
+                ports = traffic.port_problems() if contestant.expected.translated else []
+                tallies = list(_measured(traffic, contestant, settings))
     except StillThereError:
         raise
     except MasqError as error:
@@ -149,6 +161,22 @@ def _warm_up(traffic: Traffic, contestant: Contestant, settings: Settings) -> It
     for direction in settings.directions:
         packets = min(_SETTLE_PACKETS, settings.packets)
         yield traffic.send(direction, packets, contestant.expected, check_every=settings.check_every)
+
+
+def _opened(
+    traffic: Traffic, contestant: Contestant, settings: Settings
+) -> tuple[list[Tally], list[str], list[Tally]]:
+    """Warm-up, in which all ports are looked at; what was wrong with them; and what is measured."""
+    tallies, ports = [], []
+    for number in range(_SETUP_WARM_UPS + -(-settings.packets // settings.flows)):
+        warming = number < _SETUP_WARM_UPS
+        contestant.forget(traffic.topology)
+        traffic.begin_turn()
+        check_every = 1 if warming else settings.check_every
+        tallies.append(traffic.send("out", settings.flows, contestant.expected, check_every=check_every))
+        if warming and contestant.expected.translated:
+            ports += traffic.port_problems()
+    return tallies[:_SETUP_WARM_UPS], ports, tallies[_SETUP_WARM_UPS:]
 
 
 def _measured(traffic: Traffic, contestant: Contestant, settings: Settings) -> Iterator[Tally]:

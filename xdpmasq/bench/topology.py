@@ -3,7 +3,7 @@
 ::
 
     <name>-lan                 <name>-gate                          <name>-wan
-    256 hosts 10.18.1.x        10.18.0.1/16      203.0.113.1/24     198.18.0.0/26 behind 203.0.113.2
+    256 hosts 10.18.1.x        10.18.0.1/16      203.0.113.1/24     198.18.0.0/15 behind 203.0.113.2
     generate_out ─▶ lan0 ───── lan0 [contestant] wan0 ───── wan0 ─▶ sink_out
          sink_in ◀─                                              ◀─ generate_in
 
@@ -34,6 +34,8 @@ Role = Literal["lan", "gate", "wan"]
 ROLES: tuple[Role, ...] = ("lan", "gate", "wan")
 
 HOSTS, REMOTES = 256, 64
+ENDPOINTS = 30_000  # inside; one public address has some 36,000 ports outside the gateway's own
+MOST_FLOWS = 1 << 20
 HOST_BASE = int(ipaddress.IPv4Address("10.18.1.0"))
 REMOTE_BASE = int(ipaddress.IPv4Address("198.18.0.0"))  # for benchmarks: RFC 2544
 PUBLIC_ADDR = ipaddress.IPv4Address("203.0.113.1")
@@ -69,6 +71,8 @@ def defines() -> dict[str, object]:
     return {
         "HOSTS": HOSTS,
         "REMOTES": REMOTES,
+        "ENDPOINTS": ENDPOINTS,
+        "MOST_FLOWS": MOST_FLOWS,
         "HOST_BASE": f"{HOST_BASE:#x}",
         "REMOTE_BASE": f"{REMOTE_BASE:#x}",
         "PUBLIC_ADDR": f"{int(PUBLIC_ADDR):#x}",

@@ -3,9 +3,10 @@
  * atomics. Nothing here is shared with the datapath under test: headers and checksums are its own reading of
  * RFC 768, 791 and 1071. One packet of flow i is
  *
- *	inside:  HOST_BASE + i % HOSTS : HOST_PORT + i / HOSTS  <->  REMOTE_BASE + i % REMOTES : REMOTE_PORT
+ *	inside:  HOST_BASE + e % HOSTS : HOST_PORT + e / HOSTS  <->  REMOTE_BASE + i % REMOTES : REMOTE_PORT
  *	outside: PUBLIC_ADDR : whatever port the gateway gave i
  *
+ * with e = i % ENDPOINTS, as one public address has no more ports; each further round of endpoints has REMOTES of its own,
  * and carries i in its payload, behind MAGIC.
  */
 #include <uapi/linux/if_ether.h>
@@ -15,7 +16,6 @@
 #define MAGIC 0x6d617371 /* "masq" */
 #define TTL 64
 #define BROADEST_FRAME 1514
-#define MOST_FLOWS (1 << 20)
 
 enum direction { OUT, IN };
 
@@ -112,17 +112,17 @@ BPF_ARRAY(gate_macs, struct mac_pair, 2);
 
 static __always_inline __be32 host_of(u32 flow)
 {
-	return bpf_htonl(HOST_BASE + flow % HOSTS);
+	return bpf_htonl(HOST_BASE + flow % ENDPOINTS % HOSTS);
 }
 
 static __always_inline __be16 host_port_of(u32 flow)
 {
-	return bpf_htons(HOST_PORT + flow / HOSTS);
+	return bpf_htons(HOST_PORT + flow % ENDPOINTS / HOSTS);
 }
 
 static __always_inline __be32 remote_of(u32 flow)
 {
-	return bpf_htonl(REMOTE_BASE + flow % REMOTES);
+	return bpf_htonl(REMOTE_BASE + flow / ENDPOINTS * REMOTES + flow % REMOTES);
 }
 
 static __always_inline struct learned *learned_of(u32 flow)

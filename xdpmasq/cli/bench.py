@@ -22,8 +22,16 @@ from xdpmasq.bench.generator import Direction as OneWay
 from xdpmasq.bench.report import ENOUGH_ACCOUNTED
 
 _QUICK_ROUNDS, _QUICK_PACKETS = 3, 100_000
+_SETUP_FLOWS = 10_000
 _BAR_CELLS = 48
 _PROBLEMS_SHOWN = 4  # of a contestant; --json has all
+
+
+class Scenario(StrEnum):
+    """What the measured packets do."""
+
+    ESTABLISHED = "established"
+    SETUP = "setup"
 
 
 class Direction(StrEnum):
@@ -35,7 +43,14 @@ class Direction(StrEnum):
 
 
 # As in cli/common.py: values, not annotations, and no None. 0 and -1 stand for "as it depends".
-FLOWS = typer.Option(1000, help="UDP flows, one packet of each in turn.")
+SCENARIO = typer.Option(Scenario.ESTABLISHED, help="established: flows opened before; setup: each packet opens one.")
+FLOWS = typer.Option(
+    0,
+    min=0,
+    help="UDP flows, one packet of each in turn; in setup, opened before the tables are emptied."
+    f"  [default: {Settings.flows}; setup: {_SETUP_FLOWS}]",
+    show_default=False,
+)
 SIZE = typer.Option(64, help="Bytes of a frame, from the Ethernet header on, without check sequence; even.")
 DIRECTION = typer.Option(Direction.BOTH, help="Which packets are measured.")
 ROUNDS = typer.Option(
@@ -51,6 +66,7 @@ JSON = typer.Option(False, "--json", help="Print one JSON object, and progress o
 
 
 def bench(  # noqa: PLR0917  these are the command line
+    scenario: Scenario = SCENARIO,
     flows: int = FLOWS,
     size: int = SIZE,
     direction: Direction = DIRECTION,
@@ -69,15 +85,18 @@ def bench(  # noqa: PLR0917  these are the command line
     \b
     Example:
       xdpmasq bench --quick --contestant nftables --contestant xdpmasq-xdp
+      xdpmasq bench --scenario setup
     """
     # As with Ctrl-C, the network is removed on the way out.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     one_ways: dict[Direction, tuple[OneWay, ...]] = {Direction.OUT: ("out",), Direction.IN: ("in",)}
+    opening = scenario is Scenario.SETUP
     settings = Settings(
-        flows=flows,
+        scenario="setup" if opening else "established",
+        flows=flows or (_SETUP_FLOWS if opening else Settings.flows),
         frame_bytes=size,
-        directions=one_ways.get(direction, DIRECTIONS),
+        directions=("out",) if opening else one_ways.get(direction, DIRECTIONS),
         rounds=rounds or (_QUICK_ROUNDS if quick else Settings.rounds),
         packets=packets or (_QUICK_PACKETS if quick else Settings.packets),
     )
@@ -125,6 +144,11 @@ def _shown(report: Report) -> Group:
 def _heading(report: Report) -> str:
     settings = report.settings
     ways = "both directions" if len(settings.directions) > 1 else f"{settings.directions[0]}bound only"
+    if settings.scenario == "setup":
+        return (
+            f"every packet opens a flow, {settings.flows:,} in empty tables, {settings.frame_bytes}-byte frames\n"
+            f"medians of {settings.rounds} rounds of {settings.packets:,} flows; CPU time of one core"
+        )
     return (
         f"{settings.flows:,} flow{'s' * (settings.flows > 1)}, {settings.frame_bytes}-byte frames, {ways}\n"
         f"medians of {settings.rounds} rounds of {settings.packets:,} packets each way; CPU time of one core"
