@@ -109,6 +109,8 @@ static __always_inline enum verdict icmp_error_inbound(const struct settings *cf
 	struct session *s;
 	u32 slot;
 
+	if (!p->hairpin && source_is_impossible(p))
+		return drop(COUNT_drop_source_martian);
 	if (!quote_parse(p, &q) || !addr_equal(p->dst, q.inner.src))
 		return own_inbound(p);
 	if (!icmp_error_is_intact(p, &q))

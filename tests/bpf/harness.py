@@ -377,7 +377,7 @@ class Gateway:
         return self._xdp("masq_wan_xdp", frame, self.wan)
 
     def lan_in(self, packet: Packet | bytes, **context: int) -> Result:
-        """At the LAN's ingress, where hairpins are found, and on at the WAN's egress, their first leg."""
+        """At the LAN's ingress, where hairpins are found; and on, at the WAN's egress, where they are translated."""
         frame = packet if isinstance(packet, bytes) else _frame(packet, LAN_MAC, HOST_MAC)
         found = self._tc("masq_lan_in", frame, {"ingress_ifindex": self.lan, "ifindex": self.lan, **context})
         if found.verdict == "pass" or found.ended:
