@@ -2,8 +2,8 @@
 
 Each gateway stands in a network of its own, and all of these are alike::
 
-    host 10.1.x.x ─ router ─ lan0 [172.16.0.1 gate 203.0.113.1] wan0 ─ router ┬─────────── remote 198.18.x.x
-                        .2                                               .254 └ MTU 600 ── remote 198.19.x.x
+    host 10.1.x.x ─ router ─ lan0 [172.16.0.1 gate 203.0.113.1] wan0 ─ router ┬─────────── remote 11.x.x.x
+                        .2                                               .254 └ MTU 600 ── remote 198.18.x.x
 
 Hosts, remotes and routers exist only in frames: ``ends`` holds the far sides of both cables, and raw sockets on them
 send and see everything. Each script has hosts and remotes of its own, so thousands can be played one after the other
@@ -263,7 +263,7 @@ class Network:
                 f"neigh add 203.0.113.254 lladdr {MACS['wan'][1]} dev wan0 nud permanent",
                 "route add 10.0.0.0/8 via 172.16.0.2",
                 "route add default via 203.0.113.254",
-                "route add 198.19.0.0/16 via 203.0.113.254 mtu 600",
+                "route add 198.18.0.0/15 via 203.0.113.254 mtu 600",
             ],
             self.gate,
         )
@@ -318,14 +318,14 @@ class Network:
 
     def _open_markers(self) -> None:
         self._marks: dict[End, bytes] = {}
-        out = bytes(IP(src="10.0.0.9", dst="198.18.255.9") / UDP(sport=9, dport=9) / b"marker")
+        out = bytes(IP(src="10.0.0.9", dst="11.255.255.9") / UDP(sport=9, dport=9) / b"marker")
         self._marks["lan"] = out
         self.send("lan", out)
         deadline = time.monotonic() + PATIENCE_S
-        while not (seen := self._received("wan")):
+        while not (seen := [packet for packet in self._received("wan") if packet[9] == UDP_]):
             assert time.monotonic() < deadline, "the gateway does not work at all"
         port = int.from_bytes(seen[0][20:22], "big")
-        self._marks["wan"] = bytes(IP(src="198.18.255.9", dst=PUBLIC) / UDP(sport=9, dport=port) / b"marker")
+        self._marks["wan"] = bytes(IP(src="11.255.255.9", dst=PUBLIC) / UDP(sport=9, dport=port) / b"marker")
         for end in MACS:  # both ways, so that the kernel keeps the session
             self.settle(end)
 
@@ -376,7 +376,7 @@ class Play:
         base = 0x0A010000 + 8 * number
         self.hosts = [_dotted(base + n) for n in range(4)]
         self.inner_router = _dotted(base + 7)
-        far, narrow = 0xC6120000 + 4 * number, 0xC6130000 + 4 * number
+        far, narrow = 0x0B000000 + 4 * number, 0xC6120000 + number
         self.remotes = [_dotted(far), _dotted(far + 1), _dotted(narrow)]
         self.outer_router = _dotted(far + 3)
         self.names = {socket.inet_aton(GATE): "gate", socket.inet_aton(PUBLIC): "public"}

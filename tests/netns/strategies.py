@@ -27,7 +27,7 @@ OPTIONS = {
     "nothing": b"\x01\x01\x01\x01",
     "record route": bytes([7, 11, 4, *bytes(8)]),
     "router alert": bytes([148, 4, 0, 0]),
-    "loose source route": bytes([131, 7, 4, 198, 18, 0, 1]),
+    "loose source route": bytes([131, 7, 4, 11, 0, 0, 1]),
     "broken": bytes([7, 200, 4, 0]),
 }
 

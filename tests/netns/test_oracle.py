@@ -267,7 +267,7 @@ class Oracle:
         if self.played % SCRIPTS_AT_ONCE == 0:
             for network in self.networks:
                 network.forget()
-        play, shown = Play(self.played % SCRIPTS_AT_ONCE), []
+        play, shown = Play(self.played), []
         for n, step in enumerate(script):
             seen = play.play(step, self.networks)
             if seen is None:
