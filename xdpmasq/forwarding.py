@@ -379,7 +379,7 @@ class Upkeep:
 
     def _used(self) -> Slots:
         """Ports that are mapped or at rest."""
-        return np.flatnonzero(self._tables.sessions["life"][:self._tables.further_base]).astype(np.uint32)
+        return np.flatnonzero(self._tables.sessions["life"][: self._tables.further_base]).astype(np.uint32)
 
     def _follow(self) -> None:
         records = _records(self._tables)
