@@ -174,10 +174,20 @@ static __always_inline bool session_is_embryo(const struct session *s)
 	return slot_class(s->mapping) == CLASS_TCP ? !tcp_is_established(s) : !s->out.packets;
 }
 
-/* A random place: on average every embryo has as long as with a queue, and no counter is shared between CPUs. */
+static __always_inline bool embryo_is_at(u32 place)
+{
+	u32 *embryo = embryos.lookup(&place);
+	struct session *s = embryo ? session_at(*embryo) : NULL;
+
+	return s && session_is_embryo(s);
+}
+
+/* A random place: on average every embryo has as long as with a queue, and no counter is shared between CPUs. Another
+ * where that is taken: while there are few of them, they seldom meet.
+ */
 static __always_inline void embryo_admit(const struct settings *cfg, u32 slot, u32 now)
 {
-	u32 place = random_below(EMBRYOS);
+	u32 first = random_below(EMBRYOS), place = embryo_is_at(first) ? random_below(EMBRYOS) : first;
 	u32 *embryo = embryos.lookup(&place);
 	struct session *old;
 

@@ -232,7 +232,6 @@ def test_a_flood_that_shares_one_port(gateway: Gateway) -> None:
         gateway.inbound(tcp("45.0.0.1", 1000 + number, GATEWAY, 8080, SYN))
         gateway.assert_tables_agree()
     assert gateway.counted().get("drop_sessions_full", 0) == 0
-    gateway.clear_embryos()
 
 
 def test_a_one_sided_stream_of_datagrams_survives(gateway: Gateway) -> None:
@@ -245,7 +244,6 @@ def test_a_one_sided_stream_of_datagrams_survives(gateway: Gateway) -> None:
     assert result.counted["embryo_evicted"] == 1
     assert gateway.inbound(udp(SERVER, 7000, GATEWAY, 514)).ip.dst == HOST
     gateway.assert_tables_agree()
-    gateway.clear_embryos()
 
 
 # --- ports of one's own ----------------------------------------------------------------------------

@@ -196,4 +196,3 @@ def test_both_directions_and_the_reaper(gateway: Gateway, namespace: str, filter
     assert sum(ended.values()) == 2 * RUNS
     assert min(ended["slow_outbound"], ended["slow_inbound"], counted["forward_opened"]) > RUNS / 20
     gateway.assert_tables_agree()
-    gateway.clear_embryos()
