@@ -248,19 +248,22 @@ def test_a_wildcard_wan_comes_back_under_another_name(bare: Gateway) -> None:
 @in_tc
 @pytest.mark.req("reliability-link")
 @pytest.mark.req("reliability-detach")
-def test_detach_while_the_wan_is_gone(bare: Gateway) -> None:
-    """In TC mode there is no program left to find the datapath by; its agent puts things back."""
-    before = {line for line in snapshot(bare.lab) if line.startswith(("sysctl", "process")) and "wan0" not in line}
+@pytest.mark.parametrize("gone", [("wan0",), ("wan0", "lan0")], ids=["the WAN", "both"])
+def test_detach_while_interfaces_are_gone(bare: Gateway, gone: tuple[str, ...]) -> None:
+    """With neither there is no program left to find the datapath by; its agent puts things back."""
+    kinds = ("sysctl", "process")
+    before = {line for line in snapshot(bare.lab) if line.startswith(kinds) and not any(n in line for n in gone)}
     bare.attach()
     assert bare.opens()
-    bare.gate("ip", "link", "del", "wan0")
-    soon(lambda: not bare.is_attached, "nothing is attached")
+    for name in gone:
+        bare.gate("ip", "link", "del", name)
+    soon(lambda: bare.is_attached is (len(gone) == 1), "what is left is known")
     time.sleep(0.2)
     assert bare.agent_pid
     assert bare.sysctl("net.ipv4.ip_forward") == "1"
     bare.detach()
     assert bare.agent_pid is None
-    after = {line for line in snapshot(bare.lab) if line.startswith(("sysctl", "process"))}
+    after = {line for line in snapshot(bare.lab) if line.startswith(kinds)}
     assert differences(before, after) == []
 
 
