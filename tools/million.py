@@ -21,13 +21,6 @@ from xdpmasq.bench.generator import DIRECTIONS
 from xdpmasq.expiry import Expiry
 
 
-def available() -> int:
-    """Bytes of memory that the machine could still give away."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
 def locked(map_: bpf.Map) -> int:
     """What the kernel charges for a map, in bytes."""
     found = re.search(r"memlock:\s+(\d+)", Path(f"/proc/self/fdinfo/{map_.fd}").read_text())
@@ -43,10 +36,9 @@ def seconds(work: object, *args: object) -> float:
 def main(sessions: int, mode: str) -> None:
     (contestant,) = chosen([f"xdpmasq-{mode}"])
     with Bench(Settings(flows=sessions), [contestant]) as bench:
-        traffic, before = bench._traffic, available()
+        traffic = bench._traffic
         traffic.begin_turn()
         with contestant.running(traffic):
-            empty = available()
             for direction in DIRECTIONS * 2:
                 problems = traffic.send(direction, sessions, contestant.expected).problems
                 assert not problems, problems
@@ -64,8 +56,6 @@ def main(sessions: int, mode: str) -> None:
                 "tables_bytes": sum(maps.values()),
                 "tables_bytes_per_place": round(sum(maps.values()) / room, 1),
                 "largest_tables": dict(sorted(maps.items(), key=lambda each: -each[1])[:5]),
-                "available_less_after_attach": before - empty,
-                "available_less_with_sessions": before - available(),
                 "expiry_pass_s": seconds(agents.run),
                 "list_json_s": seconds(lambda: subprocess.run(listing, stdout=subprocess.DEVNULL, check=True)),
             }
