@@ -15,7 +15,7 @@ import pytest
 from netkit import GATE, Gateway, ask, soon
 from scapy.layers.inet import ICMP, IP, UDP
 
-from xdpmasq import bpf, datapath, netdev, punt
+from xdpmasq import bpf, netdev, punt
 from xdpmasq.lab.snapshot import differences, snapshot
 from xdpmasq.lab.topology import HOSTS, INTERNET
 
@@ -36,8 +36,7 @@ def has_port(gateway: Gateway) -> bool:
     link = port(gateway)
     if not link or not link.up or gateway.tables.settings["punt"] != link.index:
         return False
-    with gateway.inside():
-        return [each.name for each in netdev.tc_programs(link.index)] == [datapath.FILTER]
+    return gateway.on(link.name) == {"ingress"}
 
 
 # --- its life --------------------------------------------------------------------------------------
@@ -86,7 +85,6 @@ def test_the_agents_heart_beats(fresh: Gateway) -> None:
 def test_made_anew_when_somebody_takes_it_away(fresh: Gateway) -> None:
     for command in (
         f"ip link del {PORT}",
-        f"tc filter del dev {PORT} ingress",
         f"ip link set {PORT} down",
     ):
         old = port(fresh)
