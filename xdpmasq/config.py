@@ -71,7 +71,7 @@ class Limits:
 
     Attributes:
         sessions_per_host: None: a quarter of all room for further sessions.
-        ports_per_host: external ports, for each protocol; None: all of the pool but a hundredth.
+        ports_per_host: external ports, for each protocol; None: three quarters of the pool.
         new_per_second, burst: sessions that it may open, lastingly and at once.
         refusal: one of :data:`REFUSALS`, ICMP 3/13 and 3/1.
     """

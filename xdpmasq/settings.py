@@ -61,8 +61,8 @@ def low_pools(ports: Ports) -> list[Pool]:
 
 
 def ports_for_one(pool: int) -> int:
-    """Of a pool of that many ports one host may have nearly all (RFC 6888 REQ-13), yet others still find one."""
-    return max(1, pool - max(1, pool // 100))
+    """Of a pool of that many ports: others find one, even while hundreds are in use or at rest."""
+    return max(1, pool * 3 // 4)
 
 
 def outside(ports: Ports, slots: int, externals: int = 1) -> npt.NDArray[np.bool_]:

@@ -486,7 +486,7 @@ def test_settings_reach_the_programs(idle: Gateway, write: Any) -> None:
     settings = tables.settings
     assert settings["filtering"].tolist() == [1, 2, 0, 0]
     assert [int(settings[each]) for each in ("preserve", "parity", "overload", "drop_other")] == [1, 1, 1, 1]
-    assert [int(settings[f"host_{each}"]) for each in ("sessions", "mappings", "rate", "burst")] == [1000, 99, 10, 20]
+    assert [int(settings[f"host_{each}"]) for each in ("sessions", "mappings", "rate", "burst")] == [1000, 75, 10, 20]
     assert settings["pool"]["first"].tolist()[CLASS_ROOM:] == [[512, 0], [512, 0], [0, 0], [0, 0]]
     assert settings["pool"]["count"].tolist()[CLASS_ROOM:] == [[512, 0], [512, 0], [0, 0], [0, 0]]
     assert tables.maps["remotes"].max_entries == 2048

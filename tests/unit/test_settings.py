@@ -56,7 +56,7 @@ def test_slots_outside_the_pools(low: bool) -> None:
 
 def test_limits_by_default_and_given() -> None:
     fields = settings.fields(HOME, 100, 262144)
-    assert (fields["host_sessions"], fields["host_mappings"]) == (65536, 31744 + 4536 - 362)
+    assert (fields["host_sessions"], fields["host_mappings"]) == (65536, (31744 + 4536) * 3 // 4)
     assert (fields["host_rate"], fields["host_burst"]) == (50_000, 100_000)
     given = settings.fields(replace(HOME, limits=Limits(7, 8, 9, 10)), 100, 262144)
     assert [given[f"host_{each}"] for each in ("sessions", "mappings", "rate", "burst")] == [7, 8, 9, 10]
