@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from xdpmasq import bpf
 from xdpmasq.datapath import (
+    CLASS_ROOM,
     CLASSES,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,
@@ -30,6 +31,7 @@ from xdpmasq.datapath import (
 
 TCP_FIN, TCP_RST, TCP_ACK = 0x01, 0x04, 0x10
 HOST_S = 60  # an internal host with nothing open is forgotten after this
+SCARCE = 64  # a pool of which only one port in so many is free has none to spare for a rest
 Ticks = npt.NDArray[np.int64]
 
 
@@ -106,9 +108,25 @@ class Expiry:
     def _rested(self, slots: Slots) -> Slots:
         sessions = self._tables.sessions
         resting = slots[sessions["life"][slots] & LIFE_STATE == LIFE_RESTING]
-        rest = np.where(resting < self._tables.further_base, self._rest, self._pause)
+        if not len(resting):
+            return resting
+        mapping = resting < self._tables.further_base
+        rest = np.where(mapping, self._rest, self._pause)
+        rest[mapping] = np.where(self._is_scarce()[resting[mapping]], self._pause, self._rest)
         rested: Slots = resting[age(bpf.jiffies(), sessions["out"]["last_seen"][resting]) > rest]
         return rested
+
+    def _is_scarce(self) -> npt.NDArray[np.bool_]:
+        """For each slot of an external endpoint whether its pool is all but used up."""
+        words = self._tables.claims[: self._tables.further_base // 64]
+        taken = np.unpackbits(words.view(np.uint8), bitorder="little").reshape(-1, len(CLASSES), PORTS)
+        scarce = np.zeros(taken.shape, bool)
+        for nth, pool in enumerate(self._tables.settings["pool"]):
+            ports = np.concatenate([np.arange(a, a + n) for a, n in zip(pool["first"], pool["count"], strict=True)])
+            if len(ports):
+                free = np.count_nonzero(taken[:, nth % CLASS_ROOM, ports] == 0, axis=1)
+                scarce[:, nth % CLASS_ROOM, ports] = (free * SCARCE < len(ports))[:, None]
+        return scarce.reshape(-1)
 
 
 def forget_hosts(tables: Tables) -> None:

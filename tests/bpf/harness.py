@@ -232,7 +232,7 @@ class Bench:
             icmp=60 * TICKS,
             fragment=30 * TICKS,
             rearm=60 * TICKS,
-            disarmed_at=bpf.jiffies() - TICKS,
+            disarmed_at=ago(1),
             accelerate=0,
             inbound_refresh=1,
             filtering=(0, 0, 0, 0),
@@ -615,10 +615,20 @@ def next_tick() -> None:
         time.sleep(0.001)
 
 
+def ago(seconds: float) -> int:
+    """The stamp of a moment past, right across the counter's wrap, which is five minutes after a boot."""
+    return (bpf.jiffies() - int(seconds * TICKS)) % 2**32
+
+
+def since(stamp: int) -> int:
+    """Jiffies gone by."""
+    return (bpf.jiffies() - stamp) % 2**32
+
+
 def age(session: Any, seconds: float) -> None:
     """Makes both flows of a session last seen so long ago."""
     for name in ("out", "in"):
-        session[name]["last_seen"] = (bpf.jiffies() - int(seconds * TICKS)) % 2**32
+        session[name]["last_seen"] = ago(seconds)
 
 
 def socket_order(port: int) -> int:

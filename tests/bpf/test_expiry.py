@@ -14,9 +14,11 @@ from harness import (
     TICKS,
     Gateway,
     age,
+    ago,
     echo,
     echo_reply,
     next_tick,
+    since,
     tcp,
     udp,
 )
@@ -77,7 +79,7 @@ def test_outbound_refreshes(gateway: Gateway) -> None:
     row = gateway.session(HOST, 5000, *key)
     age(row, 299)
     assert gateway.open(packet) == port
-    assert bpf.jiffies() - int(row["out"]["last_seen"]) < TICKS
+    assert since(int(row["out"]["last_seen"])) < TICKS
 
 
 @pytest.mark.req("4787-6")
@@ -87,11 +89,11 @@ def test_inbound_refresh_is_configurable(gateway: Gateway, refresh: int, ended: 
     gateway.tables.set_settings(inbound_refresh=refresh)
     port = gateway.open(packet)
     row = gateway.session(HOST, 5000, *key)
-    row["out"]["last_seen"] = bpf.jiffies() - 301 * TICKS
-    row["in"]["last_seen"] = bpf.jiffies() - 299 * TICKS
+    row["out"]["last_seen"] = ago(301)
+    row["in"]["last_seen"] = ago(299)
     assert gateway.inbound(_answer("udp", port)).ended == ended
-    row["out"]["last_seen"] = bpf.jiffies() - 301 * TICKS
-    row["in"]["last_seen"] = bpf.jiffies() - 299 * TICKS
+    row["out"]["last_seen"] = ago(301)
+    row["in"]["last_seen"] = ago(299)
     assert bool(gateway.reap([gateway.slot(HOST, 5000, "udp")])) == (not refresh)
 
 
@@ -127,7 +129,7 @@ def test_a_mapping_closes_with_its_last_session(gateway: Gateway, order: int) ->
     assert gateway.reap([slot], order) == {"session_closed": 1, "mapping_closed": 1}
     assert gateway.mappings == 0
     assert gateway.tables.sessions[slot]["life"] & LIFE_STATE == LIFE_RESTING
-    assert bpf.jiffies() - int(gateway.tables.sessions[slot]["out"]["last_seen"]) < TICKS, "its rest begins"
+    assert since(int(gateway.tables.sessions[slot]["out"]["last_seen"])) < TICKS, "its rest begins"
     assert gateway.is_claimed(slot)
     assert gateway.inbound(_answer("udp", port)).ended == "own_inbound"
     assert gateway.open(udp(HOST, 5000, SERVER, 53)) != port, "the host gets another"
@@ -262,14 +264,28 @@ def test_pass_over_the_table(gateway: Gateway, expiry: Expiry) -> None:
     for slot in gateway.slots():
         if slot != alive:
             seconds = 119 if slot < FURTHER_BASE else 2
-            gateway.tables.sessions[slot]["out"]["last_seen"] = bpf.jiffies() - seconds * TICKS
+            gateway.tables.sessions[slot]["out"]["last_seen"] = ago(seconds)
     expiry.run()
     assert len(gateway.slots()) == 4, "the further slot rests a second only, ports 120"
     for slot in gateway.slots():
         if slot != alive:
-            gateway.tables.sessions[slot]["out"]["last_seen"] = bpf.jiffies() - 121 * TICKS
+            gateway.tables.sessions[slot]["out"]["last_seen"] = ago(121)
     expiry.run()
     assert gateway.slots() == [alive]
     claimed = np.unpackbits(gateway.tables.claims.view(np.uint8)).sum()
     outside = 2 * (65536 - sum(count for _, count in POOL))
     assert claimed == outside + 1
+
+
+@pytest.mark.req("6888-8")
+@pytest.mark.parametrize(("in_use", "rested"), [pytest.param(100, 0, id="plenty"), pytest.param(127, 1, id="scarce")])
+def test_no_rest_in_a_pool_that_is_all_but_used_up(gateway: Gateway, in_use: int, rested: int) -> None:
+    gateway.pool(udp=((3000, 64), (50000, 64)))
+    reserved = gateway.tables.claims.copy()
+    for number in range(in_use + 1):
+        gateway.open(udp(HOST, 5000 + number, SERVER, 53))
+    ended = gateway.slot(HOST, 5000, "udp")
+    gateway.reap([ended], REAP_FORCED)
+    gateway.tables.sessions[ended]["out"]["last_seen"] = ago(2)
+    Expiry(gateway.tables, gateway.bench.programs["masq_reap"], reserved, 120 * TICKS, TICKS).run()
+    assert len(gateway.slots()) == in_use + 1 - rested

@@ -22,9 +22,11 @@ from harness import (
     WAN_MAC,
     Gateway,
     age,
+    ago,
     echo,
     next_tick,
     rebuilt,
+    since,
     tcp,
     udp,
     wire,
@@ -32,8 +34,6 @@ from harness import (
 from scapy.layers.inet import IP, UDP, IPOption_RR
 from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Packet, Raw
-
-from xdpmasq import bpf
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_keeps_the_books(flying: tuple[Gateway, int, int]) -> None:
     gateway.fast_outbound(tcp(HOST, 5000, SERVER, 80, ACK, ack=777, payload=bytes(60)))
     assert row["out"]["packets"] == before["packets"] + 1
     assert row["out"]["bytes"] == before["bytes"] + 100
-    assert bpf.jiffies() - int(row["out"]["last_seen"]) < TICKS
+    assert since(int(row["out"]["last_seen"])) < TICKS
     assert int(row["out"]["last_ack"]).to_bytes(4, "little") == (777).to_bytes(4, "big")
     gateway.fast_inbound(tcp(SERVER, 80, GATEWAY, tcp_port, ACK, ack=888))
     assert int(row["in"]["last_ack"]).to_bytes(4, "little") == (888).to_bytes(4, "big")
@@ -280,10 +280,10 @@ def test_disarmed_all_at_once_and_armed_again(flying: tuple[Gateway, int, int]) 
 
 def test_shows_itself_to_the_kernel_now_and_then(flying: tuple[Gateway, int, int]) -> None:
     gateway, _, _ = flying
-    gateway.tables.set_settings(disarmed_at=bpf.jiffies() - 200 * TICKS)
+    gateway.tables.set_settings(disarmed_at=ago(200))
     row = gateway.session(HOST, 5000, "udp", SERVER, 53)
     for seconds, ended in ((59, "fast_outbound"), (61, "up_not_armed")):
-        row["out"]["armed_at"] = bpf.jiffies() - seconds * TICKS
+        row["out"]["armed_at"] = ago(seconds)
         assert gateway.fast_outbound(UDP_OUT).ended == ended
     gateway.outbound(UDP_OUT)
     assert gateway.fast_outbound(UDP_OUT).ended == "fast_outbound"

@@ -12,6 +12,7 @@ from harness import (
     SYN,
     Gateway,
     age,
+    ago,
     echo,
     echo_reply,
     rebuilt,
@@ -19,8 +20,6 @@ from harness import (
     udp,
     wire,
 )
-
-from xdpmasq import bpf
 
 BY_ADDRESS_AND_PORT, BY_ADDRESS, OPEN = range(3)
 MODES = {"address and port": BY_ADDRESS_AND_PORT, "address": BY_ADDRESS, "endpoint-independent": OPEN}
@@ -136,7 +135,7 @@ def test_forgotten_with_the_mappings_time(gateway: Gateway) -> None:
     contacts = gateway.tables.maps["contacts"]
     ((keys, values),) = contacts.items(chunk=16384)
     for seconds, ended in ((299, "slow_inbound"), (301, "drop_filtered")):
-        values[0]["seen_at"] = bpf.jiffies() - seconds * 1000
+        values[0]["seen_at"] = ago(seconds)
         contacts.set(keys[0], values[0])
         assert knock(gateway, "udp", SERVER, 1000 + seconds, port) == ended
 

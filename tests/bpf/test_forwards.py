@@ -23,13 +23,14 @@ from harness import (
     Gateway,
     age,
     rebuilt,
+    since,
     tcp,
     udp,
     wire,
 )
 from scapy.packet import Packet
 
-from xdpmasq import bpf, forwarding
+from xdpmasq import forwarding
 from xdpmasq.datapath import (
     LIFE_LIVE,
     LIFE_RESTING,
@@ -606,5 +607,5 @@ def test_the_books(gateway: Gateway) -> None:
         gateway.inbound(udp(SERVER, 7000 + sport, GATEWAY, 5000))
     assert rules.get(0)["opened"] == 5
     assert gateway.host(HOST) == (0, 0, 0, 0), "what comes from outside is not the host's doing"
-    assert bpf.jiffies() - int(gateway.tables.sessions[slot_of("udp", 5000)]["opened_at"]) < TICKS
+    assert since(int(gateway.tables.sessions[slot_of("udp", 5000)]["opened_at"])) < TICKS
     assert IPv4Address(HOST) in IPv4Network("192.168.0.0/24")

@@ -6,8 +6,8 @@ from harness import (
     HOST,
     OTHER_SERVER,
     SERVER,
-    TICKS,
     Gateway,
+    ago,
     echo,
     echo_reply,
     full_sum,
@@ -19,8 +19,6 @@ from harness import (
 )
 from scapy.layers.inet import IP, fragment
 from scapy.packet import Packet, Raw
-
-from xdpmasq import bpf
 
 KINDS = {
     "udp": (udp(HOST, 5000, SERVER, 53, bytes(range(256)) * 16, id=77), "sport"),
@@ -92,7 +90,7 @@ def test_remembered_for_a_while_only(gateway: Gateway) -> None:
     gateway.outbound(fragment(udp(HOST, 5000, SERVER, 53, bytes(2000), id=77), 1400)[0])
     table = gateway.tables.maps["fragments"]
     ((keys, values),) = table.items(chunk=16384)
-    values[0]["seen_at"] = bpf.jiffies() - 30 * TICKS - 10
+    values[0]["seen_at"] = ago(30.01)
     table.set(keys[0], values[0])
     assert gateway.outbound(later(HOST, SERVER)).ended == "drop_fragment_orphan"
 

@@ -17,6 +17,7 @@ from harness import (
     TICKS,
     Gateway,
     age,
+    ago,
     echo,
     tcp,
     udp,
@@ -82,7 +83,7 @@ def test_rate(gateway: Gateway) -> None:
     for seconds, more in ((0.31, 3), (1000, 5)):
         host = hosts.get(key).copy()
         assert host["tokens"] == 0
-        host["refilled_at"] = (bpf.jiffies() - int(seconds * TICKS)) % 2**32
+        host["refilled_at"] = ago(seconds)
         limit(gateway, rate=10)
         hosts.set(key, host)
         results = [gateway.outbound(OPENING["tcp"](100 * more + number)).ended for number in range(more + 1)]
@@ -111,7 +112,7 @@ def test_the_sender_is_told(gateway: Gateway, settings: dict[str, object], ended
     gateway.attend()
     result = gateway.outbound(packet)
     assert (result.verdict, result.ended, result.punted) == ("redirect", ended, PUNT_REFUSED)
-    gateway.tables.set_settings(heartbeat=bpf.jiffies() - 4 * TICKS)
+    gateway.tables.set_settings(heartbeat=ago(4))
     assert gateway.outbound(packet).verdict == "drop"
     gateway.assert_tables_agree()
 
@@ -138,7 +139,7 @@ def test_what_is_told_is_bounded(gateway: Gateway) -> None:
     budgets.set(PUNT_REFUSED, (bpf.jiffies() + TICKS, 0))  # the window does not end meanwhile
     told = [gateway.outbound(udp(HOST, 5000, SERVER, 53)).verdict for _ in range(200)]
     assert told == ["redirect"] * 128 + ["drop"] * 72
-    budgets.set(PUNT_REFUSED, ((bpf.jiffies() - TICKS) % 2**32, 128))
+    budgets.set(PUNT_REFUSED, (ago(1), 128))
     assert gateway.outbound(udp(HOST, 5000, SERVER, 53)).verdict == "redirect"
 
 

@@ -13,14 +13,14 @@ from harness import (
     SERVER,
     TICKS,
     Gateway,
+    ago,
     full_sum,
+    since,
     wire,
 )
 from scapy.layers.inet import IP
 from scapy.packet import Packet, Raw
 from test_icmp_errors import cut, icmp_error
-
-from xdpmasq import bpf
 
 PROTOCOLS = {"GRE": 47, "ESP": 50, "AH": 51, "IPIP": 4, "6in4": 41, "L2TP": 115, "OSPF": 89}
 SUMMED = {"DCCP": 33, "UDP-Lite": 136}
@@ -86,7 +86,7 @@ def test_two_hosts_one_remote(gateway: Gateway, proto: int) -> None:
     bindings = gateway.tables.maps["bindings"]
     for keys, values in bindings.items(chunk=16):
         for key, value in zip(keys, values, strict=True):
-            value["last_seen"] = (bpf.jiffies() - 301 * TICKS) % 2**32
+            value["last_seen"] = ago(301)
             bindings.set(key, value)
     assert gateway.inbound(portless(SERVER, GATEWAY, proto)).ended == "own_inbound"
     assert gateway.outbound(portless(OTHER_HOST, SERVER, proto)).ended == "slow_portless_outbound"
@@ -99,11 +99,11 @@ def test_what_refreshes(gateway: Gateway, refresh: int) -> None:
     gateway.outbound(portless(HOST, SERVER, 47))
     bindings = gateway.tables.maps["bindings"]
     ((keys, values),) = bindings.items(chunk=16)
-    values[0]["last_seen"] = (bpf.jiffies() - 299 * TICKS) % 2**32
+    values[0]["last_seen"] = ago(299)
     bindings.set(keys[0], values[0])
     gateway.inbound(portless(SERVER, GATEWAY, 47, bytes(80)))
     binding = bindings.get(keys[0])
-    assert (bpf.jiffies() - int(binding["last_seen"]) < TICKS) == bool(refresh)
+    assert (since(int(binding["last_seen"])) < TICKS) == bool(refresh)
     assert (binding["in_packets"], binding["in_bytes"], binding["out_packets"]) == (1, 100, 1)
 
 

@@ -20,6 +20,7 @@ from harness import (
     Gateway,
     Result,
     age,
+    ago,
     echo,
     tcp,
     udp,
@@ -27,7 +28,6 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq import bpf
 from xdpmasq.datapath import FURTHER_BASE, PORTS, REAP_FORCED, REAP_RESTED
 
 HOSTS = [f"192.168.0.{i}" for i in range(2, 252)]
@@ -251,6 +251,6 @@ def test_settings_reach_the_programs(gateway: Gateway) -> None:
     assert gateway.outbound(echo(HOST, SERVER, 1001)).ended == "drop_ports_exhausted"
     gateway.tables.set_settings(icmp=TICKS)
     session = gateway.session(HOST, 1000, "icmp", SERVER)
-    session["out"]["last_seen"] = session["in"]["last_seen"] = bpf.jiffies() - TICKS - 10
+    session["out"]["last_seen"] = session["in"]["last_seen"] = ago(1.01)
     assert gateway.inbound(echo(SERVER, GATEWAY, 7)).ended == "own_inbound"
     assert EVERY_IDENTIFIER[0] == (0, PORTS)

@@ -11,6 +11,7 @@ from harness import (
     TICKS,
     WAN_MAC,
     Gateway,
+    ago,
     echo,
     rebuilt,
     tcp,
@@ -81,7 +82,7 @@ def test_any_order_inbound(gateway: Gateway) -> None:
 def test_without_an_agent(gateway: Gateway, agent: str) -> None:
     if agent == "dead":
         gateway.attend()
-        gateway.tables.set_settings(heartbeat=bpf.jiffies() - 3 * TICKS - 50)
+        gateway.tables.set_settings(heartbeat=ago(3.05))
     orphan = pieces(udp(HOST, 5000, SERVER, 53, BIG, id=7))[1]
     assert gateway.outbound(orphan).ended == "drop_fragment_orphan"
     assert gateway.inbound(rebuilt(orphan, src=SERVER, dst=GATEWAY)).ended == "own_inbound"
@@ -94,7 +95,7 @@ def test_the_gateways_own_fragments_wait_for_nobody(gateway: Gateway) -> None:
     for _ in range(2):
         assert {gateway.inbound(each).ended for each in own} == {"own_inbound"}
         ((keys, values),) = gateway.tables.maps["fragments"].items(chunk=16)
-        values[0]["seen_at"] = (bpf.jiffies() - 31 * TICKS) % 2**32
+        values[0]["seen_at"] = ago(31)
         gateway.tables.maps["fragments"].set(keys[0], values[0])
     port = gateway.open(udp(HOST, 5000, SERVER, 53))
     gateway.inbound(pieces(udp(SERVER, 53, GATEWAY, port, BIG, id=7))[0])

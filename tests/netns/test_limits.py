@@ -122,7 +122,7 @@ def test_no_port_is_left(gateway: Gateway) -> None:
             assert ask(client, b"still here") == b"still here"
         assert grown == {}
         gateway.tables.flush(gateway.tables.live_slots()[:1])
-        soon(lambda: gateway.opens("b-box"), "a port is found", timeout_s=2)
+        soon(lambda: gateway.opens("b-box"), "a port is found")
     assert grown["drop_ports_exhausted"] >= 2
 
 
