@@ -44,6 +44,7 @@
 	X(drop_malformed, "dropped: truncated or contradictory headers")                           \
 	X(drop_source_private, "dropped: would have left the WAN with a private source")           \
 	X(drop_source_foreign, "dropped: a LAN packet whose source is in no internal prefix")      \
+	X(drop_unguarded, "dropped: from the LAN to an interface that may be the WAN anew, not yet translated there") \
 	X(drop_turned_round, "dropped: from the WAN back to the WAN, addressed to a private prefix")     \
 	X(drop_filtered, "dropped: from the WAN to a mapped port, by a remote nobody inside talks to")  \
 	X(drop_source_martian, "dropped: from the WAN, with a source that cannot be there")        \

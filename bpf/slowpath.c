@@ -324,14 +324,24 @@ static __always_inline bool answers_gateway(const struct settings *cfg, const st
 	return s && session_is_alive(cfg, s, p->now);
 }
 
-static __always_inline bool goes_to_external(const struct settings *cfg, const struct packet *p)
+/* Source and destination before parse(): of most packets nothing else is asked. False: not IP. */
+static __always_inline bool addresses_read(struct packet *p)
 {
-	addr_t dst;
+	struct {
+		addr_t src, dst;
+	} ends;
 
 	if (p->skb->protocol != bpf_htons(ETH_P_IP) ||
-	    bpf_skb_load_bytes(p->skb, p->l3 + offsetof(struct ip_header, dst), &dst, sizeof(dst)))
+	    bpf_skb_load_bytes(p->skb, p->l3 + offsetof(struct ip_header, src), &ends, sizeof(ends)))
 		return false;
-	return external_of(cfg, dst) != NO_EXTERNAL || leads_to_counterpart(cfg, dst);
+	p->src = ends.src;
+	p->dst = ends.dst;
+	return true;
+}
+
+static __always_inline bool goes_to_external(const struct settings *cfg, const struct packet *p)
+{
+	return external_of(cfg, p->dst) != NO_EXTERNAL || leads_to_counterpart(cfg, p->dst);
 }
 
 /* LAN ingress: hairpinning (RFC 4787 REQ-9). A packet from inside to an external endpoint is sent out of the WAN, and from
@@ -344,7 +354,12 @@ static __always_inline enum verdict slow_hairpin(struct packet *p)
 	enum verdict verdict;
 	bool inside;
 
-	if (!cfg || !goes_to_external(cfg, p))
+	if (!cfg || !addresses_read(p))
+		return PASS;
+	verdict = guard(cfg, p);
+	if (verdict != CONTINUE)
+		return verdict;
+	if (!goes_to_external(cfg, p))
 		return PASS;
 	verdict = parse(p);
 	if (verdict != CONTINUE)
@@ -364,7 +379,7 @@ static __always_inline enum verdict slow_loopback(struct packet *p)
 	enum verdict verdict;
 	struct forward *f;
 
-	if (!cfg || !goes_to_external(cfg, p))
+	if (!cfg || !addresses_read(p) || !goes_to_external(cfg, p))
 		return PASS;
 	verdict = parse(p);
 	if (verdict != CONTINUE)

@@ -260,7 +260,7 @@ enum prefix_role { PREFIX_FOREIGN, PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE }
 #define INTERFACES 65536
 #define LOOPBACK 1 /* its index in every namespace */
 
-enum interface_role { ROLE_NONE, ROLE_LAN, ROLE_WAN };
+enum interface_role { ROLE_NONE, ROLE_LAN, ROLE_WAN, ROLE_OTHER }; /* NONE: the agent does not know it */
 
 #define XDP_FROM 1 /* our XDP program is on it: flows entering here can be armed */
 #define XDP_TO 2 /* XDP can redirect to it */

@@ -8,7 +8,6 @@ one and the same path. The agent can die at any moment: the programs go on witho
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import selectors
@@ -89,7 +88,7 @@ class Agent:
                 "xdpmasq detach, then attach: running sessions start anew",
             )
         self._programs = datapath.Programs(further, adopted.maps if adopted else None, externals)
-        if adopted and adopted.manifest["layouts"] != _through_json(self._programs.layouts):
+        if adopted and adopted.manifest["layouts"] != self._programs.layouts:
             raise DatapathError(
                 "the running datapath is of another version",
                 f"xdpmasq {adopted.manifest['version']} attached it, and lays out its tables otherwise",
@@ -109,6 +108,7 @@ class Agent:
         self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
         self._troubled = False
         self._served: list[IPv4Address | None] = []  # the addresses that all sessions are of
+        self._others: set[int] = set()  # interfaces that are neither LAN nor WAN
         self._sysctls = Sysctls(self._manifest, self._save)
         self._serving = False
         self._retry_at, self._retry_s = float("inf"), 0.0
@@ -147,7 +147,7 @@ class Agent:
             "attached_at": time.time(),
             "config": self._kept_config(),
             "counters": list(source.counters()),
-            "layouts": _through_json(self._programs.layouts),
+            "layouts": self._programs.layouts,
             "qdiscs": [],
             "local_routes": [],
             "sysctls": {},
@@ -202,6 +202,7 @@ class Agent:
         reports = self._tell(chosen)
         self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
+        self._know_others(links, {link.index for link, _ in wanted})
         self.tables.set_settings(accelerate=accelerate, wan=wan.index if wan else 0, disarmed_at=bpf.jiffies())
         self._punting.keep()
         self._manifest["punt"] = self._punting.report
@@ -327,6 +328,15 @@ class Agent:
             reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})
         return reports
 
+    def _know_others(self, links: list[netdev.Link], wanted: set[int]) -> None:
+        """What is neither LAN nor WAN, as a VPN: the programs tell it from a WAN made anew, see bpf/guard.h."""
+        others = {link.index: link for link in links if link.index < datapath.PORTS and link.index not in wanted}
+        for index in self._others - others.keys() - wanted:
+            self.tables.unset_interface(index)
+        for index in others.keys() - self._others:
+            self.tables.set_interface(others[index], "other", xdp_from=False, xdp_to=False)
+        self._others = set(others)
+
     def _leave_unwanted(self, wanted: list[netdev.Link], links: list[netdev.Link]) -> None:
         """Forgets interfaces that are gone, and leaves those that are no LAN or WAN any more."""
         keep, there = {link.index: link.name for link in wanted}, {link.index: link for link in links}
@@ -355,6 +365,10 @@ class Agent:
         primary = next((each for each in own if not each.secondary), None)
         external = IPv4Address(primary.ip.ip) if primary else None
         externals = self._config.external.listed(external)
+        if wan and self._overlaps(wan, lans, addresses):
+            externals = [None] * len(externals)
+            self.tables.set_externals(externals, {})
+            self._served = externals
         self._own_externals(wan, own)
         self.tables.set_prefixes(self._prefixes(own, lans, addresses))
         # While there is none, the last address stays: it often comes back, and in the moment before we see that,
@@ -365,6 +379,15 @@ class Agent:
             self._served = externals
             log.info("external addresses: %s", ", ".join(map(str, externals)))
         return externals[0]
+
+    def _overlaps(self, wan: netdev.Link, lans: list[netdev.Link], addresses: list[netdev.Address]) -> bool:
+        """A lease that came after the start may share addresses with a LAN: then nothing is masqueraded, in words."""
+        error = checks.overlap(wan, lans, addresses)
+        trouble = str(error) if error else ""
+        if trouble and trouble != self._manifest.get("trouble"):
+            log.error("nothing is masqueraded: %s", trouble)
+        self._manifest["trouble"] = trouble
+        return bool(error)
 
     def _choices(self, externals: list[IPv4Address | None]) -> dict[IPv4Network, list[int]]:
         """By internal prefix, the indices of the addresses that its hosts may have."""
@@ -575,10 +598,6 @@ def _wakeup_on_signals() -> tuple[int, int]:
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     return reader, writer
-
-
-def _through_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:

@@ -1,6 +1,6 @@
 """Compiling, loading, maps and test runs: what any BPF program needs, nothing about NAT.
 
-bcc compiles and creates the maps; everything else goes through the ``bpf()`` system call itself, because
+bcc compiles (:mod:`xdpmasq.compiler`); everything else goes through the ``bpf()`` system call itself, because
 programs must be loadable onto maps that already exist (state outlives the process), which bcc cannot do.
 Maps and programs are kept alive by their file descriptors; use :meth:`close` or let them be collected.
 """
@@ -13,22 +13,19 @@ import errno
 import functools
 import mmap
 import os
-import pickle
 import platform
-import socket
 import struct
-import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import source
+from xdpmasq import compiler
 from xdpmasq.errors import DatapathError, HostError
 
 Array = npt.NDArray[Any]
@@ -39,6 +36,7 @@ PROG_TYPES = {"tc": 3, "xdp": 6}
 
 # Commands of bpf(2), include/uapi/linux/bpf.h
 (
+    _MAP_CREATE,
     _MAP_LOOKUP,
     _MAP_UPDATE,
     _MAP_DELETE,
@@ -52,7 +50,7 @@ PROG_TYPES = {"tc": 3, "xdp": 6}
     _PROG_QUERY,
     _LOOKUP_BATCH,
     _BIND_MAP,
-) = (1, 2, 3, 5, 8, 9, 10, 13, 14, 15, 16, 24, 35)
+) = (0, 1, 2, 3, 5, 8, 9, 10, 13, 14, 15, 16, 24, 35)
 
 _LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
 _MAP_PERCPU_ARRAY = 6
@@ -305,16 +303,15 @@ class Object:
     """Compiled C: its maps, created, and its functions, ready to be loaded.
 
     Attributes:
-        layouts: map name → (key dtype, value dtype), as in the C.
+        layouts: map name → [key, value] as JSON carries them; see :func:`xdpmasq.compiler.layout`.
         maps: map name → map; owned by this object.
     """
 
-    def __init__(self, code: Mapping[str, bytes], layouts: Mapping[str, tuple[Any, Any, int]], fds: Sequence[int]):
-        # The code names maps by the descriptors they had in the compiler's process.
-        self._code = code
-        self._compiled_fds = {name: fd for name, (_, _, fd) in layouts.items()}
-        self.layouts = {name: (np.dtype(key), np.dtype(value)) for name, (key, value, _) in layouts.items()}
-        self.maps = {name: Map(fd, *self.layouts[name]) for name, fd in zip(self.layouts, fds, strict=True)}
+    def __init__(self, compiled: compiler.Compiled) -> None:
+        self._code = compiled.code
+        self._compiled_fds = {name: plan.fd for name, plan in compiled.maps.items()}
+        self.maps = {name: _create(name, plan) for name, plan in compiled.maps.items()}
+        self.layouts = {name: [plan.key, plan.value] for name, plan in compiled.maps.items()}
 
     def load(self, function: str, kind: str, maps: Mapping[str, Map] | None = None) -> Program:
         """Loads a function as a ``kind`` ("tc" or "xdp") program.
@@ -335,6 +332,13 @@ class Object:
             if error.errno in (errno.EINVAL, errno.EACCES, errno.E2BIG, errno.EFAULT):
                 why = _verifier_log(code, PROG_TYPES[kind], function)
             raise DatapathError(f"the kernel refused program {function}", why) from error
+
+
+def _create(name: str, plan: compiler.MapPlan) -> Map:
+    key, value = np.dtype(compiler.layout(plan.key)), np.dtype(compiler.layout(plan.value))
+    sizes = (key.itemsize, value.itemsize, plan.max_entries)
+    attr = struct.pack("<IIIIIII16s", plan.type, *sizes, plan.flags, 0, 0, name[:15].encode())
+    return Map(_bpf(_MAP_CREATE, attr)[0], key, value)
 
 
 def _redirect_maps(code: bytearray, fds: Mapping[int, int]) -> None:
@@ -372,88 +376,9 @@ def _verifier_log(code: bytes | bytearray, kind: int, name: str) -> str:
     return "\n".join(lines[-40:])
 
 
-def _include_flags() -> list[str]:
-    triplet = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
-    return ["-isystem", "/usr/include", "-isystem", f"/usr/include/{triplet}"]
-
-
-def compile(text: str, defines: Mapping[str, object] | None = None, flags: Sequence[str] = ()) -> Object:
-    """Compiles C with bcc; takes a second or so and creates the maps.
-
-    The compiler works in a child process: clang and LLVM would otherwise stay in the caller's memory
-    (100 MB), and a crash of theirs would be ours.
-
-    Raises:
-        HostError: bcc or the UAPI headers are missing.
-        DatapathError: the compiler's messages.
-    """
-    if not Path("/usr/include/linux/bpf.h").exists():
-        raise HostError(
-            "the kernel's UAPI headers are missing",
-            "/usr/include/linux/bpf.h is not there",
-            "apt install linux-libc-dev",
-        )
-    cflags = [*_include_flags(), *(f"-D{name}={value}" for name, value in (defines or {}).items()), *flags]
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    said, result = os.memfd_create("stderr"), os.memfd_create("result")
-    with ours, open(said, "rb") as stderr, open(result, "rb") as answer:
-        child = os.fork()
-        if child == 0:
-            _compile_in_child(text, cflags, theirs, said, result)
-        theirs.close()
-        message, fds, _, _ = socket.recv_fds(ours, 16, 253)
-        os.waitpid(child, 0)
-        stderr.seek(0)  # the child shares the position
-        words = stderr.read().decode(errors="replace").strip()
-        if message == b"ok":
-            code, layouts = pickle.loads(answer.read())
-            return Object(code, layouts, fds)
-    if message == b"no bcc":
-        raise HostError(
-            "bcc is missing",
-            words,
-            "apt install python3-bpfcc and use the system's Python (PyPI's bcc is something else)",
-        )
-    raise DatapathError("the BPF programs do not compile", words or "the compiler crashed")
-
-
-def _compile_in_child(text: str, cflags: list[str], channel: socket.socket, said: int, result: int) -> NoReturn:
-    """Compiles, sends "ok" with the maps' descriptors, leaves code and layouts in ``result``, and exits."""
-    os.dup2(said, 2)
-    try:
-        try:
-            import bcc  # noqa: PLC0415  only here: see compile()
-        except ImportError as error:
-            os.write(2, str(error).encode())
-            channel.send(b"no bcc")
-            os._exit(1)
-        os.environ["BCC_KERNEL_SOURCE"] = str(source.folder() / "standin")
-        module = bcc.BPF(text=text, cflags=cflags)
-        for name_of in (bcc.lib.bpf_table_name, bcc.lib.bpf_function_name):
-            name_of.restype = ct.c_char_p  # bcc itself declares no result
-        tables = _names(module, bcc.lib.bpf_num_tables, bcc.lib.bpf_table_name)
-        functions = _names(module, bcc.lib.bpf_num_functions, bcc.lib.bpf_function_name)
-        code = {name: bytes(module.dump_func(name.encode())) for name in functions}
-        # Of per-CPU tables bcc keeps the layout of one CPU's value in sLeaf.
-        layouts = {
-            name: (
-                np.dtype(module[name].Key),
-                np.dtype(getattr(module[name], "sLeaf", module[name].Leaf)),
-                module[name].map_fd,
-            )
-            for name in tables
-        }
-        os.pwrite(result, pickle.dumps((code, layouts)), 0)
-        socket.send_fds(channel, [b"ok"], [fd for _, _, fd in layouts.values()])
-    except BaseException as error:  # bcc raises plain Exception; nothing may return into the parent's code
-        if not os.fstat(said).st_size:
-            os.write(2, str(error).encode())
-    finally:
-        os._exit(0)
-
-
-def _names(module: Any, count: Any, name_of: Any) -> list[str]:
-    return [name_of(module.module, i).decode() for i in range(count(module.module))]
+def compile(text: str, defines: Mapping[str, object] | None = None) -> Object:
+    """Compiles C (:func:`xdpmasq.compiler.compile`, which see for errors) and creates its maps."""
+    return Object(compiler.compile(text, defines))
 
 
 # --- TCX -------------------------------------------------------------------------------------------

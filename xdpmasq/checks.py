@@ -49,24 +49,30 @@ def check_interfaces(config: Config) -> None:
     _check_unused(config.wan, [wan, *lans])
 
 
+def overlap(wan: netdev.Link, lans: list[netdev.Link], addresses: list[netdev.Address]) -> InterfaceError | None:
+    """What is wrong where a LAN and the WAN share addresses, so that nobody could tell inside from outside."""
+    names = {link.index: link.name for link in lans}
+    for outer in (each for each in addresses if each.index == wan.index):
+        for inner in (each for each in addresses if each.index in names):
+            if inner.network.overlaps(outer.network):
+                return InterfaceError(
+                    f"{names[inner.index]} and {wan.name} overlap",
+                    f"LAN {inner.network} and WAN {outer.network} share addresses (RFC 4787 REQ-7)",
+                    "renumber the LAN",
+                )
+    return None
+
+
 def _check_addresses(wan: netdev.Link, lans: list[netdev.Link]) -> None:
     addresses = netdev.addresses(4)
-    outside = [each for each in addresses if each.index == wan.index]
-    if not outside:
+    if not any(each.index == wan.index for each in addresses):
         raise InterfaceError(
             f"{wan.name} has no IPv4 address",
             "there is no public address to share",
             f"configure one (ip address add … dev {wan.name}, or a DHCP client) and try again",
         )
-    names = {link.index: link.name for link in lans}
-    for inner in addresses:
-        for outer in outside:
-            if inner.index in names and inner.network.overlaps(outer.network):
-                raise InterfaceError(
-                    f"{names[inner.index]} and {wan.name} overlap",
-                    f"LAN {inner.network} and WAN {outer.network} share addresses (RFC 4787 REQ-7)",
-                    "renumber the LAN",
-                )
+    if error := overlap(wan, lans, addresses):
+        raise error
 
 
 def _check_unused(wan: str, links: list[netdev.Link]) -> None:

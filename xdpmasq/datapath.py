@@ -18,12 +18,12 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, netdev, presence, source
+from xdpmasq import bpf, compiler, netdev, presence, source
 from xdpmasq.errors import DatapathError, NotAttachedError
 from xdpmasq.externals import PROTOCOLS, Exempt
 
 Slots = npt.NDArray[np.uint32]
-Role = Literal["lan", "wan", "lo"]
+Role = Literal["lan", "wan", "lo", "other"]
 
 FILTER = "xdpmasq"  # name of our filters on clsact
 PRIORITY = 0x4D51  # after filters that users put at low numbers, before those that the kernel numbers itself
@@ -36,7 +36,7 @@ EXTERNAL_SLOTS = len(CLASSES) * PORTS  # of one external address
 FURTHER_BASE = EXTERNAL_SLOTS  # where there is one
 
 # enum and #define values of bpf/types.h, flow.h and reaper.c
-ROLES: dict[Role, int] = {"lo": 0, "lan": 1, "wan": 2}
+ROLES: dict[Role, int] = {"lo": 0, "lan": 1, "wan": 2, "other": 3}
 XDP_FROM, XDP_TO = 1, 2
 PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
 LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
@@ -328,9 +328,9 @@ class Programs:
         return Programs(self._further, self.maps, self._externals, {"TC_GOES_ON": "TC_ACT_OK"})
 
     @property
-    def layouts(self) -> dict[str, tuple[Any, Any]]:
-        """Map name → (key, value) as JSON can carry them; see :func:`_dtype`."""
-        return {name: (_plain(key), _plain(value)) for name, (key, value) in self._object.layouts.items()}
+    def layouts(self) -> dict[str, list[Any]]:
+        """Map name → [key, value] as JSON can carry them; see :func:`xdpmasq.compiler.layout`."""
+        return self._object.layouts
 
     def __getitem__(self, function: str) -> bpf.Program:
         """The loaded program, holding every map of the datapath."""
@@ -342,17 +342,6 @@ class Programs:
                 program.bind(map_)
             self._loaded[function] = program
         return self._loaded[function]
-
-
-def _plain(dtype: np.dtype[Any]) -> Any:
-    return dtype.str if dtype.names is None else dtype.descr
-
-
-def _dtype(plain: Any) -> Any:
-    """The inverse of :func:`_plain` after a journey through JSON, which knows no tuples."""
-    if isinstance(plain, str):
-        return plain
-    return [(name, _dtype(kind), *(tuple(shape) for shape in rest)) for name, kind, *rest in plain]
 
 
 class Attached(Tables):
@@ -386,7 +375,7 @@ class Attached(Tables):
         layouts = cls(text).manifest.get("layouts", {})
         maps = {
             # the kernel cuts names to 15 characters
-            name: _with_layout(raw[name[:15]], *map(_dtype, layout))
+            name: _with_layout(raw[name[:15]], *map(compiler.layout, layout))
             for name, layout in layouts.items()
             if name[:15] in raw
         }

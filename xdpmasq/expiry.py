@@ -107,7 +107,7 @@ class Expiry:
 
     def _rested(self, slots: Slots) -> Slots:
         sessions = self._tables.sessions
-        resting = slots[sessions["life"][slots] & LIFE_STATE == LIFE_RESTING]
+        resting: Slots = slots[sessions["life"][slots] & LIFE_STATE == LIFE_RESTING]
         if not len(resting):
             return resting
         mapping = resting < self._tables.further_base

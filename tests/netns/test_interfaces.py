@@ -64,6 +64,20 @@ def test_a_new_wan_address_is_used_within_a_second(moving: Gateway) -> None:
 
 
 @both
+@pytest.mark.req("4787-7")
+def test_a_lease_that_overlaps_the_lan(unwatched: Gateway) -> None:
+    """Under a running agent: nobody can tell inside from outside, so nothing is masqueraded, and it says why. ARP asks with the new address."""
+    unwatched.readdress("192.168.0.129/25")
+    soon(lambda: not unwatched.status()["working"], "it is noticed")
+    assert "lan0 and wan0 overlap" in unwatched.status()["why_not"]
+    assert "lan0 and wan0 overlap" in unwatched.masq("status").stdout
+    assert not unwatched.opens("c-box")
+    unwatched.readdress(f"{PUBLIC}/24")
+    soon(lambda: unwatched.opens("c-box"), "sessions open again")
+    assert unwatched.status()["working"]
+
+
+@both
 @pytest.mark.req("reliability-address")
 def test_the_same_address_again_keeps_sessions(moving: Gateway) -> None:
     """A DHCP client that is started anew: for a moment there is no address at all."""
@@ -146,6 +160,47 @@ def test_a_foreign_source_does_not_get_out(moving: Gateway) -> None:
 
 
 @both
+@pytest.mark.req("attacks-spoof")
+def test_a_foreign_source_does_not_reach_another_host(moving: Gateway) -> None:
+    """From LAN to LAN, or back into the same one, no WAN sees it pass; and the kernel is told not to mind."""
+    moving.gate("ip", "address", "add", "10.9.9.1/24", "dev", "lan0")
+    moving.lab.exec("b-box", ["ip", "address", "add", "10.9.9.3/24", "dev", "eth0"])
+    moving.lab.exec("a-box", ["ip", "address", "add", "9.9.9.8/32", "dev", "lo"])
+    try:
+        for name in ("all", "lan0"):
+            moving.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)
+        with moving.udp("b-box", address="10.9.9.3", timeout_s=0.3) as server:
+            for address, comes in (("0.0.0.0", True), ("9.9.9.8", False)):
+                with moving.udp("a-box", address=address) as client, moving.counting() as grown:
+                    client.sendto(address.encode(), server.getsockname())
+                    if comes:
+                        assert server.recv(20) == address.encode()
+                    else:
+                        with pytest.raises(TimeoutError):
+                            server.recv(20)
+                assert grown["drop_source_foreign"] == (not comes)
+    finally:
+        moving.gate("ip", "address", "del", "10.9.9.1/24", "dev", "lan0")
+
+
+@in_tc
+@pytest.mark.req("attacks-leak")
+def test_a_wan_made_anew_while_the_agent_is_dead(fresh: Gateway) -> None:
+    """As a ppp0 that dials again: untranslated nothing gets out by it; then the next agent takes it in."""
+    with fresh.udp("a-box") as client:
+        assert answers(client)
+        fresh.kill_agent()
+        fresh.gate("ip", "link", "add", "vpn0", "type", "veth", "peer", "name", "vpn1")
+        with fresh.counting() as grown:
+            recreate(fresh, "wan0", index=False)
+            for _ in range(3):
+                assert not answers(client)
+        assert grown["drop_unguarded"] >= 3
+        fresh.attach()
+        soon(lambda: answers(client), "it is masqueraded again")
+
+
+@both
 @pytest.mark.req("reliability-link")
 @pytest.mark.parametrize("interface", ["wan0", "lan0"])
 def test_an_interface_down_and_up(moving: Gateway, interface: str) -> None:
@@ -192,7 +247,7 @@ def recreate(gateway: Gateway, interface: str, *, index: bool) -> None:
     mac = ["address", before.mac.hex(":")]
     gateway.gate("ip", "link", "add", interface, *number, *mac, "type", "veth", *peer)
     gateway.lab.exec(role, ["ip", "link", "set", port, "master", bridge, "up"])
-    if interface == "wan0":  # its address and route come a moment later, as from pppd or a DHCP client
+    if interface == "wan0" and index:  # nothing tells the programs this one from that which they were on
         soon(lambda: {"ingress", "egress"} <= gateway.on("wan0"), "it is attached to")
     gateway.gate("ip", "address", "add", address, "dev", interface)
     gateway.gate("ip", "link", "set", interface, "up")

@@ -64,6 +64,8 @@ def _why_not(manifest: Mapping[str, Any]) -> str:
     refused = [each for each in manifest["interfaces"] if each["role"] == "wan" and each["hook"] == "none"]
     if refused:
         return f"cannot attach to {refused[0]['name']}: {refused[0]['why']}"
+    if manifest.get("trouble"):
+        return str(manifest["trouble"])
     if "wan" not in roles:
         return f"the WAN {manifest['wan']} is not there"
     if not manifest["external"]:

@@ -1,0 +1,30 @@
+/* At the LAN's ingress, what must not be forwarded at all, whatever the WAN's hooks would say: they see nothing of what
+ * goes from one LAN to another, and they are gone with their device when a WAN is deleted and made anew (as a ppp0 is at
+ * each dial). Until the agent, which may be dead, has attached to the new one, a packet must not get out by it.
+ */
+#define NO_SUCH_DEVICE (-19) /* ENODEV */
+
+static __always_inline bool wan_is_there(const struct settings *cfg, const struct packet *p)
+{
+	u32 mtu = 0;
+
+	return cfg->wan && bpf_check_mtu(p->skb, cfg->wan, &mtu, 0, 0) != NO_SUCH_DEVICE;
+}
+
+/* From an internal host or claiming to be from elsewhere (BCP 38), to an internal host: no WAN will look at it. */
+static __always_inline bool source_is_foreign(const struct packet *p)
+{
+	return prefix_role(p->dst) == PREFIX_INTERNAL && prefix_role(p->src) != PREFIX_INTERNAL && !addr_is_unset(p->src);
+}
+
+static __always_inline enum verdict guard(const struct settings *cfg, const struct packet *p)
+{
+	struct interface *to;
+
+	if (source_is_foreign(p))
+		return drop(COUNT_drop_source_foreign);
+	if (wan_is_there(cfg, p))
+		return CONTINUE;
+	to = interface_at(route_to(p, p->dst));
+	return to && to->role == ROLE_NONE ? drop(COUNT_drop_unguarded) : CONTINUE;
+}

@@ -1,0 +1,102 @@
+"""The cache of compiled programs: it saves compiling, and can never do harm."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xdpmasq import compiler
+from xdpmasq.compiler import Compiled, MapPlan
+
+RECORD = np.dtype([("mac", "u1", (6,)), ("mtu", "<u4")])
+PLAN = MapPlan(7, 1, 64, 0, compiler.plain("<u4"), compiler.plain(RECORD))
+RESULT = Compiled({"masq_wan_out": b"\xb7\0\0\0\0\0\0\0"}, {"interfaces": PLAN})
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The texts that were really compiled, with the cache in a folder of its own."""
+    texts: list[str] = []
+
+    def compile_text(text: str, _: list[str]) -> Compiled:
+        texts.append(text)
+        return RESULT
+
+    monkeypatch.setattr(compiler, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(compiler, "_tools", lambda: ("bcc 1",))
+    monkeypatch.setattr(compiler, "_compile", compile_text)
+    return texts
+
+
+def same(found: Compiled) -> bool:
+    return found.as_json() == RESULT.as_json()
+
+
+def test_once_for_all_times(compiled: list[str]) -> None:
+    assert same(compiler.compile("int a;", {"N": 1}))
+    assert same(compiler.compile("int a;", {"N": 1}))
+    assert compiled == ["int a;"]
+
+
+def test_anything_else_is_compiled(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.compile("int a;", {"N": 1})
+    compiler.compile("int a;", {"N": 2})
+    compiler.compile("int b;", {"N": 1})
+    monkeypatch.setattr(compiler, "_tools", lambda: ("bcc 2",))
+    compiler.compile("int a;", {"N": 1})
+    assert len(compiled) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"code": 1}', b'{"code": {"a": "?"}, "maps": {"b": {}}}'])
+def test_a_damaged_file_is_compiled_anew(compiled: list[str], content: bytes) -> None:
+    compiler.compile("int a;")
+    (file,) = compiler.CACHE.iterdir()
+    file.write_bytes(content)
+    assert same(compiler.compile("int a;"))
+    assert same(compiler.compile("int a;"))
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_that_others_may_write_is_not_trusted(compiled: list[str], mode: int) -> None:
+    """What lies there is loaded into the kernel."""
+    compiler.compile("int a;")
+    compiler.CACHE.chmod(mode)
+    compiler.compile("int a;")
+    assert len(compiled) == 2
+
+
+def test_nor_is_a_link(compiled: list[str], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    compiler.CACHE.symlink_to(tmp_path / "elsewhere")
+    assert same(compiler.compile("int a;"))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_full_disk(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert same(compiler.compile("int a;"))
+    assert list(compiler.CACHE.iterdir()) == [], "nothing half written stays"
+
+
+def test_the_oldest_give_way(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_KEPT", 2)
+    for nth, text in enumerate(("a", "b", "a", "c")):
+        compiler.compile(text)
+        for file in compiler.CACHE.iterdir():
+            stamp = file.stat().st_mtime
+            if stamp > 1000:  # written or used just now
+                os.utime(file, (nth, nth))
+    compiler.compile("a")
+    assert compiled == ["a", "b", "c"]
+
+
+def test_layouts_survive() -> None:
+    found = Compiled.from_json(RESULT.as_json()).maps["interfaces"]
+    assert np.dtype(compiler.layout(found.value)) == RECORD
+    assert np.dtype(compiler.layout(found.key)) == np.dtype("<u4")
