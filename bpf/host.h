@@ -59,8 +59,10 @@ static __always_inline void host_session_ended(addr_t addr)
 static __always_inline void host_mapping_ended(addr_t addr, u32 class)
 {
 	struct host *host = host_find(addr);
-	u32 i = class & CLASS_MASK;
+	u32 i = class;
 
+	asm volatile("" : "+r"(i)); /* or LLVM drops the mask that the verifier wants to see */
+	i &= CLASS_MASK;
 	if (host && host->mappings[i])
 		__sync_fetch_and_add(&host->mappings[i], -1);
 }

@@ -17,6 +17,11 @@ static __always_inline bool is_exempt(const struct packet *p, addr_t remote, __b
 	return false;
 }
 
+static __always_inline bool forward_is_over(const struct forward *f, u32 now)
+{
+	return f->flags & FORWARD_EXPIRES && idle_longer(now, f->expires, 0);
+}
+
 static __always_inline struct forward *forward_find(const struct packet *p, u32 external)
 {
 	struct forward_key key = { .bits = FORWARD_REMOTE_AT + ADDR_BITS,
@@ -25,8 +30,9 @@ static __always_inline struct forward *forward_find(const struct packet *p, u32 
 				   .port = p->dst_port,
 				   .remote_addr = p->src };
 	u32 *rule = forwards.lookup(&key);
+	struct forward *f = rule ? forward_rules.lookup(rule) : NULL;
 
-	return rule ? forward_rules.lookup(rule) : NULL;
+	return f && !forward_is_over(f, p->now) ? f : NULL;
 }
 
 /* The same remote host meets the same internal one, as long as the weights stay. */

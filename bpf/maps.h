@@ -7,7 +7,8 @@ BPF_TABLE("hash", struct mapping_key, u32, mappings, EXTERNALS *CLASSES *PORTS);
 BPF_TABLE("hash", struct remote_key, u32, remotes, FURTHER); /* → slot of a further session */
 BPF_TABLE("hash", struct reply_key, u32, replies, FURTHER / 4); /* → slot, where the mapping does not lead to it */
 BPF_F_TABLE("lpm_trie", struct forward_key, u32, forwards, 262144, BPF_F_NO_PREALLOC); /* → index of forward_rules */
-BPF_TABLE("array", u32, struct forward, forward_rules, FORWARDS);
+BPF_F_TABLE("array", u32, struct forward, forward_rules, FORWARDS, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct lease, leases, FORWARDS, BPF_F_MMAPABLE); /* by index of the rule */
 BPF_TABLE("array", u32, u32, embryos, EMBRYOS); /* ring of slots opened from outside and not yet answered */
 BPF_TABLE("hash", addr_t, struct host, hosts, 16384); /* internal hosts */
 BPF_TABLE("hash", struct binding_key, struct binding, bindings, 16384);

@@ -11,6 +11,8 @@ enum reap_order {
 	REAP_CLAIM, /* take slots out of the pool */
 	REAP_KEEP, /* make them static: forwarded ports */
 	REAP_YIELD, /* static no more; running sessions go on */
+	REAP_HOLD, /* make a mapping static as it is, with its sessions */
+	REAP_TAKE, /* make a port static that is nobody's */
 };
 
 struct reap_request {
@@ -42,6 +44,35 @@ static __always_inline void slot_keep(const struct settings *cfg, u32 slot, u32 
 	slot_reap(cfg, slot, true, now);
 	life = s->life;
 	s->mapping = slot;
+	life_swap(s, life, (life & ~LIFE_STATE) | LIFE_LIVE | LIFE_STATIC);
+}
+
+/* Whose the mapping is, the agent looks afterwards, when it can no longer end. */
+static __always_inline void slot_hold(u32 slot)
+{
+	struct session *s = session_at(slot);
+	u64 life;
+
+	if (!s || slot >= FURTHER_BASE)
+		return;
+	life = s->life;
+	if ((life & LIFE_STATE) != LIFE_LIVE || !life_swap(s, life, (life & ~LIFE_COUNTED) | LIFE_STATIC))
+		return;
+	if (life & LIFE_COUNTED)
+		host_mapping_ended(s->in.new_addr, slot_class(slot));
+}
+
+static __always_inline void slot_take(const struct settings *cfg, u32 slot)
+{
+	struct session *s = session_at(slot);
+	u64 life;
+
+	if (!s || slot >= FURTHER_BASE)
+		return;
+	life = s->life;
+	if ((life & LIFE_STATE) == LIFE_LIVE ||
+	    (!(life & LIFE_STATE) && slot_is_of_pool(cfg, slot) && !slot_claim(slot)))
+		return;
 	life_swap(s, life, (life & ~LIFE_STATE) | LIFE_LIVE | LIFE_STATIC);
 }
 
@@ -89,6 +120,12 @@ int masq_reap(struct __sk_buff *skb)
 			break;
 		case REAP_YIELD:
 			slot_yield(slot);
+			break;
+		case REAP_HOLD:
+			slot_hold(slot);
+			break;
+		case REAP_TAKE:
+			slot_take(cfg, slot);
 			break;
 		}
 	}

@@ -133,13 +133,23 @@ struct forward {
 	u8 targets; /* 0: no rule here */
 	u8 flags; /* FORWARD_* */
 	u16 first, last; /* external ports, host order */
-	u32 expires; /* jiffies; of a triggered rule */
+	u32 expires; /* jiffies; with FORWARD_EXPIRES */
 	u64 opened; /* sessions */
+};
+
+/* Of a rule that an internal host has asked for (RFC 6887): what its server must know after a restart. By index of the
+ * rule; no packet reads it.
+ */
+struct lease {
+	u8 nonce[12]; /* who may renew and end it */
+	u32 external; /* the only one that it is on */
 };
 
 #define EMBRYOS 4096 /* sessions from outside that may wait for their answer at once */
 
 #define FORWARD_DEFAULT 1 /* the default host: ports without a rule, a mapping or a socket */
+#define FORWARD_EXPIRES 2 /* absent once it is over; the agent takes it out */
+#define FORWARD_LEASED 4 /* there is a lease */
 
 /* What one internal host has open (RFC 6888 REQ-4). Counts change atomically, hence 64 bits. */
 struct host {

@@ -40,7 +40,7 @@ ROLES: dict[Role, int] = {"lo": 0, "lan": 1, "wan": 2, "other": 3}
 XDP_FROM, XDP_TO = 1, 2
 PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
 LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
-REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_KEEP, REAP_YIELD = 0, 1, 2, 4, 5
+REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_KEEP, REAP_YIELD, REAP_HOLD, REAP_TAKE = 0, 1, 2, 4, 5, 6, 7
 REAP_MAX = 64
 CHOICE_MAX = 64
 
@@ -96,6 +96,16 @@ class Tables:
     def claims(self) -> npt.NDArray[np.uint64]:
         """One bit per slot: taken, or outside the pool."""
         return self.maps["claims"].view()
+
+    @cached_property
+    def rules(self) -> bpf.Array:
+        """``struct forward`` by index, over the kernel's own memory; no target: free."""
+        return self.maps["forward_rules"].view()
+
+    @cached_property
+    def leases(self) -> bpf.Array:
+        """``struct lease`` by index of the rule, over the kernel's own memory."""
+        return self.maps["leases"].view()
 
     @property
     def settings(self) -> Any:
@@ -209,6 +219,13 @@ class Tables:
         fields = {_prefix_key(network): (len(some), _padded(some, CHOICE_MAX)) for network, some in choices.items()}
         _replace(self.maps["choices"], fields)
 
+    def external_of(self, host: IPv4Address) -> int:
+        """The index of the address as which an internal host appears; ``external_for`` of bpf/flow.h."""
+        if self.externals == 1:
+            return 0
+        choice = self.maps["choices"].get(_prefix_key(IPv4Network(host)))
+        return 0 if choice is None else int(choice["external"][_addr_hash(host) * int(choice["count"]) >> 32])
+
     def set_counterparts(self, pairs: Iterable[tuple[IPv4Network, IPv4Network]]) -> None:
         """Prefixes that are translated one to one."""
         fields = {}
@@ -279,6 +296,13 @@ def _padded(numbers: Sequence[int], length: int) -> list[int]:
 
 def _prefix_key(network: IPv4Network) -> tuple[int, tuple[tuple[int]]]:
     return (network.prefixlen, addr(network.network_address))
+
+
+def _addr_hash(address: IPv4Address) -> int:
+    """``addr_hash`` of bpf/flow.h."""
+    mixed = addr(address)[0][0] * 0x9E3779B1 & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 0x85EBCA6B & 0xFFFFFFFF
+    return mixed ^ mixed >> 13
 
 
 def addr(address: IPv4Address | None) -> tuple[tuple[int]]:

@@ -8,6 +8,7 @@
     ├── HostError            exit 1   this machine lacks something: root, kernel, bcc, …
     ├── InterfaceError       exit 1   an interface is missing, taken, or has no address
     ├── ForwardError         exit 1   a forward cannot stand beside what is there, or is not there
+    ├── BusyError            exit 1   another command is at work
     ├── DatapathError        exit 1   compiling, loading or attaching programs failed
     └── NotAttachedError     exit 1   there is no running datapath to talk to
 
@@ -52,6 +53,10 @@ class InterfaceError(MasqError):
 
 
 class ForwardError(MasqError):
+    pass
+
+
+class BusyError(MasqError):
     pass
 
 

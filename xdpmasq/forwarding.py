@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, datapath, forwards, netdev, sockets
+from xdpmasq import bpf, datapath, forwards, netdev, presence, sockets
 from xdpmasq.datapath import (
     CLASSES,
     EXTERNAL_SLOTS,
@@ -32,11 +32,12 @@ from xdpmasq.datapath import (
     Slots,
     Tables,
 )
-from xdpmasq.errors import ForwardError
-from xdpmasq.forwards import Rule, Target
+from xdpmasq.errors import BusyError, ForwardError
+from xdpmasq.expiry import age
+from xdpmasq.forwards import Lease, Rule, Target
 from xdpmasq.sessions import Table
 
-FLAG_DEFAULT = 1  # FORWARD_DEFAULT
+FLAG_DEFAULT, FLAG_EXPIRES, FLAG_LEASED = 1, 2, 4  # FORWARD_DEFAULT, …
 PORT_AT, REMOTE_AT = 16, 32  # FORWARD_PORT_AT, FORWARD_REMOTE_AT
 FROM_OUTSIDE = 4  # SESSION_FROM_OUTSIDE
 CLOSE_TRIES = 10  # packets may join a mapping until it is closed
@@ -52,31 +53,41 @@ class Placed:
 
     Attributes:
         opened: sessions so far.
+        expires: jiffies; None: never.
     """
 
     index: int
     rule: Rule
     opened: int
+    expires: int | None = None
 
 
 def read(tables: Tables) -> list[Placed]:
     """The forwards that are in place, by protocol and port, the more specific first."""
-    records = _records(tables)
-    used = np.flatnonzero(records["targets"])
-    found = [Placed(int(index), _rule(records[index]), int(records[index]["opened"])) for index in used]
+    found = at(tables, np.flatnonzero(tables.rules["targets"]))
     return sorted(found, key=lambda each: (each.rule.protocol, each.rule.first, *_specific_first(each.rule)))
+
+
+def at(tables: Tables, indices: Iterable[Any]) -> list[Placed]:
+    """The forwards in these places of ``forward_rules``."""
+    return [_placed(tables, int(index)) for index in indices]
+
+
+def _placed(tables: Tables, index: int) -> Placed:
+    record = tables.rules[index].copy()
+    expires = int(record["expires"]) if record["flags"] & FLAG_EXPIRES else None
+    return Placed(index, _rule(record, tables.leases[index]), int(record["opened"]), expires)
+
+
+def left_s(expires: int | None, hz: int) -> int | None:
+    """Seconds until then; None: for ever."""
+    return None if expires is None else max(0, -int(age(bpf.jiffies(), np.array([expires], np.uint32))[0]) // hz)
 
 
 def any_by_port(tables: Tables) -> bool:
     """Is there a forward that the gateway itself can ask for by its public address?"""
-    records = _records(tables)
-    return bool(((records["targets"] != 0) & (records["flags"] & FLAG_DEFAULT == 0)).any())
-
-
-def _records(tables: Tables) -> bpf.Array:
-    """``forward_rules`` by index; no target: free."""
-    table = tables.maps["forward_rules"]
-    return np.concatenate([records for _, records in table.items(chunk=table.max_entries)])
+    rules = tables.rules
+    return bool(((rules["targets"] != 0) & (rules["flags"] & FLAG_DEFAULT == 0)).any())
 
 
 def _specific_first(rule: Rule) -> tuple[bool, int]:
@@ -90,7 +101,7 @@ def _address(addr: Any) -> IPv4Address:
     return IPv4Address(np.asarray(addr["word"])[:1].tobytes())
 
 
-def _rule(record: Any) -> Rule:
+def _rule(record: Any, lease: Any) -> Rule:
     targets, before = [], 0
     for each in record["target"][: record["targets"]]:
         targets.append(Target(_address(each["addr"]), int(each["port"]), int(each["until"]) - before))
@@ -102,17 +113,20 @@ def _rule(record: Any) -> Rule:
         int(record["last"]),
         tuple(targets),
         IPv4Network((_address(record["source"]), bits)) if bits else None,
+        Lease(lease["nonce"].tobytes(), int(lease["external"])) if record["flags"] & FLAG_LEASED else None,
     )
 
 
-def _record(tables: Tables, rule: Rule) -> Any:
+def _record(tables: Tables, rule: Rule, expires: int | None) -> Any:
     record = np.zeros((), tables.maps["forward_rules"].value)
     until = 0
     for number, target in enumerate(rule.targets):
         until += target.weight
         record["target"][number] = (datapath.addr(target.address), target.port, until)
     record["first"], record["last"], record["class"] = rule.first, rule.last, _class(rule)
-    record["targets"], record["flags"] = len(rule.targets), FLAG_DEFAULT if rule.is_default else 0
+    record["targets"], record["expires"] = len(rule.targets), expires or 0
+    flags = (FLAG_DEFAULT, rule.is_default), (FLAG_EXPIRES, expires is not None), (FLAG_LEASED, rule.lease is not None)
+    record["flags"] = sum(flag for flag, is_set in flags if is_set)
     if rule.source:
         record["source"], record["source_bits"] = datapath.addr(rule.source.network_address), rule.source.prefixlen
     return record
@@ -124,7 +138,7 @@ def _class(rule: Rule) -> int:
 
 def _keys(rule: Rule, externals: int) -> Iterator[tuple[Any, ...]]:
     """``struct forward_key`` of each entry. The remote comes last, so a rule for some needs one for each port."""
-    for external in range(externals):
+    for external in _externals(rule, externals):
         if rule.source:
             remote, bits = datapath.addr(rule.source.network_address), REMOTE_AT + rule.source.prefixlen
             for port in range(rule.first, rule.last + 1):
@@ -134,12 +148,18 @@ def _keys(rule: Rule, externals: int) -> Iterator[tuple[Any, ...]]:
                 yield PORT_AT + bits, external, _class(rule), socket.htons(port), datapath.addr(None)
 
 
+def _externals(rule: Rule, externals: int) -> Iterable[int]:
+    """The indices of the external addresses that it is on."""
+    return [rule.lease.external] if rule.lease else range(externals)
+
+
 def slots_of(rule: Rule, externals: int) -> Slots:
     """The slots of its ports, which are to stay out of the pool; the default host has none."""
     if rule.is_default:
         return NONE
     ports = np.arange(rule.first, rule.last + 1, dtype=np.uint32)
-    return np.concatenate([ports + external * EXTERNAL_SLOTS + _class(rule) * PORTS for external in range(externals)])
+    bases = [external * EXTERNAL_SLOTS + _class(rule) * PORTS for external in _externals(rule, externals)]
+    return np.concatenate([ports + np.uint32(base) for base in bases])
 
 
 def _slots_of_all(rules: Sequence[Rule], externals: int) -> Slots:
@@ -202,24 +222,30 @@ def _check_services(tables: Tables, rule: Rule, services: Iterable[sockets.Liste
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def put(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
+def put(tables: Tables, reaper: bpf.Program, rule: Rule, expires: int | None = None) -> None:
     """Puts a rule in place that :func:`check` has passed; all of it or nothing.
 
-    What had one of its ports as a mapping ends.
+    What had one of its ports as a mapping ends. A leased port is its host's already.
+
+    Args:
+        expires: in jiffies; None: never.
 
     Raises:
         ForwardError: there is no room.
     """
-    free = np.flatnonzero(_records(tables)["targets"] == 0)
+    free = np.flatnonzero(tables.rules["targets"] == 0)
     if not len(free):
         why = f"{forwards.RULES_MOST} are in place, which is all there is room for"
         raise ForwardError(f"{rule} has no place", why, "delete one, or join neighbouring ports to ranges")
     index = int(free[0])
     with contextlib.ExitStack() as undo:
         undo.callback(take, tables, reaper, Placed(index, rule, 0))
-        tables.maps["forward_rules"].set(index, _record(tables, rule))
+        if rule.lease:
+            tables.leases[index] = np.frombuffer(rule.lease.nonce, np.uint8), rule.lease.external
+        tables.rules[index] = _record(tables, rule, expires)
         try:
-            _keep(tables, reaper, rule)
+            if not rule.lease:
+                _keep(tables, reaper, rule)
             for key in _keys(rule, tables.externals):
                 tables.maps["forwards"].set(key, index)
         except OSError as error:
@@ -230,15 +256,34 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
         undo.pop_all()
 
 
-def take(tables: Tables, reaper: bpf.Program, placed: Placed) -> None:
-    """Ends a forward for new sessions; running ones go on."""
-    for key in _keys(placed.rule, tables.externals):
-        tables.maps["forwards"].delete(key)
-    tables.maps["forward_rules"].set(placed.index, np.zeros((), tables.maps["forward_rules"].value))
-    for slot, endpoint in _endpoints(placed.rule, tables.externals):
-        withdraw(tables, slot, endpoint)
-    others = _slots_of_all([each.rule for each in read(tables)], tables.externals)
-    tables.reap(reaper, np.setdiff1d(slots_of(placed.rule, tables.externals), others), REAP_YIELD)
+def take(tables: Tables, reaper: bpf.Program, *placed: Placed) -> None:
+    """Ends forwards for new sessions; running ones go on."""
+    for each in placed:
+        for key in _keys(each.rule, tables.externals):
+            tables.maps["forwards"].delete(key)
+        tables.rules[each.index] = np.zeros((), tables.rules.dtype)
+    others = [each.rule for each in read(tables)]
+    leased = set(_slots_of_all([rule for rule in others if rule.lease], tables.externals).tolist())
+    for each in placed:
+        for slot, endpoint in _endpoints(each.rule, tables.externals):
+            if slot not in leased:  # of a lease for several remotes, another rule is left
+                withdraw(tables, slot, endpoint)
+    slots = _slots_of_all([each.rule for each in placed], tables.externals)
+    tables.reap(reaper, np.setdiff1d(slots, _slots_of_all(others, tables.externals)), REAP_YIELD)
+
+
+def end_expired(tables: Tables, reaper: bpf.Program) -> None:
+    """Takes out what is over; while a command changes forwards, that waits."""
+    if not len(_expired(tables)):
+        return
+    with contextlib.suppress(BusyError), presence.changing(patience_s=0):
+        take(tables, reaper, *at(tables, _expired(tables)))
+
+
+def _expired(tables: Tables) -> Slots:
+    rules = tables.rules
+    over = (rules["targets"] != 0) & (rules["flags"] & FLAG_EXPIRES != 0) & (age(bpf.jiffies(), rules["expires"]) > 0)
+    return np.flatnonzero(over).astype(np.uint32)
 
 
 def _keep(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
@@ -246,18 +291,22 @@ def _keep(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
     slots, sessions = slots_of(rule, tables.externals), tables.sessions
     fresh = slots[sessions["life"][slots] & LIFE_STATIC == 0]
     _close(tables, reaper, fresh)
-    idle = slots[_is_idle(sessions["life"][slots])]
-    ports = _network_order(idle % PORTS)
+    inscribe(tables, rule, slots[_is_idle(sessions["life"][slots])])
+    tables.reap(reaper, slots, REAP_KEEP)
+    for slot, endpoint in _endpoints(rule, tables.externals):
+        publish(tables, slot, endpoint)
+
+
+def inscribe(tables: Tables, rule: Rule, idle: Slots) -> None:
+    """Makes the idle ones of a rule's slots say whose they are."""
+    sessions = tables.sessions
     sessions["mapping"][idle] = idle
-    sessions["out"]["new_port"][idle] = ports
+    sessions["out"]["new_port"][idle] = _network_order(idle % PORTS)
     if rule.is_reversible:
         target = rule.targets[0]
         sessions["in"]["new_addr"]["word"][idle, 0] = datapath.addr(target.address)[0][0]
         sessions["in"]["new_port"][idle] = _network_order(idle % PORTS - rule.first + target.port)
     readdress(tables, idle)
-    tables.reap(reaper, slots, REAP_KEEP)
-    for slot, endpoint in _endpoints(rule, tables.externals):
-        _publish(tables, slot, endpoint)
 
 
 def _network_order(ports: Any) -> npt.NDArray[np.uint16]:
@@ -291,8 +340,8 @@ def readdress(tables: Tables, slots: Slots) -> None:
     addresses[idle[wrong], 0] = external[wrong]
 
 
-def _publish(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> None:
-    # A mapping that the endpoint has at the moment stays: its sessions are running.
+def publish(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> None:
+    """An internal endpoint gets the slot. A mapping that it has at the moment stays: its sessions are running."""
     with contextlib.suppress(FileExistsError):
         tables.maps["mappings"].set(endpoint, slot, bpf.UPDATE_NOEXIST)
 
@@ -382,12 +431,12 @@ class Upkeep:
         return np.flatnonzero(self._tables.sessions["life"][: self._tables.further_base]).astype(np.uint32)
 
     def _follow(self) -> None:
-        records = _records(self._tables)
-        records["opened"] = 0
+        records = self._tables.rules.copy()
+        records["opened"] = records["expires"] = 0
         if records.tobytes() == self._seen:
             return
         self._seen = records.tobytes()
-        rules = [_rule(record) for record in records[records["targets"] != 0]]
+        rules = [each.rule for each in at(self._tables, np.flatnonzero(records["targets"]))]
         self._has_default = any(rule.is_default for rule in rules)
         before, self._kept = self._kept, _slots_of_all(rules, self._tables.externals)
         self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
@@ -402,4 +451,4 @@ class Upkeep:
         self._next = self._next + len(some) if len(some) == PUBLISH_AT_ONCE else 0
         for slot, endpoint in some:
             if self._tables.sessions["life"][slot] & LIFE_STATIC:
-                _publish(self._tables, slot, endpoint)
+                publish(self._tables, slot, endpoint)

@@ -35,12 +35,26 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """That an internal host has asked for a rule (PCP, NAT-PMP), and until when has it.
+
+    Attributes:
+        nonce: who may renew and end it, 12 bytes; zero of NAT-PMP, which has none.
+        external: index of the only external address that the rule is on.
+    """
+
+    nonce: bytes
+    external: int
+
+
+@dataclass(frozen=True)
 class Rule:
     """External ports and the internal endpoints to which they lead.
 
     Attributes:
         first, last: external ports; 0 and 65535 of the default host, which gets what nothing else takes.
         source: the remotes that it is for; None: all.
+        lease: None: the user's own.
     """
 
     protocol: str
@@ -48,6 +62,7 @@ class Rule:
     last: int
     targets: tuple[Target, ...]
     source: IPv4Network | None = None
+    lease: Lease | None = None
 
     @property
     def is_default(self) -> bool:
@@ -56,7 +71,7 @@ class Rule:
     @property
     def is_reversible(self) -> bool:
         """What the target sends from its port can use the forwarded one: there is but one of each."""
-        return len(self.targets) == 1 and not self.source and not self.is_default
+        return len(self.targets) == 1 and not self.is_default and (not self.source or self.lease is not None)
 
     @property
     def ports(self) -> str:
@@ -81,10 +96,12 @@ class Rule:
 
     def contradicts(self, other: Rule) -> bool:
         """Both claim a port for the same remotes. A more specific source wins over a wider one, and ports over the
-        default host, so those are no contradiction.
+        default host, so those are no contradiction; but a leased port is one host's for all remotes.
         """
+        leased = self.lease or other.lease
         return (
-            (self.protocol, self.source, self.is_default) == (other.protocol, other.source, other.is_default)
+            (self.protocol, self.is_default) == (other.protocol, other.is_default)
+            and (self.source == other.source or leased is not None)
             and self.first <= other.last
             and other.first <= self.last
         )

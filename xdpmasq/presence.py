@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from xdpmasq.errors import MasqError
+from xdpmasq.errors import BusyError, MasqError
 
 RUN = Path("/run")
 
@@ -54,13 +54,13 @@ def changing(patience_s: float = 20) -> Iterator[None]:
     """Held while programs are attached or detached in this network namespace.
 
     Raises:
-        MasqError: another command is still at it after ``patience_s``.
+        BusyError: another command is still at it after ``patience_s``.
     """
     path = _path("changing")
     deadline = time.monotonic() + patience_s
     while (fd := _try_lock(path)) is None:
         if time.monotonic() > deadline:
-            raise MasqError(
+            raise BusyError(
                 "another xdpmasq command is changing this network namespace",
                 f"it has held {path} for over {patience_s:.0f} s",
                 "wait for it, or end it",

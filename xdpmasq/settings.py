@@ -33,14 +33,19 @@ def further_for(ram_bytes: int) -> int:
     return min(max(1 << max(fitting.bit_length() - 1, 0), FURTHER_LEAST), FURTHER_MOST)
 
 
+def own_ports() -> tuple[int, int]:
+    """First and last of the gateway's own ephemeral ports."""
+    first, last = map(int, (netdev.sysctl_get("net.ipv4.ip_local_port_range") or "32768 60999").split())
+    return first, last
+
+
 def pools(ports: Ports) -> list[Pool]:
     """The pool of each class, without the gateway's own ephemeral ports; the fuller range first.
 
     Raises:
         HostError: nothing is left.
     """
-    ephemeral = netdev.sysctl_get("net.ipv4.ip_local_port_range") or "32768 60999"
-    start, end = map(int, ephemeral.split())
+    start, end = own_ports()
     parts = [(ports.first, min(ports.last, start - 1)), (max(ports.first, end + 1), ports.last)]
     ranges = sorted(((a, max(0, b - a + 1)) for a, b in parts), key=lambda pair: -pair[1])
     if not ranges[0][1]:
