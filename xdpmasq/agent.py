@@ -37,6 +37,7 @@ from xdpmasq import (
     source,
 )
 from xdpmasq import config as configuration
+from xdpmasq.asking import Asking
 from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
 from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
@@ -123,6 +124,14 @@ class Agent:
         )
         self._reserved = self._pool(fresh=adopted is None)
         self._forwards = forwarding.Upkeep(self.tables)
+        self._asking = Asking(
+            config,
+            self.tables,
+            self._programs["masq_reap"],
+            self._hz,
+            selector=self._selector,
+            before=self._manifest.get("pcp", {}),
+        )
         self._forwards_to_put = config.forwards
         timeouts = config.timeouts
         self._expiry = Expiry(
@@ -205,7 +214,8 @@ class Agent:
         self._know_others(links, {link.index for link, _ in wanted})
         self.tables.set_settings(accelerate=accelerate, wan=wan.index if wan else 0, disarmed_at=bpf.jiffies())
         self._punting.keep()
-        self._manifest["punt"] = self._punting.report
+        self._asking.follow(lans, addresses, external)
+        self._manifest |= {"punt": self._punting.report, "pcp": self._asking.report}
         self._save()
 
     @property
@@ -479,6 +489,7 @@ class Agent:
             self._route()
         except BaseException:
             self._punting.drop()
+            self._asking.drop()
             if not adopted:
                 attachment.take_down(self._manifest)
             raise
@@ -495,11 +506,13 @@ class Agent:
             ready()
             next_tick = next_disarm = next_sweep = time.monotonic()
             while not stop.asked:
-                self._selector.select(max(0.0, min(next_tick, self._punting.due_at) - time.monotonic()))
+                due_at = min(next_tick, self._punting.due_at, self._asking.due_at)
+                self._selector.select(max(0.0, due_at - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 64)
                 self._follow(watch)
                 self._safely(self._punting.serve)
+                self._safely(self._asking.serve)
                 now = time.monotonic()
                 if now >= next_disarm:
                     self._safely(self.tables.disarm)
@@ -513,12 +526,22 @@ class Agent:
 
     def _tick(self) -> None:
         self._safely(self._beat)
+        self._safely(self._end_expired_forwards)
         self._safely(self._forwards.run)
         if self._hairpins_own != ("lo" in self._attached):
             self._look()
         self._safely(self._expiry.run)
         self._safely(self._look_after_tcx)
         self._safely(self._route)
+        self._safely(self._report)
+
+    def _end_expired_forwards(self) -> None:
+        forwarding.end_expired(self.tables, self._programs["masq_reap"])
+
+    def _report(self) -> None:
+        if self._manifest["pcp"] != self._asking.report:
+            self._manifest["pcp"] = self._asking.report
+            self._save()
 
     def _sweep(self) -> None:
         expiry.forget_hosts(self.tables)
@@ -531,6 +554,7 @@ class Agent:
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
         self._punting.drop()
+        self._asking.drop()
         if not any(each.manifest["wan"] == self._config.wan for each in datapath.find_all()):
             attachment.take_down(self._manifest)
 

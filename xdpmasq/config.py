@@ -84,6 +84,28 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Pcp:
+    """Mappings that internal hosts ask for (RFC 6887; NAT-PMP, RFC 6886).
+
+    Attributes:
+        internal: who may ask; none: every internal host.
+        lifetime_min_s, lifetime_max_s: what is asked for is brought within these.
+        per_host: mappings of one host.
+        in_all: rules that they may take; a mapping with filters takes one for each.
+        first, last: external ports.
+    """
+
+    enabled: bool = False
+    internal: tuple[IPv4Network, ...] = ()
+    lifetime_min_s: int = 120
+    lifetime_max_s: int = 86400
+    per_host: int = 128
+    in_all: int = 512
+    first: int = 1024
+    last: int = 65535
+
+
+@dataclass(frozen=True)
 class Config:
     """One gateway.
 
@@ -100,6 +122,7 @@ class Config:
         other: what becomes of protocols without ports; one of :data:`OTHERS`.
         forwards: rules to be there from the start.
         external: as whom the internal hosts appear.
+        pcp: whether they may ask for mappings, and which.
         rearm_s: an accelerated flow shows itself to the kernel this often.
     """
 
@@ -117,6 +140,7 @@ class Config:
     other: str = OTHERS[0]
     forwards: tuple[Rule, ...] = ()
     external: Externals = field(default_factory=Externals)
+    pcp: Pcp = field(default_factory=Pcp)
     rearm_s: int = 20
 
 
@@ -195,6 +219,9 @@ _IDLE_HIGH = 1_000_000  # at 1,000 jiffies a second still far from 2³¹, where 
 _LIMIT = "as with none no host could open anything; leave it out for the default, which a household never meets"
 _IDLE = f"since accelerated flows are looked at every {Config.rearm_s} s, and times are counted in 31 bits of jiffies"
 
+_TICKS = "since times are counted in 31 bits of jiffies"
+_RULES = "as there is room for so many forwards"
+
 _BOUNDS = {
     "timeouts.tcp_established_s": _Bound(_IDLE_LOW, _IDLE_HIGH, _IDLE, 7440, "RFC 5382 REQ-5"),
     "timeouts.tcp_transitory_s": _Bound(_IDLE_LOW, _IDLE_HIGH, _IDLE, 240, "RFC 5382 REQ-5"),
@@ -209,6 +236,12 @@ _BOUNDS = {
     "limits.ports_per_host": _Bound(1, 65536, _LIMIT),
     "limits.new_per_second": _Bound(1, 10_000_000, _LIMIT),
     "limits.burst": _Bound(1, 10_000_000, _LIMIT),
+    "pcp.lifetime_min_s": _Bound(1, 1_000_000, _TICKS, 120, "RFC 6887 section 15"),
+    "pcp.lifetime_max_s": _Bound(1, 1_000_000, _TICKS),
+    "pcp.per_host": _Bound(1, forwards.RULES_MOST, _RULES),
+    "pcp.in_all": _Bound(1, forwards.RULES_MOST, _RULES),
+    "pcp.first": _Bound(1, 65535, "and ports below 1024 are what services are expected at"),
+    "pcp.last": _Bound(1, 65535, "and not below pcp.first"),
     "tcp.mss": _Bound(88, 65495, "as a segment of less does not fit, with headers, what every host takes (RFC 6691)"),
 }
 _CHOICES: dict[str, Sequence[str]] = {
@@ -290,6 +323,10 @@ def _relation_problems(config: Config) -> Iterator[Problem]:
         lower = 1 << (further.bit_length() - 1)
         why = f"allowed are powers of two; the nearest are {lower} and {2 * lower}"
         yield Problem("sessions.further", further, why)
+    for low, high in (("first", "last"), ("lifetime_min_s", "lifetime_max_s")):
+        least, most = getattr(config.pcp, low), getattr(config.pcp, high)
+        if most < least:
+            yield Problem(f"pcp.{high}", most, f"it may not be less than pcp.{low} = {least}")
     if isinstance(config.mss, str) and config.mss not in ("off", "auto"):
         yield Problem("tcp.mss", config.mss, "allowed is off, auto, or a number of bytes")
 
@@ -310,6 +347,7 @@ def as_fields(config: Config) -> dict[str, Any]:
         "internal": [str(network) for network in config.internal],
         "forwards": [rule.as_fields() for rule in config.forwards],
         "external": config.external.as_fields(),
+        "pcp": {**asdict(config.pcp), "internal": [str(network) for network in config.pcp.internal]},
     }
 
 
@@ -326,5 +364,6 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "limits": Limits(**fields["limits"]),
             "forwards": tuple(forwards.parse(**each) for each in fields["forwards"]),
             "external": Externals.parse(**fields["external"]),
+            "pcp": Pcp(**{**fields["pcp"], "internal": tuple(map(IPv4Network, fields["pcp"]["internal"]))}),
         }
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xdpmasq import forwards
-from xdpmasq.config import Config, Filtering, Limits, Ports, Problem, Timeouts, problems
+from xdpmasq.config import Config, Filtering, Limits, Pcp, Ports, Problem, Timeouts, problems
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
@@ -31,7 +31,7 @@ def load(path: Path) -> Config:
         wan=get("interfaces.wan", ""),
         lans=tuple(get("interfaces.lan", [])),
         mode=get("interfaces.mode", "auto"),
-        internal=tuple(document.prefix(text) for text in get("interfaces.internal", [])),
+        internal=document.prefixes("interfaces.internal"),
         timeouts=Timeouts(**document.table("timeouts")),
         ports=Ports(**document.table("ports")),
         filtering=Filtering(**document.table("filtering")),
@@ -42,6 +42,7 @@ def load(path: Path) -> Config:
         other=get("protocols.other", Config.other),
         forwards=tuple(document.forwards()),
         external=document.externals(),
+        pcp=Pcp(**{**document.table("pcp"), "internal": document.prefixes("pcp.internal")}),
     )
     for problem in problems(config):
         raise document.error(problem)
@@ -64,6 +65,10 @@ _KEYS: dict[str, dict[str, str]] = {
     "sessions": {"further": _AUTO_OR_NUMBER, "inbound_refresh": _SWITCH},
     "tcp": {"mss": f"{_TEXT} or {_NUMBER}"},
     "protocols": {"other": _TEXT},
+    "pcp": {
+        **dict.fromkeys((each.name for each in fields(Pcp)), _NUMBER),
+        **{"enabled": _SWITCH, "internal": _TEXTS},
+    },
     "external": {
         **dict.fromkeys(("addresses", "choices", "one_to_one", "exempt"), _TEXTS),
         "answer_arp": _SWITCH,
@@ -178,12 +183,16 @@ class _Document:
                     raise self._error_at(Problem(f"external.{key}", text, error.why, error.do), error.what) from error
         return Externals.parse(**given)
 
-    def prefix(self, text: str) -> IPv4Network:
+    def prefixes(self, key: str) -> tuple[IPv4Network, ...]:
+        """A list of internal prefixes."""
+        return tuple(self._prefix(key, text) for text in self.get(key, []))
+
+    def _prefix(self, key: str, text: str) -> IPv4Network:
         try:
             return IPv4Network(text)
         except ValueError as error:
             why = f"allowed is an IPv4 prefix as 10.20.0.0/16 ({error})"
-            raise self.error(Problem("interfaces.internal", text, why)) from error
+            raise self.error(Problem(key, text, why)) from error
 
     def error(self, problem: Problem) -> ConfigError:
         return self._error_at(problem, problem.what)

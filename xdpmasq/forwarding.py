@@ -125,7 +125,11 @@ def _record(tables: Tables, rule: Rule, expires: int | None) -> Any:
         record["target"][number] = (datapath.addr(target.address), target.port, until)
     record["first"], record["last"], record["class"] = rule.first, rule.last, _class(rule)
     record["targets"], record["expires"] = len(rule.targets), expires or 0
-    flags = (FLAG_DEFAULT, rule.is_default), (FLAG_EXPIRES, expires is not None), (FLAG_LEASED, rule.lease is not None)
+    flags = (
+        (FLAG_DEFAULT, rule.is_default),
+        (FLAG_EXPIRES, expires is not None),
+        (FLAG_LEASED, rule.lease is not None),
+    )
     record["flags"] = sum(flag for flag, is_set in flags if is_set)
     if rule.source:
         record["source"], record["source_bits"] = datapath.addr(rule.source.network_address), rule.source.prefixlen

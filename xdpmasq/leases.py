@@ -203,7 +203,9 @@ class Book:
                 forwarding.put(self._tables, self._reaper, rule, self._expires(lifetime_s))
                 done.append(rule)
         except BaseException:
-            forwarding.take(self._tables, self._reaper, *(each for each in forwarding.read(self._tables) if each.rule in done))
+            forwarding.take(
+                self._tables, self._reaper, *(each for each in forwarding.read(self._tables) if each.rule in done)
+            )
             raise
 
     # --- ports

@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from xdpmasq import bpf, expiry, ipv4, netdev, refusal
+from xdpmasq.allowance import Allowance
 from xdpmasq.datapath import Tables
 from xdpmasq.errors import HostError
 from xdpmasq.orphans import Key, Orphans
@@ -63,7 +64,7 @@ class Punt:
         self._tap, self._known, self._icmp = tap, known, icmp
         self._orphans = Orphans(patience_s)
         self._messages = {REFUSED: refusal.REFUSALS[refusal_], TTL: refusal.TIME_EXCEEDED}
-        self._allowance = refusal.Allowance()
+        self._allowance = Allowance(refusal.TO_EACH, refusal.TO_ALL)
         self.counts = self._orphans.counts
         self.counts |= {"told": 0, "untold": 0}
 

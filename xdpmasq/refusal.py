@@ -6,7 +6,6 @@ RFC 792 has the messages, RFC 1812 section 4.3.2 the manners, RFC 5508 REQ-8 the
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
 from ipaddress import IPv4Address
 
 from xdpmasq import ipv4
@@ -23,9 +22,9 @@ _ERRORS = (3, 4, 5, 11, 12)
 _MULTICAST = 224  # first byte; classes D and E and the limited broadcast lie here and above
 _NO_HOST = (0, 127)  # first byte: "this" network, loopback
 
-RATE, BURST = 10.0, 20.0  # messages a second to one destination, and at once
-RATE_OF_ALL, BURST_OF_ALL = 1000.0, 50.0  # as the kernel holds its own (net.ipv4.icmp_msgs_per_sec)
-DESTINATIONS = 4096
+# Messages a second, and at once (RFC 1812 4.3.2.8).
+TO_EACH = (10.0, 20.0)
+TO_ALL = (1000.0, 50.0)  # as the kernel holds its own (net.ipv4.icmp_msgs_per_sec)
 
 
 def message(packet: bytes, kind: tuple[int, int]) -> tuple[IPv4Address, bytes] | None:
@@ -60,43 +59,3 @@ def _checksum(data: bytes) -> int:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
-
-
-class _Bucket:
-    """Tokens that come back with time."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self._rate, self._burst = rate, burst
-        self._tokens, self._at = burst, float("-inf")
-
-    def has_one(self, now: float) -> bool:
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
-        self._at = now
-        return self._tokens >= 1
-
-    def take(self) -> None:
-        self._tokens -= 1
-
-
-class Allowance:
-    """How many messages may be sent (RFC 1812 4.3.2.8): to each destination, then to all.
-
-    When the table of destinations is full, the one that has been quiet longest is forgotten; only the limit of all
-    then stands before it, which is what that one is for.
-    """
-
-    def __init__(self) -> None:
-        self._all = _Bucket(RATE_OF_ALL, BURST_OF_ALL)
-        self._each: OrderedDict[IPv4Address, _Bucket] = OrderedDict()
-
-    def take(self, destination: IPv4Address, now: float) -> bool:
-        """Whether one may be sent now; it then counts as sent."""
-        bucket = self._each.setdefault(destination, _Bucket(RATE, BURST))
-        self._each.move_to_end(destination)
-        if len(self._each) > DESTINATIONS:
-            self._each.popitem(last=False)
-        if not (bucket.has_one(now) and self._all.has_one(now)):
-            return False
-        bucket.take()
-        self._all.take()
-        return True

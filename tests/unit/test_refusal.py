@@ -7,8 +7,9 @@ import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPerror, IPOption_NOP
 from scapy.packet import Raw
 
-from xdpmasq import refusal
-from xdpmasq.refusal import HOST_UNREACHABLE, PROHIBITED, TIME_EXCEEDED, Allowance, message
+from xdpmasq import allowance, refusal
+from xdpmasq.allowance import Allowance
+from xdpmasq.refusal import HOST_UNREACHABLE, PROHIBITED, TIME_EXCEEDED, message
 
 HOST, REMOTE = "192.168.0.2", "198.51.100.10"
 
@@ -88,22 +89,26 @@ def test_no_bytes_make_it_raise() -> None:
         assert made is None or 28 <= len(made[1]) <= 556
 
 
+def messages() -> Allowance:
+    return Allowance(refusal.TO_EACH, refusal.TO_ALL)
+
+
 def test_allowed_to_one_destination() -> None:
-    allowance, host = Allowance(), IPv4Address(HOST)
-    assert sum(allowance.take(host, 0) for _ in range(100)) == 20
-    assert sum(allowance.take(host, 1) for _ in range(100)) == 10
-    assert sum(allowance.take(host, 1000) for _ in range(100)) == 20
+    some, host = messages(), IPv4Address(HOST)
+    assert sum(some.take(host, 0) for _ in range(100)) == 20
+    assert sum(some.take(host, 1) for _ in range(100)) == 10
+    assert sum(some.take(host, 1000) for _ in range(100)) == 20
 
 
 def test_one_that_has_used_up_his_own_takes_nothing_from_the_others() -> None:
-    allowance = Allowance()
+    some = messages()
     for _ in range(1000):
-        allowance.take(IPv4Address(HOST), 0)
-    assert sum(allowance.take(IPv4Address(10), 0) for _ in range(20)) == 20
+        some.take(IPv4Address(HOST), 0)
+    assert sum(some.take(IPv4Address(10), 0) for _ in range(20)) == 20
 
 
 def test_allowed_to_all() -> None:
-    allowance = Allowance()
-    assert sum(allowance.take(IPv4Address(n), 0) for n in range(10_000)) == 50
-    assert sum(allowance.take(IPv4Address(n), 0.02) for n in range(10_000)) == 20
-    assert len(allowance._each) <= refusal.DESTINATIONS
+    some = messages()
+    assert sum(some.take(IPv4Address(n), 0) for n in range(10_000)) == 50
+    assert sum(some.take(IPv4Address(n), 0.02) for n in range(10_000)) == 20
+    assert len(some._each) <= allowance.KNOWN

@@ -27,7 +27,7 @@ TARGETS = typer.Argument(
 )  # fmt: skip
 FROM = typer.Option("", "--from", metavar="PREFIX", help="Only for these remotes.", show_default=False)
 KILL = typer.Option(False, "--kill", help="End its running sessions, too.")
-ROW = "%-5s  %-11s  %-30s  %-18s  %10s  %8s"
+ROW = "%-5s  %-11s  %-30s  %-18s  %10s  %8s  %s"
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -134,6 +134,8 @@ def delete(
 def list_(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     """List forwards, with the sessions opened through each so far, and those running.
 
+    Mappings that internal hosts have asked for (PCP, NAT-PMP) are forwards, too; of those it tells what time is left.
+
     \b
     Examples:
       xdpmasq forward list
@@ -145,7 +147,15 @@ def list_(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     attached = _find(wan)
     present = forwarding.read(attached)
     counts = {index: len(table) for index, table in _running(attached, present).items()}
-    rows = [{**_fields(each.rule), "opened": each.opened, "running": counts[each.index]} for each in present]
+    rows = [
+        {
+            **_fields(each.rule),
+            "opened": each.opened,
+            "running": counts[each.index],
+            "left_s": forwarding.left_s(each.expires, attached.hz),
+        }
+        for each in present
+    ]
     if json:
         common.print_json(rows)
     elif rows:
@@ -178,16 +188,23 @@ def _fields(rule: forwards.Rule) -> dict[str, Any]:
         ],
         "to": list(rule.to),
         "from": str(rule.source) if rule.source else None,
+        "by": "pcp" if rule.lease else "user",
     }
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield ROW % ("PROTO", "PORTS", "TARGET", "FROM", "OPENED", "RUNNING")
+    yield ROW % ("PROTO", "PORTS", "TARGET", "FROM", "OPENED", "RUNNING", "LEFT")
     for row in rows:
         first, last = row["ports"].values()
         ports = forwards.DEFAULT if row["default"] else f"{first}-{last}".removesuffix(f"-{first}")
         target, *more = row["to"]
         counts = f"{row['opened']:,}", f"{row['running']:,}"
-        yield ROW % (row["protocol"], ports, target, row["from"] or "anywhere", *counts)
+        yield (ROW % (row["protocol"], ports, target, row["from"] or "anywhere", *counts, _left(row))).rstrip()
         for each in more:
-            yield (ROW % ("", "", each, "", "", "")).rstrip()
+            yield (ROW % ("", "", each, "", "", "", "")).rstrip()
+
+
+def _left(row: Mapping[str, Any]) -> str:
+    """How long it will be there, and by whom, where that is not the user and for good."""
+    left = "" if row["left_s"] is None else common.duration(row["left_s"])
+    return left if row["by"] == "user" else f"{left}, by {row['by']}"

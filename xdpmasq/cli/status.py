@@ -51,6 +51,7 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "mode": manifest["mode"],
         "interfaces": manifest["interfaces"],
         "punt": _punt(manifest, attached.agent_alive),
+        "pcp": _pcp(manifest, attached.agent_alive),
         "sessions": {"total": len(table), **table.counts()},
         "ports": sessions.port_use(view, settings),
         "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
@@ -78,6 +79,13 @@ def _punt(manifest: Mapping[str, Any], agent_alive: bool) -> dict[str, Any]:
     return dict(manifest["punt"]) if agent_alive else {"name": None, "why_not": "the agent is not running"}
 
 
+def _pcp(manifest: Mapping[str, Any], agent_alive: bool) -> dict[str, Any]:
+    """Where the agent hears what hosts ask for, and how many requests it has answered and dropped."""
+    told = manifest["pcp"]
+    listening = told["listening"] if agent_alive else []
+    return {"listening": listening, **{key: told[key] for key in ("enabled", "answered", "dropped")}}
+
+
 def _sum(counters: Mapping[str, int], prefix: str) -> int:
     return sum(count for name, count in counters.items() if name.startswith(prefix))
 
@@ -92,6 +100,8 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str
     yield _line("external", f"{fields['external'] or 'no address yet'} on {fields['wan']}")
     yield _line("internal", ", ".join(fields["lans"]))
     yield from _labelled(f"mode {fields['mode']}", common.interface_lines(fields["interfaces"]))
+    if fields["pcp"]["enabled"]:
+        yield _line("pcp", _asked(fields["pcp"]))
     yield _line("sessions", _by_protocol(fields["sessions"], fields["sessions"]["total"]))
     yield from _labelled("ports", list(_ports(fields["ports"])))
     yield _line("packets", _packets(fields["packets"]))
@@ -120,6 +130,11 @@ def _agent(agent: Mapping[str, Any]) -> str:
         return f"running, process {agent['pid']}"
     gone = typer.style("not running", fg="yellow")
     return f"{gone}: traffic goes on, but nothing follows changes; `xdpmasq attach` starts it again"
+
+
+def _asked(pcp: Mapping[str, Any]) -> str:
+    where = ", ".join(pcp["listening"]) or "nowhere"
+    return f"listening at {where}; {pcp['answered']:,} requests answered, {pcp['dropped']:,} dropped"
 
 
 def _by_protocol(counts: Mapping[str, int], total: int) -> str:
