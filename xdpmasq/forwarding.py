@@ -117,7 +117,7 @@ def _rule(record: Any, lease: Any) -> Rule:
     )
 
 
-def _record(tables: Tables, rule: Rule, expires: int | None) -> Any:
+def _record(tables: Tables, rule: Rule, expires: int | None = None) -> Any:
     record = np.zeros((), tables.maps["forward_rules"].value)
     until = 0
     for number, target in enumerate(rule.targets):
@@ -125,12 +125,9 @@ def _record(tables: Tables, rule: Rule, expires: int | None) -> Any:
         record["target"][number] = (datapath.addr(target.address), target.port, until)
     record["first"], record["last"], record["class"] = rule.first, rule.last, _class(rule)
     record["targets"], record["expires"] = len(rule.targets), expires or 0
-    flags = (
-        (FLAG_DEFAULT, rule.is_default),
-        (FLAG_EXPIRES, expires is not None),
-        (FLAG_LEASED, rule.lease is not None),
+    record["flags"] = (
+        FLAG_DEFAULT * rule.is_default + FLAG_EXPIRES * (expires is not None) + FLAG_LEASED * (rule.lease is not None)
     )
-    record["flags"] = sum(flag for flag, is_set in flags if is_set)
     if rule.source:
         record["source"], record["source_bits"] = datapath.addr(rule.source.network_address), rule.source.prefixlen
     return record
@@ -226,13 +223,16 @@ def _check_services(tables: Tables, rule: Rule, services: Iterable[sockets.Liste
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def put(tables: Tables, reaper: bpf.Program, rule: Rule, expires: int | None = None) -> None:
+def put(tables: Tables, reaper: bpf.Program, rule: Rule, expires: int | None = None) -> int:
     """Puts a rule in place that :func:`check` has passed; all of it or nothing.
 
     What had one of its ports as a mapping ends. A leased port is its host's already.
 
     Args:
         expires: in jiffies; None: never.
+
+    Returns:
+        Its place.
 
     Raises:
         ForwardError: there is no room.
@@ -258,6 +258,7 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule, expires: int | None = N
             why = "the table of forwarded ports is full; of a forward with --from, every port takes a place"
             raise ForwardError(f"{rule} has no place", why, "forward fewer ports") from error
         undo.pop_all()
+    return index
 
 
 def take(tables: Tables, reaper: bpf.Program, *placed: Placed) -> None:

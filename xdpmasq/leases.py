@@ -5,6 +5,7 @@ A lease is one rule, or as many as it has filters. Whoever changes something hol
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -197,16 +198,11 @@ class Book:
 
     def _put(self, rules: Sequence[Rule], lifetime_s: int) -> None:
         """All of them or none."""
-        done: list[Rule] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for rule in rules:
-                forwarding.put(self._tables, self._reaper, rule, self._expires(lifetime_s))
-                done.append(rule)
-        except BaseException:
-            forwarding.take(
-                self._tables, self._reaper, *(each for each in forwarding.read(self._tables) if each.rule in done)
-            )
-            raise
+                index = forwarding.put(self._tables, self._reaper, rule, self._expires(lifetime_s))
+                undo.callback(forwarding.take, self._tables, self._reaper, *forwarding.at(self._tables, [index]))
+            undo.pop_all()
 
     # --- ports
 

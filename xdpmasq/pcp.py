@@ -1,4 +1,4 @@
-"""PCP's messages (RFC 6887): bytes to what is asked, and answers to bytes. Nothing here knows of mappings in tables."""
+"""PCP's messages (RFC 6887): bytes to what is asked, and answers to bytes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The port where internal hosts ask for mappings: sockets on the LANs' addresses, how much is answered, announcements.
+"""The port where internal hosts ask for mappings: sockets on the LANs' addresses, bounds, announcements.
 
-A socket is bound to one address of one LAN, and hears from that LAN only: a packet that came by another interface, the
-WAN above all, is not read further (RFC 6887 section 8.2). What comes faster than is answered stays in the socket's
-buffer, where the kernel drops it: a flood costs the agent a bounded share of its time.
+A socket is bound to one address of one LAN, and hears from that LAN only: a packet that came by another interface,
+the WAN above all, is not read further (RFC 6887 section 8.2). What comes faster than is answered stays in the
+socket's buffer, where the kernel drops it: a flood costs the agent a bounded share of its time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, Protocol
 
-from xdpmasq import natpmp, pcp
+from xdpmasq import pcp
 from xdpmasq.allowance import Allowance, Bucket
 from xdpmasq.errors import BusyError
 
@@ -31,6 +31,7 @@ READ = (1000.0, 200.0)  # datagrams a second that are looked at, and at once
 PAUSE_S = 0.1  # when that is used up
 _BUFFER = 65536  # bytes that wait in a socket
 
+_IP_PKTINFO = 8  # Python has no name for it
 _SO_RXQ_OVFL = 40  # tells how many datagrams the kernel has dropped
 _PKTINFO = struct.Struct("=I4s4s")  # struct in_pktinfo
 _DROPPED = struct.Struct("=I")
@@ -69,7 +70,7 @@ class _Socket:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
-            self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_PKTINFO, 1)
+            self._socket.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
             to = struct.pack("=4s4si", bytes(4), place.address.packed, place.ifindex)  # struct ip_mreqn
             self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, to)
             self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
@@ -92,7 +93,7 @@ class _Socket:
             return None
         ifindex = 0
         for level, kind, data in control:
-            if (level, kind) == (socket.IPPROTO_IP, socket.IP_PKTINFO):
+            if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
                 ifindex = _PKTINFO.unpack(data)[0]
             elif (level, kind) == (socket.SOL_SOCKET, _SO_RXQ_OVFL):
                 self.lost = _DROPPED.unpack(data)[0]
