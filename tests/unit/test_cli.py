@@ -76,6 +76,7 @@ def manifest() -> dict[str, Any]:
         ],
         "external": "203.0.113.1",
         "punt": {"name": "masq-punt0", "why_not": ""},
+        "pcp": {"enabled": False, "listening": [], "answered": 0, "dropped": 0},
         "hz": HZ,
         "attached_at": time.time() - 3725,
         "agent_pid": 4711,
@@ -406,6 +407,13 @@ def test_status_with_the_agent_dead(capsys: pytest.CaptureFixture[str], running:
     assert "punt port" not in out
 
 
+def test_status_of_pcp(capsys: pytest.CaptureFixture[str], running: Running) -> None:
+    running.manifest["pcp"] = {"enabled": True, "listening": ["192.168.0.1"], "answered": 1234, "dropped": 5}
+    assert run("status") == 0
+    said = "pcp       listening at 192.168.0.1; 1,234 requests answered, 5 dropped"
+    assert said in [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_status_without_a_punt_port(capsys: pytest.CaptureFixture[str], running: Running) -> None:
     why = "cannot create a TAP: /dev/net/tun: No such file or directory"
     running.manifest["punt"] = {"name": None, "why_not": why}
@@ -419,7 +427,7 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
         *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "lans", "mode"),
-        *("interfaces", "punt", "sessions", "ports", "packets", "drops", "counters"),
+        *("interfaces", "punt", "pcp", "sessions", "ports", "packets", "drops", "counters"),
     ]
     assert found["working"] is True
     assert found["agent"] == {"alive": True, "pid": 4711}
