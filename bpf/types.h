@@ -148,8 +148,8 @@ struct lease {
 #define EMBRYOS 4096 /* sessions from outside that may wait for their answer at once */
 
 #define FORWARD_DEFAULT 1 /* the default host: ports without a rule, a mapping or a socket */
-#define FORWARD_EXPIRES 2 /* absent once it is over; the agent takes it out */
-#define FORWARD_LEASED 4 /* there is a lease */
+#define FORWARD_EXPIRES 16 /* absent once it is over; the agent takes it out */
+#define FORWARD_LEASED 32 /* there is a lease */
 
 /* What one internal host has open (RFC 6888 REQ-4). Counts change atomically, hence 64 bits. */
 struct host {

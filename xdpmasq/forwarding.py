@@ -37,7 +37,7 @@ from xdpmasq.expiry import age
 from xdpmasq.forwards import Lease, Rule, Target
 from xdpmasq.sessions import Table
 
-FLAG_DEFAULT, FLAG_EXPIRES, FLAG_LEASED = 1, 2, 4  # FORWARD_DEFAULT, …
+FLAG_DEFAULT, FLAG_EXPIRES, FLAG_LEASED = 1, 16, 32  # FORWARD_DEFAULT, …
 PORT_AT, REMOTE_AT = 16, 32  # FORWARD_PORT_AT, FORWARD_REMOTE_AT
 FROM_OUTSIDE = 4  # SESSION_FROM_OUTSIDE
 CLOSE_TRIES = 10  # packets may join a mapping until it is closed

@@ -36,6 +36,16 @@ def test_its_own_programs(gateway: Gateway, servers: object) -> None:
     gateway.gate("ping", "-n", "-c1", "-W1", "192.168.0.2")
 
 
+@pytest.mark.req("6888-9")
+def test_pcp_is_off_by_default(gateway: Gateway) -> None:
+    assert gateway.tables.manifest["pcp"]["enabled"] is False
+    with gateway.udp("a-box") as client:
+        client.connect(("192.168.0.1", 5351))
+        client.send(b"\0\0")
+        with pytest.raises(ConnectionRefusedError):
+            client.recv(100)
+
+
 def test_it_pings_beside_a_host_with_the_same_identifier(gateway: Gateway) -> None:
     for box in ("a-box", GATE, "b-box"):
         gateway.lab.exec(box, ["ping", "-n", "-q", "-c2", "-i0.02", "-W1", "-e1234", INTERNET])
