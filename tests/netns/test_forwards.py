@@ -116,8 +116,10 @@ def test_one_port(gateway: Gateway) -> None:
             "targets": [{"address": "192.168.0.2", "port": 80, "weight": 1}],
             "to": ["192.168.0.2:80"],
             "from": None,
+            "by": "user",
             "opened": 0,
             "running": 0,
+            "left_s": None,
         }
     ]
     assert gateway.masq("forward", "del", "tcp", "8080").stdout == "no longer forwarded: tcp 8080 → 192.168.0.2:80\n"
