@@ -1,4 +1,4 @@
-"""VLANs at XDP: frames arrive and leave with the tags of their interfaces, one program serving whatever passes a device.
+"""VLANs at XDP: frames come and go with the tags of their interfaces, one program serves all that passes a device.
 
 TC sees VLAN devices as it sees any interface; here lan10 and wan20 stand for them.
 """
