@@ -131,7 +131,7 @@ static __always_inline struct flow *fast_flow(const struct settings *cfg, const 
 }
 
 /* Gives the frame the tags of its way out for those that it came with. The last step that may fail: nothing is written
- * yet. Of the Ethernet header fast_rewrite() puts the rest in its new place.
+ * yet. The MACs fast_rewrite() puts in their new place, and the EtherType of IP stands in front of its header already.
  */
 static __always_inline bool tags_exchange(struct xdp_md *ctx, struct fast *f, const struct interface *egress)
 {
@@ -152,7 +152,6 @@ static __always_inline bool tags_exchange(struct xdp_md *ctx, struct fast *f, co
 	for (u32 i = 0; i < TAGS; i++)
 		if (i < tags)
 			tag[i] = egress->tag[i];
-	((__be16 *)f->ip)[-1] = bpf_htons(ETH_P_IP);
 	return true;
 }
 
