@@ -2,12 +2,13 @@
 # make test    set up, run the whole test suite
 # make bench   the benchmark table
 # make check   lint and types only
+# make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
 # make conformance   write docs/conformance.md anew from the tests' marks
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test bench check conformance clean
+.PHONY: setup demo test test-vm bench check conformance clean
 
 setup: $(VENV)/ready
 
@@ -31,6 +32,10 @@ check: setup
 	$(PYTHON) -m ruff check xdpmasq tests tools
 	$(PYTHON) -m ruff format --check xdpmasq tests tools
 	$(PYTHON) -m mypy
+
+# not part of `make test`: fetches a kernel once, and emulates a machine
+test-vm: setup
+	tests/vm/run $(PYTHON) -m pytest tests/vm
 
 conformance: setup
 	$(PYTHON) tools/conformance.py

@@ -22,6 +22,8 @@
 	X(punt_return, "fragments that have waited, put back where they came from")                \
 	X(up_not_ip, "XDP passed up: not IP, or a truncated header")                               \
 	X(up_not_for_us, "XDP passed up: not addressed to this interface's MAC")                   \
+	X(up_vlan, "XDP passed up: tagged for a VLAN that is none of ours, or not on XDP")          \
+	X(up_no_room, "XDP passed up: no room in front of the frame for the VLAN tags of its way out") \
 	X(up_unusual_ip, "XDP passed up: IP options, a fragment, or a length that does not fit")   \
 	X(up_protocol, "XDP passed up: neither TCP nor UDP")                                       \
 	X(up_tcp_flags, "XDP passed up: SYN, FIN or RST, which the slow path follows")             \

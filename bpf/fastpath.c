@@ -1,7 +1,9 @@
-/* XDP on LAN and WAN: repeats, for armed flows, what the slow path has decided. It holds no policy. Whatever it
+/* XDP on the devices of LAN and WAN: repeats, for armed flows, what the slow path has decided. It holds no policy. Whatever it
  * does not recognise goes up unmodified; all checks come before the first write.
  */
 struct fast {
+	struct interface *here; /* that it belongs to */
+	u32 tags; /* VLAN tags that it came with */
 	struct ethernet_header *eth;
 	struct ip_header *ip;
 	struct port_header *ports;
@@ -12,45 +14,100 @@ struct fast {
 	u32 total; /* IP length, bytes */
 };
 
-/* Fills @f from a plain IPv4 packet to this interface's own MAC; CONTINUE when it may fly. */
+#define TAGS_AT offsetof(struct ethernet_header, proto)
+#define VLAN_ID 0x0fff
+
+/* Reads the tags of a frame that is not IP at once, and finds the VLAN device that they name. A tag with VLAN id 0 names
+ * none: it only carries a priority.
+ */
+static __always_inline enum verdict tags_read(struct xdp_md *ctx, struct fast *f)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct vlan_key key = { .device = ctx->ingress_ifindex };
+	struct tag *tag = data + TAGS_AT, *named = &key.outer;
+	u32 *index;
+
+#pragma unroll
+	for (u32 i = 0; i < TAGS; i++) {
+		if ((void *)(tag + 1) + sizeof(__be16) > end)
+			return pass(COUNT_up_not_ip);
+		if (tag->tpid != bpf_htons(ETH_P_8021Q) && tag->tpid != bpf_htons(ETH_P_8021AD))
+			break;
+		if (tag->tci & bpf_htons(VLAN_ID)) {
+			named->tpid = tag->tpid;
+			named->tci = tag->tci & bpf_htons(VLAN_ID);
+			named = &key.inner;
+		}
+		f->tags++;
+		tag++;
+	}
+	if (tag->tpid != bpf_htons(ETH_P_IP))
+		return pass(COUNT_up_not_ip);
+	if (!key.outer.tpid)
+		return CONTINUE;
+	index = vlans.lookup(&key);
+	if (!index)
+		return pass(COUNT_up_vlan);
+	f->here = interface_at(*index);
+	return CONTINUE;
+}
+
+/* Notes where things stand behind @ip; false when the packet ends before. */
+static __always_inline bool fast_locate(struct fast *f, struct ip_header *ip, void *end)
+{
+	struct udp_header *udp = (void *)(ip + 1);
+	struct tcp_header *tcp = (void *)(ip + 1);
+	bool is_udp = f->class == CLASS_UDP;
+
+	f->ip = ip;
+	f->ports = &udp->port;
+	f->check = is_udp ? &udp->check : &tcp->check;
+	return (is_udp ? (void *)(udp + 1) : (void *)(tcp + 1)) <= end;
+}
+
+/* Fills @f from a plain IPv4 packet to the own MAC of the interface that it belongs to; CONTINUE when it may fly. */
 static __always_inline enum verdict fast_parse(struct xdp_md *ctx, struct fast *f)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	struct ethernet_header *eth = data;
 	struct ip_header *ip = data + sizeof(*eth);
-	struct udp_header *udp = (void *)(ip + 1);
-	struct tcp_header *tcp = (void *)(ip + 1);
-	struct interface *here = interface_at(ctx->ingress_ifindex);
+	struct tcp_header *tcp;
+	enum verdict verdict;
 	u32 header;
 
 	/* The shortest packet that flies is a UDP header without payload. */
-	if ((void *)(udp + 1) > end || eth->proto != bpf_htons(ETH_P_IP))
+	if ((void *)(ip + 1) + sizeof(struct udp_header) > end)
 		return pass(COUNT_up_not_ip);
-	if (!here || here->mac[0] != eth->dst[0] || here->mac[1] != eth->dst[1] || here->mac[2] != eth->dst[2])
+	f->here = interface_at(ctx->ingress_ifindex);
+	if (eth->proto != bpf_htons(ETH_P_IP)) {
+		verdict = tags_read(ctx, f);
+		if (verdict != CONTINUE)
+			return verdict;
+		ip = data + sizeof(*eth) + f->tags * sizeof(struct tag);
+		if ((void *)(ip + 1) + sizeof(struct udp_header) > end)
+			return pass(COUNT_up_not_ip);
+	}
+	if (!f->here || f->here->mac[0] != eth->dst[0] || f->here->mac[1] != eth->dst[1] ||
+	    f->here->mac[2] != eth->dst[2])
 		return pass(COUNT_up_not_for_us);
 	f->total = bpf_ntohs(ip->tot_len);
 	if (ip->version_ihl != 0x45 || ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_OFFSET_UNITS) ||
-	    (void *)ip + f->total > end || f->total < sizeof(*ip) + sizeof(*udp))
+	    (void *)ip + f->total > end || f->total < sizeof(*ip) + sizeof(struct udp_header))
 		return pass(COUNT_up_unusual_ip);
 	if (ip->ttl <= 1)
 		return pass(COUNT_up_ttl);
 	f->eth = eth;
-	f->ip = ip;
 	f->class = class_of(ip->proto);
-	if (f->class == CLASS_UDP) {
-		f->ports = &udp->port;
-		f->check = &udp->check;
-		return CONTINUE;
-	}
-	if (f->class != CLASS_TCP || (void *)(tcp + 1) > end)
+	if (f->class >= CLASS_ICMP || !fast_locate(f, ip, end))
 		return pass(COUNT_up_protocol);
+	if (f->class == CLASS_UDP)
+		return CONTINUE;
+	tcp = (void *)f->ports;
 	header = (tcp->data_offset >> 4) * 4;
 	if (header < sizeof(*tcp) || sizeof(*ip) + header > f->total)
 		return pass(COUNT_up_protocol);
 	if (tcp->flags & (TCP_SYN | TCP_FIN | TCP_RST) || !(tcp->flags & TCP_ACK))
 		return pass(COUNT_up_tcp_flags);
-	f->ports = &tcp->port;
-	f->check = &tcp->check;
 	f->ack = tcp->ack;
 	f->tcp_acks = true;
 	return CONTINUE;
@@ -73,6 +130,31 @@ static __always_inline struct flow *fast_flow(const struct settings *cfg, const 
 	return s ? session_flow(s, direction) : NULL;
 }
 
+/* Gives the frame the tags of its way out for those that it came with. The last step that may fail: nothing is written
+ * yet. The MACs fast_rewrite() puts in their new place, and the EtherType of IP stands in front of its header already.
+ */
+static __always_inline bool tags_exchange(struct xdp_md *ctx, struct fast *f, const struct interface *egress)
+{
+	u32 tags = egress->tags;
+	struct tag *tag;
+	void *data, *end;
+
+	if (tags > TAGS || bpf_xdp_adjust_head(ctx, (int)(f->tags - tags) * (int)sizeof(*tag)))
+		return false;
+	data = (void *)(long)ctx->data;
+	end = (void *)(long)ctx->data_end;
+	tag = data + TAGS_AT;
+	f->eth = data;
+	/* It is as long as before; only the verifier has to be told. */
+	if (!fast_locate(f, data + sizeof(*f->eth) + tags * sizeof(*tag), end) || (void *)(tag + TAGS) > end)
+		return false;
+#pragma unroll
+	for (u32 i = 0; i < TAGS; i++)
+		if (i < tags)
+			tag[i] = egress->tag[i];
+	return true;
+}
+
 static __always_inline void fast_rewrite(struct fast *f, const struct flow *flow, const struct interface *egress,
 					 enum direction direction)
 {
@@ -91,49 +173,55 @@ static __always_inline void fast_rewrite(struct fast *f, const struct flow *flow
 	__builtin_memcpy(f->eth->src, egress->mac, sizeof(f->eth->src));
 }
 
-static __always_inline enum verdict fast_walk(struct xdp_md *ctx, enum direction direction, u32 *egress_index)
+/* CONTINUE: translated, to be sent out of @egress_index. */
+static __always_inline enum verdict fast_walk(struct xdp_md *ctx, struct fast *f, enum direction direction,
+					      u32 *egress_index)
 {
-	struct fast f = {};
-	enum verdict verdict = fast_parse(ctx, &f);
 	struct settings *cfg = settings_get();
 	u32 now = jiffies_now();
 	struct interface *egress;
 	struct flow *flow;
 
-	if (verdict != CONTINUE || !cfg)
-		return verdict;
-	flow = fast_flow(cfg, &f, direction);
+	if (!cfg)
+		return PASS;
+	flow = fast_flow(cfg, f, direction);
 	if (!flow)
 		return pass(COUNT_up_no_flow);
 	if (!flow_is_armed(cfg, flow, now))
 		return pass(COUNT_up_not_armed);
-	if (f.total > flow->longest)
+	if (f->total > flow->longest)
 		return pass(COUNT_up_longer);
 	*egress_index = flow->egress;
 	egress = interface_at(*egress_index);
 	if (!egress || !(egress->xdp & XDP_TO))
 		return pass(COUNT_up_not_armed);
+	if (f->tags | egress->tags && !tags_exchange(ctx, f, egress))
+		return pass(COUNT_up_no_room);
 
-	fast_rewrite(&f, flow, egress, direction);
-	if (f.tcp_acks)
-		flow->last_ack = f.ack;
-	flow_touch(flow, now, f.total);
+	fast_rewrite(f, flow, egress, direction);
+	if (f->tcp_acks)
+		flow->last_ack = f->ack;
+	flow_touch(flow, now, f->total);
 	count(direction == OUTBOUND ? COUNT_fast_outbound : COUNT_fast_inbound);
 	return CONTINUE;
 }
 
 #ifndef L3
-int masq_lan_xdp(struct xdp_md *ctx)
+/* One program for both roles: VLANs of either may share a device. */
+int masq_xdp(struct xdp_md *ctx)
 {
+	struct fast f = {};
+	enum verdict verdict = fast_parse(ctx, &f);
 	u32 egress = 0;
 
-	return fast_walk(ctx, OUTBOUND, &egress) == CONTINUE ? transmitters.redirect_map(egress, 0) : XDP_PASS;
-}
-
-int masq_wan_xdp(struct xdp_md *ctx)
-{
-	u32 egress = 0;
-
-	return fast_walk(ctx, INBOUND, &egress) == CONTINUE ? transmitters.redirect_map(egress, 0) : XDP_PASS;
+	if (verdict != CONTINUE)
+		return XDP_PASS;
+	if (f.here->role == ROLE_LAN)
+		verdict = fast_walk(ctx, &f, OUTBOUND, &egress);
+	else if (f.here->role == ROLE_WAN)
+		verdict = fast_walk(ctx, &f, INBOUND, &egress);
+	else
+		verdict = pass(COUNT_up_not_for_us);
+	return verdict == CONTINUE ? transmitters.redirect_map(egress, 0) : XDP_PASS;
 }
 #endif

@@ -21,8 +21,9 @@ BPF_F_TABLE("lpm_trie", struct prefix_key, struct choice, choices, 256, BPF_F_NO
 BPF_F_TABLE("lpm_trie", struct prefix_key, struct counterpart, counterparts, 512, BPF_F_NO_PREALLOC); /* both ways */
 BPF_F_TABLE("lpm_trie", struct prefix_key, struct exempt, exempts, 256, BPF_F_NO_PREALLOC); /* by remote prefix */
 BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interface index */
+BPF_TABLE("hash", struct vlan_key, u32, vlans, 4096); /* → interface index; those on XDP */
 BPF_TABLE("array", u32, struct settings, settings, 1);
-BPF_DEVMAP(transmitters, INTERFACES); /* interfaces able to take XDP frames, by index */
+BPF_DEVMAP(transmitters, INTERFACES); /* interface index → device that takes its frames from XDP */
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
 BPF_TABLE("percpu_array", u32, struct packet, blurred, 1); /* see packet_blur() */
 BPF_TABLE("array", u32, struct manifest, manifest, 1);

@@ -275,14 +275,28 @@ enum interface_role { ROLE_NONE, ROLE_LAN, ROLE_WAN, ROLE_OTHER }; /* NONE: the 
 #define XDP_FROM 1 /* our XDP program is on it: flows entering here can be armed */
 #define XDP_TO 2 /* XDP can redirect to it */
 
+#define TAGS 2 /* VLAN tags that a frame may have: a VLAN's own, and of QinQ another before it */
+
+struct tag { /* as on the wire */
+	__be16 tpid;
+	__be16 tci; /* here without priority: the VLAN's id */
+};
+
+/* Of a VLAN the row is that of the VLAN device; its frames pass XDP on the device below, with their tags. */
 struct interface {
 	u16 mac[3];
 	u8 role;
 	u8 xdp; /* XDP_FROM, XDP_TO */
-	u32 mtu;
+	u32 mtu; /* longest IP packet that XDP may redirect to it */
 	u16 mss; /* TCP segments of new connections are clamped to this; 0: never */
 	u8 wan; /* number of the WAN, which has mappings of its own */
-	u8 pad;
+	u8 tags; /* how many it has */
+	struct tag tag[TAGS]; /* the outermost first */
+};
+
+struct vlan_key { /* which VLAN device a frame belongs to */
+	u32 device; /* index of the device below */
+	struct tag outer, inner;
 };
 
 struct pool { /* two ranges of ports: below and above the gateway's own ephemeral ports */

@@ -35,6 +35,7 @@ from xdpmasq import (
     settings,
     sockets,
     source,
+    vlans,
 )
 from xdpmasq import config as configuration
 from xdpmasq.asking import Asking
@@ -105,6 +106,8 @@ class Agent:
         self._leftover = {**self._manifest} if adopted else None
         self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": self._kept_config()}
         self._hz: int = self._manifest["hz"]
+        self._links: list[netdev.Link] = []  # as they were at the last look
+        self._flying: set[int] = set()  # the devices that have our XDP program since that look
         self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
         self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
         self._troubled = False
@@ -194,7 +197,7 @@ class Agent:
 
     def reconcile(self) -> None:
         """Brings programs, tables and external address in step with the interfaces as they are now."""
-        links = netdev.links()
+        links = self._links = netdev.links()
         wan = checks.wan_of(self._config, links)
         lans = [link for link in netdev.match_links(self._config.lans, links) if link != wan]
         wanted: list[tuple[netdev.Link, Role]] = [(link, "lan") for link in lans]
@@ -206,8 +209,9 @@ class Agent:
         addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
         external = self._follow_addresses(wan, lans, addresses)
         self._put_forwards(lans, {each.index for each in addresses})
-        self._troubled = False
+        self._troubled, self._flying = False, set()
         chosen = [(link, role, *self._bring_in(link, role, wan)) for link, role in wanted]
+        self._ground([self._device(link) for link, _ in wanted])
         reports = self._tell(chosen)
         self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
@@ -285,37 +289,60 @@ class Agent:
                     f"{link.name} cannot do XDP", "it has no Ethernet header", "choose --mode tc or auto"
                 )
             return "xdp", "--mode xdp"
-        hook, why = drivers.xdp_policy(link)
-        if hook == "xdp" and wan and drivers.xdp_policy(wan)[0] == "tc":
+        hook, why = drivers.auto(link, self._links)
+        if hook == "xdp" and wan and drivers.auto(wan, self._links)[0] == "tc":
             return "tc", f"{wan.name}, the WAN, is on TC, so nothing could be redirected to it"
         return hook, why
 
     def _attach(self, link: netdev.Link, role: Role, hook: str) -> None:
         hooks = datapath.hooks(role, xdp=hook == "xdp", ethernet=link.ethernet)
+        if hook == "xdp" and (trouble := vlans.trouble(self._device(link), self._links)):
+            raise trouble
         before = self._attached.get(link.name)
         if before and before[1] == hooks and before[0].index == link.index and self._is_whole(link, hooks):
+            self._flying |= {self._device(link).index} if hook == "xdp" else set()
             return
-        self._check_free(link)
+        self._check_free(link.name, datapath.on_link(link))
         on_clsact = not attachment.uses_tcx() and any(each.kind != "xdp" for each in hooks)
         if on_clsact and not netdev.clsact_present(link.index):
             self._manifest["qdiscs"] = sorted({*self._manifest["qdiscs"], link.index})
             self._save()
             netdev.clsact_add(link.index)
         for each in hooks:
-            attachment.put(link, each, self._programs)
-        attachment.clear(link, keep=hooks)
+            if each == datapath.XDP_HOOK:
+                self._launch(self._device(link))
+            else:
+                attachment.put(link, each, self._programs)
+        attachment.clear(link, keep=(*hooks, datapath.XDP_HOOK))
         self._attached[link.name] = (link, hooks)
         log.info("attached to %s as %s by %s", link.name, role, hook)
 
-    def _check_free(self, link: netdev.Link) -> None:
-        """Raises InterfaceError when another xdpmasq has the link: two would take it from each other for ever."""
-        for other in datapath.on_link(link):
+    def _device(self, link: netdev.Link) -> netdev.Link:
+        """Where XDP for an interface is."""
+        return vlans.wire_of(link, self._links).device
+
+    def _launch(self, device: netdev.Link) -> None:
+        """Puts the XDP program on a device: once, however many VLANs it serves there."""
+        if device.index not in self._flying:
+            self._check_free(device.name, datapath.on_xdp(device))
+            attachment.put(device, datapath.XDP_HOOK, self._programs)
+            self._flying.add(device.index)
+
+    def _ground(self, devices: list[netdev.Link]) -> None:
+        """Takes the XDP program off those where no interface is on XDP."""
+        for device in devices:
+            if device.xdp_prog_id and device.index not in self._flying:
+                attachment.clear_device(device, self._manifest)
+
+    def _check_free(self, name: str, present: list[datapath.Attached]) -> None:
+        """Raises InterfaceError when another xdpmasq is there: two would take the place from each other for ever."""
+        for other in present:
             if other.maps["manifest"].id != self.tables.maps["manifest"].id:
-                raise checks.in_use(link.name, other.manifest["wan"])
+                raise checks.in_use(name, other.manifest["wan"])
 
     def _is_whole(self, link: netdev.Link, hooks: tuple[Hook, ...]) -> bool:
         """Nobody took our programs away, or put another in their place, meanwhile."""
-        present = attachment.tc_programs(link) | {("xdp", link.xdp_prog_id)}
+        present = attachment.tc_programs(link) | {("xdp", self._device(link).xdp_prog_id)}
         return all((hook.kind, self._programs[hook.function].id) in present for hook in hooks)
 
     def _tell(self, chosen: list[tuple[netdev.Link, Role, str, str]]) -> list[dict[str, Any]]:
@@ -324,18 +351,25 @@ class Agent:
         Returns:
             What the manifest and `status` say of them.
         """
-        fresh = {link.index: link for link in netdev.links()}
+        present = netdev.links()
+        fresh = {link.index: link for link in present}
         routes = netdev.routes(4) if self._config.mss != "off" else []
-        reports = []
+        reports, on_xdp = [], {}
         for attached, role, hook, reason in chosen:
             link, why = fresh.get(attached.index, attached), reason
-            xdp, takes = hook == "xdp", drivers.takes_frames(link)
+            wire = vlans.wire_of(link, present)
+            xdp, takes = hook == "xdp", drivers.takes_frames(wire.device)
             if link.index < datapath.PORTS:
                 mss = settings.mss(self._config, link, routes) if role == "wan" else 0
-                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes, mss=mss)
+                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes, mss=mss, wire=wire)
+            if xdp and wire.tags:
+                on_xdp[wire] = link.index
+                why += f", on {wire.device.name}"
             if xdp and not takes:
                 why += "; but it takes no frames from XDP (a veth needs GRO or an XDP program at its peer)"
-            reports.append({"name": link.name, "index": link.index, "role": role, "hook": hook, "why": why})
+            report = {"name": link.name, "index": link.index, "device": wire.device.index}
+            reports.append({**report, "role": role, "hook": hook, "why": why})
+        self.tables.set_vlans(on_xdp)
         return reports
 
     def _know_others(self, links: list[netdev.Link], wanted: set[int]) -> None:
@@ -350,6 +384,10 @@ class Agent:
     def _leave_unwanted(self, wanted: list[netdev.Link], links: list[netdev.Link]) -> None:
         """Forgets interfaces that are gone, and leaves those that are no LAN or WAN any more."""
         keep, there = {link.index: link.name for link in wanted}, {link.index: link for link in links}
+        below = {self._device(link) for link in wanted}
+        for device in attachment.devices(self._leftover or self._manifest, links):
+            if device.xdp_prog_id and device not in below:
+                attachment.clear_device(device, self._manifest)
         known = {entry["index"]: entry["name"] for entry in self._manifest["interfaces"]}
         if self._leftover:
             # What an agent killed while it attached has left may not be in its manifest yet.

@@ -10,11 +10,11 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network
 from typing import Any
 
-from xdpmasq import bpf, datapath, netdev, sysctls
+from xdpmasq import bpf, datapath, netdev, sysctls, vlans
 from xdpmasq.datapath import Hook
 from xdpmasq.errors import InterfaceError
 
@@ -96,15 +96,23 @@ def _put_on_tcx(link: netdev.Link, hook: bpf.TcHook, program: bpf.Program) -> No
 def clear(link: netdev.Link, keep: tuple[Hook, ...] = ()) -> bool:
     """Takes our programs off a link, except where ``keep`` wants one. True when there were any."""
     kept = {hook.kind for hook in keep}
-    found = False
-    if "xdp" not in kept:
-        with _current(link.index) as there:
-            found = there is not None and netdev.xdp_detach(link.index, "native", there)
+    found = "xdp" not in kept and _clear_xdp(link)
     for hook in datapath.TC_HOOKS:
         if hook not in kept:
             found |= _clear_clsact(link, hook)
             found |= _clear_tcx(link, hook)
     return found
+
+
+def clear_device(device: netdev.Link, manifest: dict[str, Any]) -> bool:
+    """Takes our XDP program off a device, unless it serves another WAN's VLANs there."""
+    others = [each for each in datapath.on_xdp(device) if each.manifest["wan"] != manifest["wan"]]
+    return bool(device.xdp_prog_id) and not others and _clear_xdp(device)
+
+
+def _clear_xdp(link: netdev.Link) -> bool:
+    with _current(link.index) as there:
+        return there is not None and netdev.xdp_detach(link.index, "native", there)
 
 
 def _clear_clsact(link: netdev.Link, hook: bpf.TcHook) -> bool:
@@ -122,8 +130,11 @@ def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     for each in manifest.get("local_routes", ()):
         netdev.local_route_del(IPv4Network(each))
     cleared = []
+    links = netdev.links()
+    for device in devices(manifest, links):
+        clear_device(device, manifest)
     # The WAN's translation goes last.
-    for link in sorted(netdev.links(), key=lambda link: bool(netdev.match_links([manifest["wan"]], [link]))):
+    for link in sorted(links, key=lambda link: bool(netdev.match_links([manifest["wan"]], [link]))):
         if belongs(link, manifest) and leave(link, manifest):
             cleared.append(link.name)
     return cleared, put_back
@@ -137,6 +148,13 @@ def leave(link: netdev.Link, manifest: dict[str, Any]) -> bool:
         netdev.clsact_del(link.index)
         manifest["qdiscs"].remove(link.index)
     return found
+
+
+def devices(manifest: dict[str, Any], links: Sequence[netdev.Link]) -> list[netdev.Link]:
+    """Those on which the datapath's XDP programs may be."""
+    known = {entry.get("device", entry["index"]) for entry in manifest["interfaces"]}
+    known |= {vlans.wire_of(link, links).device.index for link in links if belongs(link, manifest)}
+    return [link for link in links if link.index in known]
 
 
 def belongs(link: netdev.Link, manifest: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from xdpmasq import bpf, compiler, netdev, presence, source
 from xdpmasq.errors import DatapathError, NotAttachedError
 from xdpmasq.externals import PROTOCOLS, Exempt
+from xdpmasq.vlans import TAGS, Wire
 
 Slots = npt.NDArray[np.uint32]
 Role = Literal["lan", "wan", "lo", "other"]
@@ -63,6 +65,7 @@ class Hook:
 
 
 PUNT_HOOK = Hook("ingress", "masq_punt_in")
+XDP_HOOK = Hook("xdp", "masq_xdp")  # on the device below, where the interface is a VLAN
 
 
 def hooks(role: Role, *, xdp: bool, ethernet: bool) -> tuple[Hook, ...]:
@@ -77,7 +80,7 @@ def hooks(role: Role, *, xdp: bool, ethernet: bool) -> tuple[Hook, ...]:
         found += [Hook("ingress", f"masq_lan_in{suffix}")]
         found += [Hook("egress", "masq_lan_learn")] * xdp
     if xdp:
-        found += [Hook("xdp", f"masq_{role}_xdp")]
+        found += [XDP_HOOK]
     return tuple(found)
 
 
@@ -252,23 +255,38 @@ class Tables:
         _replace(self.maps["exempts"], fields)
 
     def set_interface(
-        self, link: netdev.Link, role: Role, *, xdp_from: bool, xdp_to: bool, mss: int = 0, wan: int = 0
+        self,
+        link: netdev.Link,
+        role: Role,
+        *,
+        xdp_from: bool,
+        xdp_to: bool,
+        mss: int = 0,
+        wan: int = 0,
+        wire: Wire | None = None,
     ) -> None:
         """Tells the programs of an interface; ``xdp_to`` also makes it a target of redirects.
 
         Args:
             mss: what new TCP connections are clamped to, in bytes; 0: nothing.
             wan: number of the WAN, of several.
+            wire: where its frames pass, if not on itself.
         """
+        wire = wire or Wire(link)
         mac = np.frombuffer(link.mac.ljust(6, b"\0")[:6], np.uint16)
         flags = XDP_FROM * xdp_from | XDP_TO * xdp_to
         if xdp_to:
-            self.maps["transmitters"].set(link.index, link.index)
-        self.maps["interfaces"].set(link.index, (mac, ROLES[role], flags, link.mtu, mss, wan, 0))
+            self.maps["transmitters"].set(link.index, wire.device.index)
+        fields = (mac, ROLES[role], flags, min(link.mtu, wire.mtu), mss, wan, len(wire.tags), _tags(wire))
+        self.maps["interfaces"].set(link.index, fields)
 
     def unset_interface(self, index: int) -> None:
         self.maps["interfaces"].set(index, np.zeros((), self.maps["interfaces"].value))
         self.maps["transmitters"].delete(index)
+
+    def set_vlans(self, indices: Mapping[Wire, int]) -> None:
+        """By their wire, the VLAN devices that XDP serves."""
+        _replace(self.maps["vlans"], {(wire.device.index, *_tags(wire)): index for wire, index in indices.items()})
 
     def reap(self, program: bpf.Program, slots: Slots, order: int) -> None:
         """Has the kernel change ``slots`` by an order of ``enum reap_order``."""
@@ -288,6 +306,12 @@ def _replace(table: bpf.Map, wanted: Mapping[Any, Any]) -> None:
     for key in [key for chunk, _ in table.items(chunk=table.max_entries) for key in chunk]:
         if key.tobytes() not in keep:
             table.delete(key)
+
+
+def _tags(wire: Wire) -> list[tuple[int, int]]:
+    """``struct tag`` for each place, in network byte order."""
+    tags = [(socket.htons(tag.tpid), socket.htons(tag.vid)) for tag in wire.tags]
+    return [*tags, *[(0, 0)] * (TAGS - len(tags))]
 
 
 def _padded(numbers: Sequence[int], length: int) -> list[int]:
@@ -435,9 +459,18 @@ def program_ids(link: netdev.Link) -> list[int]:
 
 
 def on_link(link: netdev.Link) -> list[Attached]:
-    """The datapaths that have programs on a link; more than one only when something went wrong."""
+    """The datapaths that have programs on a link; more than one only where one has it and another a VLAN of it."""
+    return _of_programs(program_ids(link))
+
+
+def on_xdp(link: netdev.Link) -> list[Attached]:
+    """The datapath whose program is on the XDP hook of a link, if any."""
+    return _of_programs([link.xdp_prog_id] if link.xdp_prog_id else [])
+
+
+def _of_programs(numbers: Iterable[int]) -> list[Attached]:
     found: dict[int, Attached] = {}
-    for number in program_ids(link):
+    for number in numbers:
         # A program, or a map of its, may go while we look.
         with contextlib.suppress(FileNotFoundError), bpf.Program.by_id(number) as program:
             attached = Attached.from_program(program) if program.name.startswith(PROGRAM) else None

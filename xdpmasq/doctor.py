@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from xdpmasq import attachment, drivers, netdev
+from xdpmasq import attachment, drivers, netdev, vlans
 from xdpmasq.errors import HostError
 
 Level = Literal["ok", "warn", "block"]
@@ -64,7 +64,15 @@ class Host:
         return [each for each in own if isinstance(each, ipaddress.IPv4Network)]
 
     def uses_xdp(self, link: netdev.Link) -> bool:
-        return self.mode == "xdp" or (self.mode == "auto" and drivers.xdp_policy(link)[0] == "xdp")
+        return self.mode == "xdp" or (self.mode == "auto" and drivers.auto(link, self.present)[0] == "xdp")
+
+    def device(self, link: netdev.Link) -> netdev.Link:
+        """Where XDP for an interface would be."""
+        return vlans.wire_of(link, self.present).device
+
+    def devices(self, *, xdp: bool = False) -> list[netdev.Link]:
+        """Those of all interfaces, or with ``xdp`` of those that are to use it, each once."""
+        return list(dict.fromkeys(self.device(link) for link in self.ports if not xdp or self.uses_xdp(link)))
 
     @cached_property
     def ruleset(self) -> "Ruleset":
@@ -227,30 +235,43 @@ def _overlaps(host: Host) -> Iterator[Finding]:
 
 def check_driver(host: Host) -> Iterator[Finding]:
     for link in host.ports:
-        hook, reason = drivers.xdp_policy(link)
+        hook, reason = drivers.auto(link, host.present)
+        device = host.device(link)
         chosen = "native XDP" if hook == "xdp" else "TC"
         yield Finding("driver", "ok", f"{link.name}: auto takes {chosen}: {reason}")
-        if host.mode == "xdp" and not (link.ethernet and drivers.native_xdp(link)):
-            message = f"{link.name}: no native XDP ({link.driver or link.kind or 'no Ethernet header'})"
+        if host.mode == "xdp" and not (device.ethernet and drivers.native_xdp(device)):
+            message = f"{link.name}: no native XDP ({device.driver or device.kind or 'no Ethernet header'})"
             yield Finding("driver", "block", message, "choose --mode auto or tc")
 
 
+def check_vlans(host: Host) -> Iterator[Finding]:
+    for device in host.devices():
+        native = drivers.xdp_policy(device)[0] == "xdp"
+        if host.mode == "tc" or not (native or host.mode == "xdp"):
+            continue
+        if trouble := vlans.trouble(device, host.present):
+            level: Level = "block" if host.mode == "xdp" else "warn"
+            yield Finding("vlans", level, f"no XDP on {device.name}: {trouble.why}", trouble.do)
+
+
 def check_hook(host: Host) -> Iterator[Finding]:
-    for link in host.ports:
+    users = host.devices(xdp=True)
+    for link in host.devices():
         if link.xdp_prog_id and link.xdp_prog_id not in host.ours:
-            level: Level = "block" if host.uses_xdp(link) else "warn"
+            level: Level = "block" if link in users else "warn"
             message = f"{link.name}: program {link.xdp_prog_id} of someone else is on the XDP hook"
             do = f"see `bpftool prog show id {link.xdp_prog_id}`; remove it or choose --mode tc"
             yield Finding("xdp_hook", level, message, do)
 
 
 def check_offloads(host: Host) -> Iterator[Finding]:
-    for link in host.ports:
+    users = host.devices(xdp=True)
+    for link in host.devices():
         active = netdev.offloads(link.name)
         if "rx-lro" in active:
             message = f"{link.name}: LRO is on, which breaks forwarding and is refused by XDP"
             yield Finding("offloads", "warn", message, f"ethtool -K {link.name} lro off")
-        if not host.uses_xdp(link):
+        if link not in users:
             continue
         if link.kind == "veth":
             yield _veth(link)
@@ -269,8 +290,8 @@ def _veth(link: netdev.Link) -> Finding:
 
 
 def check_mtu(host: Host) -> Iterator[Finding]:
-    for link in host.ports:
-        if host.uses_xdp(link) and link.mtu > XDP_MTU:
+    for link in host.devices(xdp=True):
+        if link.mtu > XDP_MTU:
             message = f"{link.name}: with an MTU of {link.mtu} most drivers refuse XDP"
             yield Finding("mtu", "warn", message, f"ip link set {link.name} mtu {XDP_MTU} or less, or --mode tc")
 
@@ -541,6 +562,7 @@ CHECKS: tuple[Callable[[Host], Iterator[Finding]], ...] = (
     check_roles,
     check_addresses,
     check_driver,
+    check_vlans,
     check_hook,
     check_offloads,
     check_mtu,

@@ -4,8 +4,10 @@ Native XDP where a hardware driver has it and can redirect; TC everywhere else. 
 64 kB super-packets, which TC keeps whole and XDP cannot (docs/architecture.md). Never generic XDP.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
+from xdpmasq import vlans
 from xdpmasq.netdev import XDP_FEATURE_BASIC, XDP_FEATURE_NDO_XMIT, XDP_FEATURE_REDIRECT, Link, kernel_release
 
 Hook = Literal["xdp", "tc"]
@@ -47,8 +49,17 @@ NATIVE_XDP: dict[str, tuple[int, int]] = {
 VIRTUAL = ("bonding", "hv_netvsc", "tap", "tun", "veth", "vif", "virtio_net", "vmxnet3")
 
 
+def auto(link: Link, links: Sequence[Link]) -> tuple[Hook, str]:
+    """The hook that `auto` takes on an interface, and the reason in words; of a VLAN the device below decides."""
+    device = vlans.wire_of(link, links).device
+    hook, why = xdp_policy(device)
+    if hook == "xdp" and (trouble := vlans.trouble(device, links)):
+        return "tc", f"{trouble.why}: {trouble.do}"
+    return hook, why
+
+
 def xdp_policy(link: Link) -> tuple[Hook, str]:
-    """The hook that `auto` takes on a link, and the reason in words."""
+    """The hook for a device by its kind and driver, and the reason in words."""
     if not link.ethernet:
         return "tc", "it has no Ethernet header"
     if link.kind or link.driver in VIRTUAL:

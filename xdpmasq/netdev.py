@@ -108,6 +108,21 @@ XDP_ATTACHED: dict[Any, str] = {
 
 
 @dataclass(frozen=True)
+class Vlan:
+    """What makes a link a VLAN device.
+
+    Attributes:
+        parent: index of the device below, 0 when that is in another network namespace.
+        tpid: EtherType of the tag: 0x8100 (802.1Q) or 0x88a8 (802.1ad).
+        vid: the VLAN's number.
+    """
+
+    parent: int
+    tpid: int
+    vid: int
+
+
+@dataclass(frozen=True)
 class Link:
     """A network interface.
 
@@ -118,6 +133,7 @@ class Link:
         xdp_prog_id: the program on the XDP hook, 0 for none.
         xdp_features: NETDEV_XDP_ACT_* bits that the kernel reports (6.3 and later), else None.
         master: index of the bridge, bond or VRF that this link is a port of, or 0.
+        vlan: set on VLAN devices.
     """
 
     index: int
@@ -133,6 +149,7 @@ class Link:
     xdp_mode: str | None
     xdp_features: int | None = None
     master: int = 0
+    vlan: Vlan | None = None
 
 
 def links() -> list[Link]:
@@ -195,6 +212,17 @@ def _link(message: Any, driver: str) -> Link:
         xdp_prog_id=prog_id,
         xdp_mode=mode,
         master=int(message.get_attr("IFLA_MASTER") or 0),
+        vlan=_vlan(message, info) if info and info.get_attr("IFLA_INFO_KIND") == "vlan" else None,
+    )
+
+
+def _vlan(message: Any, info: Any) -> Vlan:
+    data = info.get_attr("IFLA_INFO_DATA")
+    elsewhere = message.get_attr("IFLA_LINK_NETNSID") is not None
+    return Vlan(
+        parent=0 if elsewhere else int(message.get_attr("IFLA_LINK") or 0),
+        tpid=int(data.get_attr("IFLA_VLAN_PROTOCOL")),
+        vid=int(data.get_attr("IFLA_VLAN_ID")),
     )
 
 

@@ -51,5 +51,5 @@ def real_wan(gateway: Gateway) -> Iterator[str]:
     for hook in datapath.hooks("wan", xdp=False, ethernet=True):
         attachment.put(bench.wan, hook, bench.programs)
     yield bench.wan.name
-    attachment.clear(bench.wan, keep=(datapath.Hook("xdp", "masq_wan_xdp"),))
+    attachment.clear(bench.wan, keep=(datapath.Hook("xdp", "masq_xdp"),))
     netdev.clsact_del(bench.wan.index)

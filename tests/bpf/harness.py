@@ -34,6 +34,7 @@ SERVER, OTHER_SERVER, ROUTER = "203.0.113.10", "198.51.100.7", "198.51.100.254"
 INTERNAL = IPv4Network("192.168.0.0/24")
 NEXT_HOP_MAC, HOST_MAC = "02:00:00:00:10:10", "02:00:00:00:00:02"
 LAN_MAC, WAN_MAC = "02:00:00:00:00:01", "02:00:00:00:01:01"
+LAN_VLAN_MAC, WAN_VLAN_MAC = "02:00:00:00:00:10", "02:00:00:00:01:20"
 
 TICKS = 1000  # the bench's jiffies to its second; the kernel's own rate does not matter
 FURTHER = 256
@@ -143,6 +144,13 @@ def sums(packet: bytes, quoted: bool = False) -> dict[str, int | None]:
     return found
 
 
+def untagged(frame: bytes) -> bytes:
+    """The frame without its VLAN tags."""
+    while frame[12:14] in (b"\x81\x00", b"\x88\xa8"):
+        frame = frame[:12] + frame[16:]
+    return frame
+
+
 def quote(packet: bytes) -> bytes | None:
     """The packet quoted by an ICMP error, or None when it is no such error."""
     header = (packet[0] & 15) * 4
@@ -158,6 +166,8 @@ NETWORK = (
     f"link add lan0 address {LAN_MAC} type veth peer name lan1",
     f"link add wan0 address {WAN_MAC} type veth peer name wan1",
     "link add punt0 type veth peer name punt1",
+    # stand for VLAN devices: the programs know them by their indices only
+    f"link add lan10 address {LAN_VLAN_MAC} type veth peer name wan20 address {WAN_VLAN_MAC}",
     *(f"link set {name} arp off" for name in ("lan1", "wan1")),
     *(f"link set {name} up" for name in ("lan0", "lan1", "wan0", "wan1")),
     f"addr add {GATEWAY_INSIDE}/24 dev lan0",
@@ -182,8 +192,8 @@ class Bench:
         self.tables = datapath.Tables(self.programs.maps)
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.
-        netdev.xdp_attach(self.lan.index, self.programs["masq_lan_xdp"].fd, "native")
-        netdev.xdp_attach(self.wan.index, self.programs["masq_wan_xdp"].fd, "native")
+        netdev.xdp_attach(self.lan.index, self.programs["masq_xdp"].fd, "native")
+        netdev.xdp_attach(self.wan.index, self.programs["masq_xdp"].fd, "native")
         self.counter_names = list(source.counters())
         self._counters = np.zeros((len(self.counter_names), bpf.possible_cpus()), np.uint64)
         self._indices = np.zeros(len(self.counter_names), np.uint32)
@@ -378,12 +388,12 @@ class Gateway:
     def fast_outbound(self, packet: Packet | bytes) -> Result:
         """At the LAN's XDP hook."""
         frame = packet if isinstance(packet, bytes) else _frame(packet, LAN_MAC, HOST_MAC)
-        return self._xdp("masq_lan_xdp", frame, self.lan)
+        return self.fast(frame, self.lan)
 
     def fast_inbound(self, packet: Packet | bytes) -> Result:
         """At the WAN's XDP hook."""
         frame = packet if isinstance(packet, bytes) else _frame(packet, WAN_MAC, NEXT_HOP_MAC)
-        return self._xdp("masq_wan_xdp", frame, self.wan)
+        return self.fast(frame, self.wan)
 
     def lan_in(self, packet: Packet | bytes, **context: int) -> Result:
         """At the LAN's ingress, where hairpins are found; and on, at the WAN's egress, where they are translated."""
@@ -435,10 +445,11 @@ class Gateway:
         result = self._judge(function, frame, TC_VERDICTS[run.verdict], run.data)
         return replace(result, mark=struct.unpack_from("<I", run.context, 8)[0])
 
-    def _xdp(self, function: str, frame: bytes, ifindex: int) -> Result:
-        md = struct.pack("<6I", 0, len(frame), 0, ifindex, 0, 0)  # struct xdp_md
-        run = self.bench.programs[function].test_run(frame, context=md)
-        return self._judge(function, frame, XDP_VERDICTS[run.verdict], run.data)
+    def fast(self, frame: bytes, ifindex: int, room_taken: int = 0) -> Result:
+        """At the XDP hook of a device; so many bytes in front of the frame are taken by metadata."""
+        md = struct.pack("<6I", room_taken, room_taken + len(frame), 0, ifindex, 0, 0)  # struct xdp_md
+        run = self.bench.programs["masq_xdp"].test_run(bytes(room_taken) + frame, context=md)
+        return self._judge("masq_xdp", frame, XDP_VERDICTS[run.verdict], run.data[room_taken:])
 
     def _judge(self, function: str, before: bytes, verdict: str, after: bytes) -> Result:
         """No unaccounted exit; unmodified or translated whole; nothing internal on the WAN."""
@@ -477,10 +488,13 @@ class Gateway:
             assert after[6:] == before[6:]
         elif kind in ("fast", "slow"):
             turns = function == "masq_wan_in" and ended.startswith("slow_hairpin")
-            _assert_translated(before[l3:], after[l3:], hops=int(kind == "fast" or turns))
-        leaves = function in ("masq_wan_out", "masq_lan_xdp") and (verdict == "redirect" or kind in ("own", "slow"))
+            old, new = (before, after) if kind == "slow" else (untagged(before), untagged(after))
+            _assert_translated(old[l3:], new[l3:], hops=int(kind == "fast" or turns))
+        leaves = ended == "fast_outbound" or (
+            function == "masq_wan_out" and (verdict == "redirect" or kind in ("own", "slow"))
+        )
         if (leaves and punted is None) or ended.startswith("slow_hairpin"):
-            _assert_nothing_internal(after)
+            _assert_nothing_internal(untagged(after) if kind == "fast" else after)
         return Result(verdict, after, ended, counted, punted=punted)
 
     # --- the tables

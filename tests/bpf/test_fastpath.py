@@ -32,7 +32,7 @@ from harness import (
     wire,
 )
 from scapy.layers.inet import IP, UDP, IPOption_RR
-from scapy.layers.l2 import Dot1Q, Ether
+from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
 
@@ -158,7 +158,6 @@ GO_UP = [
     pytest.param(udp(HOST, 5000, SERVER, 53, bytes(1473)), "up_longer", id="longer than any before"),
     pytest.param(_frame(UDP_OUT, dst=WAN_MAC), "up_not_for_us", id="another MAC"),
     pytest.param(_frame(UDP_OUT, dst="ff:ff:ff:ff:ff:ff"), "up_not_for_us", id="broadcast"),
-    pytest.param(_frame(Dot1Q(vlan=5) / UDP_OUT), "up_not_ip", id="VLAN tag"),
     pytest.param(_damaged(UDP_OUT, 14, b"\x65"), "up_unusual_ip", id="IP version 6"),
     pytest.param(_damaged(UDP_OUT, 14, b"\x44"), "up_unusual_ip", id="IHL 4"),
     pytest.param(_damaged(UDP_OUT, 16, b"\x00\x1b"), "up_unusual_ip", id="length without a UDP header"),

@@ -577,7 +577,7 @@ def doctor(replace_module: Replace) -> SimpleNamespace:
         return list(module.findings)
 
     module.run = examine
-    names = {1: "masq_wan_xdp", 2: "somebody"}
+    names = {1: "masq_xdp", 2: "somebody"}
 
     class Program:
         def __init__(self, number: int) -> None:
