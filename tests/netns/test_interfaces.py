@@ -66,7 +66,10 @@ def test_a_new_wan_address_is_used_within_a_second(moving: Gateway) -> None:
 @both
 @pytest.mark.req("4787-7")
 def test_a_lease_that_overlaps_the_lan(unwatched: Gateway) -> None:
-    """Under a running agent: nobody can tell inside from outside, so nothing is masqueraded, and it says why. ARP asks with the new address."""
+    """Under a running agent: nobody can tell inside from outside, so nothing is masqueraded, and it says why.
+
+    Unwatched, as ARP rightly asks for the router with the WAN's new address.
+    """
     unwatched.readdress("192.168.0.129/25")
     soon(lambda: not unwatched.status()["working"], "it is noticed")
     assert "lan0 and wan0 overlap" in unwatched.status()["why_not"]
