@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from xdpmasq.config import (
+from xdpmasq.config import (Pcp)(
     Config,
     Filtering,
     Limits,
@@ -61,6 +61,7 @@ def test_example_has_every_key() -> None:
         "sessions": {"further", "inbound_refresh"},
         "tcp": {"mss"},
         "protocols": {"other"},
+        "pcp": {each.name for each in fields(Pcp)},
     }
 
 
