@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from xdpmasq.config import (Pcp)(
+from xdpmasq.config import (
     Config,
     Filtering,
     Limits,
+    Pcp,
     Ports,
     Timeouts,
     advice,
