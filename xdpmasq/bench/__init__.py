@@ -24,7 +24,6 @@ terminal.py markdown.py plot.py     three ways to show it
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from xdpmasq.bench.contestants import Chosen, parse_external
 from xdpmasq.bench.marks import MARKS
 from xdpmasq.bench.report import Report, Section, host, valued
 from xdpmasq.bench.stage import Settings, Stage
-from xdpmasq.errors import UsageError
+from xdpmasq.errors import HostError, UsageError
 
 __all__ = ["SCENARIOS", "Chosen", "Conditions", "Report", "Scenario", "Settings", "named", "parse_external", "run"]
 
@@ -110,18 +109,23 @@ def run(
         HostError: not root, or bcc or a tool is missing.
     """
     scenarios = named(names)
+    if os.geteuid() != 0:
+        raise HostError("the bench cannot build its network", "network namespaces need root", "run it with sudo")
     started = time.monotonic()
     name = conditions.name or f"masq-bench-{os.getpid()}"
-    stage = Stage(settings, measure.usable_cpu(conditions.cpu), name, chosen)
+    cpu = measure.usable_cpu(conditions.cpu)
     sections: list[Section] = []
     total, before = sum(scenario.seconds for scenario in scenarios), 0.0
-    flows = max((*settings.flows, settings.sessions, *scale.FLOWS))
-    with conntrack.raised(flows) if conditions.raise_conntrack else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if conditions.raise_conntrack:
+            stack.enter_context(conntrack.raised(max((*settings.flows, settings.sessions, *scale.FLOWS))))
+        stage = stack.enter_context(Stage(settings, cpu, name, chosen))
         for scenario in scenarios:
-            part = _part(scenario, before / total, scenario.seconds / total, tell)
-            sections += scenario.run(dataclasses.replace(stage, tell=part))
+            stage.tell = _part(scenario, before / total, scenario.seconds / total, tell)
+            stage.expect(1)
+            sections += scenario.run(stage)
             before += scenario.seconds
-    return Report(host(stage.cpu), tuple(sections), valued(MARKS, sections), time.monotonic() - started)
+    return Report(host(cpu), tuple(sections), valued(MARKS, sections), time.monotonic() - started)
 
 
 def _part(

@@ -1,7 +1,7 @@
 """The kernel's connection tracking: how much it may hold, raising that on purpose, and emptying a namespace's.
 
-``nf_conntrack_max`` and the size of the hash table belong to the whole machine. Another network namespace can read them,
-but the kernel lets only the initial one change them; so a benchmark in namespaces cannot have its own.
+``nf_conntrack_max`` and the size of the hash table belong to the whole machine. Other network namespaces can read
+them, but the kernel lets only the initial one change them; so a benchmark in namespaces cannot have its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """``--scenario control``: how long the control plane takes, and whether the datapath feels it.
 
-*attach*: from starting the command to the first datagram that comes out translated. With all the sessions open: *list*
-writes them to a file, *expiry* is one pass of the agent's code that looks for expired ones and finds none, *end* is the time
-until the agent has noticed that all have expired and has ended them, and round trips are timed before and during that.
+*attach*: from starting the command to the first datagram that comes out translated. With all sessions open: *list*
+writes them to a file, *expiry* is one pass of the agent's code that looks for expired ones and finds none, *end* is
+the time until the agent has noticed that all have expired and has ended them; round trips are timed before and during
+that.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def run(stage: Stage) -> Iterator[Section]:
     ours = stage.playing(lambda each: each.is_ours)
     stage.expect(4 * len(ours))
     yield Section(
-        key="control",
+        key=f"control/{sessions}",
         title=f"The control plane, with {sessions:,} sessions",
         command=f"xdpmasq bench --scenario control --sessions {sessions}",
         columns=_COLUMNS,
         lines=tuple(_line(stage, each, sessions) for each in ours),
         notes=(
-            "attach: until the first datagram is translated; list: all sessions to a file; expiry: one pass that finds "
+            "attach: until the first datagram is translated; list: all sessions to a file; expiry: a pass that finds "
             "none expired; end: all have expired, until the agent has noticed and ended them; p99 of UDP round trips "
             "before that, and during it.",
         ),
@@ -66,6 +67,7 @@ def _line(stage: Stage, contestant: Contestant, sessions: int) -> Line:
         with stage.lane(contestant) as lane:
             if not lane.plays:
                 raise HostError(lane.failure or lane.absent)
+            lane.traffic.wire()
             stage.step(f"opening the sessions of {lane.name}")
             if problems := turns.opened(lane, Case(sessions, SMALLEST_FRAME)).problems:
                 raise HostError("INVALID", problems[0])
@@ -126,7 +128,7 @@ def _expiry_s(lane: Lane) -> float:
 
 
 def _ended(lane: Lane, cpu: int) -> list[float]:
-    """Seconds until all sessions that the frames made have gone, and p99 of round trips before and during that, µs."""
+    """Seconds until the sessions that the frames made have gone; p99 of round trips before and during that, µs."""
     tables = _tables(lane)
     with Probe(lane.topology, 1.0) as probe, measure.pinned(cpu):
         latency.timed(probe, _TRIPS)  # the session is made and armed

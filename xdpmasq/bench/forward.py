@@ -28,10 +28,10 @@ def run(stage: Stage) -> Iterator[Section]:
     settings = stage.settings
     flows, sizes = settings.flows or FLOWS, settings.sizes or SIZES
     stage.flows_fit(flows)
-    with stage.lanes() as lanes:
-        stage.expect(turns.steps(lanes, settings.rounds) * len(flows) * len(sizes))
-        for case in (Case(each, size, settings.directions) for each in flows for size in sizes):
-            yield _section(stage, lanes, case, turns.play(stage, lanes, case))
+    lanes = stage.lanes()
+    stage.expect(turns.steps(lanes, settings.rounds) * len(flows) * len(sizes))
+    for case in (Case(each, size, settings.directions) for each in flows for size in sizes):
+        yield _section(stage, lanes, case, turns.play(stage, lanes, case))
 
 
 def _section(stage: Stage, lanes: Sequence[Lane], case: Case, played: Sequence[Turn]) -> Section:
@@ -46,7 +46,7 @@ def _section(stage: Stage, lanes: Sequence[Lane], case: Case, played: Sequence[T
         columns=COLUMNS,
         lines=tuple(lines(lanes, case.flows, played)),
         notes=(
-            f"CPU time for each packet, medians of {settings.rounds} rounds of {settings.packets:,} packets each way; "
+            f"CPU time for each packet, medians of {settings.rounds} rounds of {settings.packets:,} each way; "
             f"share: what the gateway adds to {BASE}.",
             checked(played),
         ),
@@ -82,14 +82,18 @@ def counts(turn: Turn) -> bool:
 
 
 def problems(lane: Lane, played: Sequence[Turn]) -> tuple[str, ...]:
-    """What was wrong with a contestant's turns, in words."""
-    found = [
+    """Why a contestant's line is not valid, in words."""
+    return (*invalid(lane, played), *([f"FAILED: {lane.failure}"] if lane.failure else []))
+
+
+def invalid(lane: Lane, played: Sequence[Turn]) -> list[str]:
+    """What was wrong with a contestant's turns."""
+    return [
         f"{f'round {turn.round}' if turn.round else 'warm-up'}: {problem}"
         for turn in played
         if turn.contestant == lane.name
         for problem in turn.problems
     ]
-    return (*found, *([f"FAILED: {lane.failure}"] if lane.failure else []))
 
 
 def absent(lane: Lane, flows: int) -> str:

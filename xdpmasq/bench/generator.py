@@ -104,6 +104,7 @@ class Traffic:
         self.maps = self._object.maps
         self._programs: dict[str, bpf.Program] = {}
         self._turn = 0
+        self._wired = False
         self._prepare_redirect()
 
     def program(self, function: str, kind: Literal["xdp", "tc"] = "xdp") -> bpf.Program:
@@ -124,18 +125,25 @@ class Traffic:
 
     def wire(self) -> None:
         """Attaches generators and sinks; from now on the sinks take everything, and sockets hear nothing."""
+        if self._wired:
+            return
         for direction, number in _INDEX.items():
             (start, port), (end, far_port) = _START[direction], _END[direction]
             with self.topology.inside(start):
                 self.maps["outlets"].set(number, socket.if_nametoindex(port))
             self.topology.attach_xdp(end, far_port, self.program(f"sink_{direction}").fd)
             self.topology.attach_xdp("lan", f"held{number}", self.program(f"generate_{direction}").fd)
+        self._wired = True
 
     def unwire(self) -> None:
-        """Takes the sinks away, so that sockets hear again."""
-        for direction in DIRECTIONS:
+        """Takes them away again."""
+        if not self._wired:
+            return
+        for direction, number in _INDEX.items():
             end, far_port = _END[direction]
             self.topology.detach_xdp(end, far_port, self.program(f"sink_{direction}").fd)
+            self.topology.detach_xdp("lan", f"held{number}", self.program(f"generate_{direction}").fd)
+        self._wired = False
 
     def begin(self, flows: int, frame_bytes: int) -> None:
         """From now on so many flows, one packet of each in turn, in frames of that (even) length.

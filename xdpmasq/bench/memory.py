@@ -1,8 +1,8 @@
 """``--scenario memory``: what a session takes.
 
 Ours is what the kernel charges for the maps (``memlock`` of their fdinfo), which are allocated at ``attach``, and the
-agent's own memory. The kernel's is the growth of the slab caches that connections are made of; others on the machine use
-the general ones too, so it is about right only when many sessions are opened at once.
+agent's own memory. The kernel's is the growth of the slab caches that connections are made of; others on the machine
+use the general ones too, so it is about right only when many sessions are opened at once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def run(stage: Stage) -> Iterator[Section]:
     stage.expect(len(contestants))
     for contestant in contestants:
         with stage.lane(contestant) as lane:
+            lane.traffic.wire()
             stage.step(f"opening the sessions of {lane.name}")
             line, said = _line(lane, sessions)
             lines.append(line)
             notes += said
     yield Section(
-        key="memory",
+        key=f"memory/{sessions}",
         title=f"Memory of {sessions:,} sessions",
         command=f"xdpmasq bench --scenario memory --sessions {sessions}",
         columns=(
@@ -48,7 +49,7 @@ def run(stage: Stage) -> Iterator[Section]:
         ),
         lines=tuple(lines),
         notes=(
-            "Our tables are allocated for all sessions there is room for when attaching; of the kernel's own NAT, the slab "
+            "Our tables are allocated for all sessions there is room for when attaching; of the kernel's NAT, the slab "
             "caches' growth while opening (without its hash table).",
             *notes,
         ),
@@ -122,7 +123,7 @@ def slabs_bytes(text: str | None = None) -> int:
         return 0
     total = 0
     for line in lines:
-        # name, active objects, objects, their size, objects a slab, pages a slab : tunables : slabdata active, slabs, …
+        # name, active objects, objects, size, objects a slab, pages a slab : tunables … : slabdata active slabs, slabs
         fields = line.replace(":", " ").split()
         if fields and re.fullmatch(r"nf_conntrack|kmalloc(-rnd-\d+)?-\d+k?", fields[0]):
             total += int(fields[12]) * int(fields[5]) * _PAGE

@@ -1,8 +1,8 @@
 """A client and a server on either side of the gateway, in one thread: is it there, what does it make of a datagram?
 
-A datagram sent from a socket runs through the whole gateway inside ``sendto()``, up to the other socket's queue: the veths'
-softirqs are raised on the sender's core and done before the call returns. So one thread can be both ends, and the round
-trip holds no wake-up of anybody.
+A datagram sent from a socket runs through the whole gateway inside ``sendto()``, up to the other socket's queue: the
+veths' softirqs are raised on the sender's core and done before the call returns. So one thread can be both ends, and
+the round trip holds no wake-up of anybody.
 """
 
 from __future__ import annotations

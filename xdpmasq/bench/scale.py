@@ -21,29 +21,35 @@ def run(stage: Stage) -> Iterator[Section]:
     flows = tuple(sorted(settings.flows or FLOWS))
     stage.flows_fit(flows)
     (size,) = settings.sizes[:1] or forward.SIZES[:1]
-    with stage.lanes() as lanes:
-        stage.expect(turns.steps(lanes, settings.rounds) * len(flows))
-        played = {each: turns.play(stage, lanes, Case(each, size, settings.directions)) for each in flows}
-        costs = {lane.name: {each: _cost(lane, played[each]) for each in flows} for lane in lanes}
-        command = (
-            f"xdpmasq bench --scenario scale {' '.join(f'--flows {each}' for each in flows)} --size {size} "
-            f"--rounds {settings.rounds} --packets {settings.packets}"
-        )
+    lanes = stage.lanes()
+    stage.expect(turns.steps(lanes, settings.rounds) * len(flows))
+    played = {each: turns.play(stage, lanes, Case(each, size, settings.directions)) for each in flows}
+    costs = {lane.name: {each: _cost(lane, played[each]) for each in flows} for lane in lanes}
+    command = (
+        f"xdpmasq bench --scenario scale {' '.join(f'--flows {each}' for each in flows)} --size {size} "
+        f"--rounds {settings.rounds} --packets {settings.packets}"
+    )
+    yield Section(
+        key="scale",
+        title=f"Cost against the number of flows, {size}-byte frames",
+        command=command,
+        columns=tuple(Column(f"{each:,}") for each in flows),
+        lines=tuple(_lines(lanes, played, costs)),
+        notes=(
+            f"CPU time for each packet, ns, medians of {settings.rounds} rounds of {settings.packets:,} packets each "
+            "way; every flow was seen just before each of them.",
+        ),
+        drawing=Drawing("curve", tuple(f"{each:,}" for each in flows), "ns for a packet"),
+        accounted=forward.accounted([turn for some in played.values() for turn in some]),
+    )
+    for against, title in ((BEST, "the bare redirect's"), (RIVAL, "nftables'")):
         yield Section(
-            key="scale",
-            title=f"Cost against the number of flows, {size}-byte frames",
+            key=f"scale/{against}",
+            title=f"Speed by {title}",
             command=command,
-            columns=tuple(Column(f"{each:,}") for each in flows),
-            lines=tuple(_lines(lanes, played, costs)),
-            notes=(
-                f"CPU time for each packet, ns, medians of {settings.rounds} rounds of {settings.packets:,} packets each "
-                "way; every flow was seen just before each of them.",
-            ),
-            drawing=Drawing("curve", tuple(f"{each:,}" for each in flows), "ns for a packet"),
-            accounted=forward.accounted([turn for some in played.values() for turn in some]),
+            columns=tuple(Column(f"{each:,}", ".2f") for each in flows),
+            lines=tuple(_speeds(costs, costs.get(against, {}))),
         )
-    for key, against, title in (("redirect", BEST, "the bare redirect's"), ("nftables", RIVAL, "nftables'")):
-        yield _speeds(key, against, f"Speed by {title}", command, flows, costs)
 
 
 def _cost(lane: Lane, played: Sequence[Turn]) -> float | None:
@@ -54,16 +60,12 @@ def _cost(lane: Lane, played: Sequence[Turn]) -> float | None:
 
 def _lines(lanes: Sequence[Lane], played: Mapping[int, Sequence[Turn]], costs: Costs) -> Iterator[Line]:
     for lane in lanes:
-        found = [
-            f"{flows:,} flows: {problem}" for flows in played for problem in forward.problems(lane, played[flows])
-        ]
+        found = [f"{flows:,} flows: {each}" for flows in played for each in forward.invalid(lane, played[flows])]
+        found += [f"FAILED: {lane.failure}"] if lane.failure else []
         reasons = [f"{flows:,}: {why}" for flows in played if (why := forward.absent(lane, flows))]
         yield Line(lane.name, tuple(costs[lane.name].values()), tuple(found), lane.absent or "; ".join(reasons))
 
 
-def _speeds(key: str, against: str, title: str, command: str, flows: Sequence[int], costs: Costs) -> Section:
-    lines = [
-        Line(name, tuple(figures.quotient(costs.get(against, {}).get(each), some[each]) for each in flows))
-        for name, some in costs.items()
-    ]
-    return Section(f"scale/{key}", title, command, tuple(Column(f"{each:,}", ".2f") for each in flows), tuple(lines))
+def _speeds(costs: Costs, theirs: Mapping[int, float | None]) -> Iterator[Line]:
+    for name, mine in costs.items():
+        yield Line(name, tuple(figures.quotient(theirs.get(flows), cost) for flows, cost in mine.items()))

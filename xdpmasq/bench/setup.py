@@ -34,7 +34,7 @@ def run(stage: Stage) -> Iterator[Section]:
         if flows > endpoints(number):
             raise UsageError(
                 f"cannot open {flows:,} flows in setup",
-                f"{number} public address{'es' * (number > 1)} can give each of {endpoints(number):,} a port of its own",
+                f"{number} public address{'es' * (number > 1)} can give {endpoints(number):,} a port of their own",
                 f"--flows {endpoints(number)}, or more --externals",
             )
     for nth, number in enumerate(wanted):
@@ -45,28 +45,28 @@ def _with_externals(stage: Stage, flows: int, externals: int, nth: int, of: int)
     settings = stage.settings
     case = Case(flows, (settings.sizes or (SMALLEST_FRAME,))[0], ("out",))
     played: list[Turn] = []
-    with stage.lanes(externals=externals) as lanes:
-        stage.expect(len(lanes) * settings.rounds, nth, of)
-        for round_ in range(1, settings.rounds + 1):
-            for lane in rotated([lane for lane in lanes if not turns.why_not(lane, flows)], round_ - 1):
-                stage.step(f"round {round_}, {lane.name}")
-                work = functools.partial(_opened, lane, round_, case, settings.packets)
-                played.append(turns.guarded(lane, round_, work))
-        return Section(
-            key=f"setup/{externals}",
-            title=f"New flows: each packet opens one, {externals} public address{'es' * (externals > 1)}",
-            command=f"xdpmasq bench --scenario setup --externals {externals} --flows {flows} "
-            f"--rounds {settings.rounds} --packets {settings.packets}",
-            columns=_COLUMNS,
-            lines=tuple(_lines(lanes, flows, played)),
-            notes=(
-                f"CPU time for each, medians of {settings.rounds} rounds of {settings.packets:,}; the tables are emptied "
-                f"after every {flows:,}.",
-                forward.checked(played),
-            ),
-            drawing=Drawing("bars", ("ns",), "ns for a new flow"),
-            accounted=forward.accounted(played),
-        )
+    lanes = stage.lanes(externals=externals)
+    stage.expect(len(lanes) * settings.rounds, nth, of)
+    for round_ in range(1, settings.rounds + 1):
+        for lane in rotated([lane for lane in lanes if not turns.why_not(lane, flows)], round_ - 1):
+            stage.step(f"round {round_}, {lane.name}")
+            work = functools.partial(_opened, lane, round_, case, settings.packets)
+            played.append(turns.guarded(lane, round_, work))
+    return Section(
+        key=f"setup/{externals}",
+        title=f"New flows: each packet opens one, {externals} public address{'es' * (externals > 1)}",
+        command=f"xdpmasq bench --scenario setup --externals {externals} --flows {flows} "
+        f"--rounds {settings.rounds} --packets {settings.packets}",
+        columns=_COLUMNS,
+        lines=tuple(_lines(lanes, flows, played)),
+        notes=(
+            f"CPU time for each, medians of {settings.rounds} rounds of {settings.packets:,}; the tables are emptied "
+            f"after every {flows:,}.",
+            forward.checked(played),
+        ),
+        drawing=Drawing("bars", ("ns",), "ns for a new flow"),
+        accounted=forward.accounted(played),
+    )
 
 
 def _lines(lanes: list[Lane], flows: int, played: list[Turn]) -> Iterator[Line]:

@@ -1,14 +1,15 @@
 """What every scenario is given: what is to be measured, who plays, on which core, and lanes to play in.
 
-A *lane* is one contestant set up in a network of its own. All lanes stand side by side for the length of a scenario, so
-that the rounds can go from one contestant to the next without setting anybody up again.
+A *lane* is one contestant set up in a network of its own. All lanes stand side by side until the end, so that rounds
+can go from one contestant to the next, and scenario after scenario, without setting anybody up again.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from xdpmasq.bench import conntrack
 from xdpmasq.bench import contestants as who
@@ -29,7 +30,7 @@ class Settings:
         externals: numbers of public addresses.
         rounds: each contestant plays once in each.
         packets: measured for each direction in each round.
-        seconds: of a TCP transfer.
+        seconds: of a TCP transfer; iperf3 knows whole ones only.
         sessions: that the memory and control scenarios open.
     """
 
@@ -39,7 +40,7 @@ class Settings:
     externals: tuple[int, ...] = ()
     rounds: int = 7
     packets: int = 200_000
-    seconds: float = 2.0
+    seconds: int = 2
     sessions: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -91,33 +92,38 @@ def _nobody(text: str, done: float) -> None:
     pass
 
 
-@dataclass
 class Stage:
-    """Where scenarios are played.
+    """Where scenarios are played; a context manager, after which no network is left.
 
-    Attributes:
+    Args:
         cpu: the core that carries everything that is measured.
         name: with which the namespaces' names begin.
+
+    Attributes:
         tell: is told what happens now, and how much of the scenario is done (0 to 1).
     """
 
-    settings: Settings
-    cpu: int
-    name: str
-    chosen: Chosen = field(default_factory=Chosen)
-    tell: Callable[[str, float], None] = _nobody
-    _share: tuple[float, float] = (0, 1)
-    _steps: int = 1
-    _done: int = 0
+    def __init__(self, settings: Settings, cpu: int, name: str, chosen: Chosen | None = None) -> None:
+        self.settings, self.cpu, self.name, self.chosen = settings, cpu, name, chosen or Chosen()
+        self.tell: Callable[[str, float], None] = _nobody
+        self._standing: dict[tuple[str, int], Lane] = {}
+        self._stack = contextlib.ExitStack()
+        self._start, self._length, self._steps, self._done, self._made = 0.0, 1.0, 1, 0, 0
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def expect(self, steps: int, part: int = 0, parts: int = 1) -> None:
         """This part of the scenario will take so many steps of some equal length."""
-        self._share, self._steps, self._done = (part / parts, 1 / parts), max(steps, 1), 0
+        self._start, self._length = part / parts, 1 / parts
+        self._steps, self._done = max(steps, 1), 0
 
     def step(self, text: str) -> None:
         """The next step begins."""
-        start, length = self._share
-        self.tell(text, start + length * min(self._done / self._steps, 1))
+        self.tell(text, self._start + self._length * min(self._done / self._steps, 1))
         self._done += 1
 
     def flows_fit(self, flows: Sequence[int]) -> None:
@@ -132,36 +138,37 @@ class Stage:
         """Whoever is chosen and suits the scenario."""
         return [each for each in self.chosen.among(externals) if suits(each)]
 
-    @contextlib.contextmanager
     def lanes(
         self, suits: Callable[[Contestant], bool] = lambda each: True, *, externals: int = 1, wired: bool = True
-    ) -> Iterator[list[Lane]]:
-        """A lane for each of those, and nothing left of them afterwards.
+    ) -> list[Lane]:
+        """A lane for each of those; they stay for the scenarios that follow.
 
         Args:
             wired: with generators and sinks; otherwise sockets can talk through the gateways.
         """
-        with contextlib.ExitStack() as stack:
-            yield [
-                stack.enter_context(self.lane(each, number, externals=externals, wired=wired))
-                for number, each in enumerate(self.playing(suits, externals))
-            ]
+        lanes = [self._lane(each, externals) for each in self.playing(suits, externals)]
+        for lane in lanes:
+            lane.traffic.wire() if wired else lane.traffic.unwire()
+        return lanes
+
+    def _lane(self, contestant: Contestant, externals: int) -> Lane:
+        key = (contestant.name, externals)
+        if key not in self._standing:
+            self._standing[key] = self._stack.enter_context(self.lane(contestant, externals))
+        return self._standing[key]
 
     @contextlib.contextmanager
-    def lane(
-        self, contestant: Contestant, number: int = 0, *, externals: int = 1, wired: bool = True
-    ) -> Iterator[Lane]:
-        """One contestant's lane; whether it could be set up stands in the lane."""
-        self.tell(f"setting up {contestant.name}", self._share[0])
+    def lane(self, contestant: Contestant, externals: int = 1) -> Iterator[Lane]:
+        """A fresh lane, for a while; whether the contestant could be set up stands in it."""
+        self.tell(f"setting up {contestant.name}", self._start)
         with contextlib.ExitStack() as stack:
-            network = stack.enter_context(Topology(f"{self.name}-{number}", externals))
+            self._made += 1
+            network = stack.enter_context(Topology(f"{self.name}-{self._made}", externals))
             traffic = Traffic(network, self.cpu)
             stack.callback(traffic.close)
             lane = Lane(contestant, traffic)
             try:
                 stack.enter_context(contestant.running(traffic))
-                if wired:
-                    traffic.wire()
             except AbsentError as error:
                 lane.absent = str(error)
             except MasqError as error:

@@ -106,9 +106,8 @@ def _letters(names: Sequence[str]) -> list[str]:
     """One for each name, none twice; ours by what follows the common beginning."""
     taken: list[str] = []
     for name in names:
-        free = [
-            each for each in name.removeprefix("xdpmasq-").upper() + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if each not in taken
-        ]
+        wanted = name.removeprefix("xdpmasq-").upper() + string.ascii_uppercase
+        free = [each for each in wanted if each not in taken]
         taken.append(free[0] if free else "*")
     return taken
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -82,7 +81,7 @@ class Answer:
 def endpoints(externals: int) -> int:
     """How many endpoints inside so many public addresses have ports for.
 
-    One address has some 36,000 ports outside the gateway's own. Of several each host keeps one, so some get more hosts.
+    One address has some 36,000 ports outside the gateway's own. Of several each host keeps one.
     """
     return 30_000 if externals == 1 else 25_000 * externals
 
@@ -138,8 +137,6 @@ class Topology:
         return [self.namespace(role) for role in ROLES]
 
     def __enter__(self) -> Topology:
-        if os.geteuid() != 0:
-            raise HostError("the bench cannot build its network", "network namespaces need root", "run it with sudo")
         if taken := [name for name in self.namespaces if netns.exists(name)]:
             raise HostError("the bench cannot build its network", f"{taken[0]} exists", "remove it, or wait")
         try:

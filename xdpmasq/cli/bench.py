@@ -18,7 +18,7 @@ from xdpmasq.bench.contestants import NAMES
 from xdpmasq.bench.generator import DIRECTIONS
 from xdpmasq.bench.generator import Direction as OneWay
 
-_QUICK_ROUNDS, _QUICK_PACKETS, _QUICK_SECONDS = 3, 100_000, 1.0
+_QUICK_ROUNDS, _QUICK_PACKETS, _QUICK_SECONDS = 3, 100_000, 1
 _SCENARIOS = "forward|scale|setup|latency|tcp|memory|isolated|control|all"
 
 
@@ -41,7 +41,7 @@ SIZE = typer.Option(
 DIRECTION = typer.Option(Direction.BOTH, help="Which packets are measured, in forward and scale.")
 EXTERNALS = typer.Option([], help="Public addresses, in setup.  [default: 1 and 4]", show_default=False)
 SESSIONS = typer.Option(Settings.sessions, help="Opened in memory and control.")
-SECONDS = typer.Option(0.0, min=0, help=f"Of a TCP transfer.  [default: {Settings.seconds:g}]", show_default=False)
+SECONDS = typer.Option(0, min=0, help=f"Of a TCP transfer.  [default: {Settings.seconds}]", show_default=False)
 ROUNDS = typer.Option(
     0, min=0, help=f"Each contestant plays once a round.  [default: {Settings.rounds}]", show_default=False
 )
@@ -72,7 +72,7 @@ def bench(  # noqa: PLR0917  these are the command line
     direction: Direction = DIRECTION,
     externals: list[int] = EXTERNALS,
     sessions: int = SESSIONS,
-    seconds: float = SECONDS,
+    seconds: int = SECONDS,
     rounds: int = ROUNDS,
     packets: int = PACKETS,
     contestant: list[str] = CONTESTANT,
