@@ -1,8 +1,8 @@
 """``--scenario isolated``: each program of ours by itself, under BPF_PROG_TEST_RUN, on an established flow's frame.
 
 The programs are those that are attached, with their tables. A test run hands the packet on to its next repetition
-as the program left it, so a small program first writes the frame anew and then jumps to the one that is measured; what
-it costs with an empty one behind it is taken off. What comes out in the end is checked.
+as the program left it, so a small program first writes the frame anew and then jumps to the one that is measured;
+what it costs with an empty one behind it is taken off. What comes out is checked.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(stage: Stage) -> Iterator[Section]:
         columns=(Column("ns a run"), Column("±", ".0%")),
         lines=tuple(lines),
         notes=(
-            f"BPF_PROG_TEST_RUN, {_REPEAT:,} runs on one {SMALLEST_FRAME}-byte frame of an established flow, so all is "
+            f"BPF_PROG_TEST_RUN, {_REPEAT:,} runs on one {SMALLEST_FRAME}-byte frame of an established flow, all is "
             "in the caches; medians; without redirecting, sending or receiving.",
         ),
         drawing=Drawing("bars", ("ns a run",), "ns a run"),

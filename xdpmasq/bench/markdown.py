@@ -35,7 +35,7 @@ def doubts(section: Section) -> list[str]:
     found = [f"INVALID: {line.name}: {problem}" for line in section.lines for problem in line.problems]
     if section.accounted is not None and section.accounted < ENOUGH_ACCOUNTED:
         found.append(
-            f"The CPU clocks account for {section.accounted:.0%} of the time only: the hypervisor steals time, or this "
+            f"The CPU clocks account for {section.accounted:.0%} of the time: the hypervisor steals time, or this "
             "kernel accounts interrupts apart (CONFIG_IRQ_TIME_ACCOUNTING)."
         )
     return found

@@ -49,8 +49,8 @@ def run(stage: Stage) -> Iterator[Section]:
         ),
         lines=tuple(lines),
         notes=(
-            "Our tables are allocated for all sessions there is room for when attaching; of the kernel's NAT, the slab "
-            "caches' growth while opening (without its hash table).",
+            "Our tables are allocated for all sessions there is room for when attaching; of the kernel's NAT, the "
+            "slab caches' growth while opening (without its hash table).",
             *notes,
         ),
     )  # fmt: skip
@@ -123,7 +123,7 @@ def slabs_bytes(text: str | None = None) -> int:
         return 0
     total = 0
     for line in lines:
-        # name, active objects, objects, size, objects a slab, pages a slab : tunables … : slabdata active slabs, slabs
+        # name, active objects, objects, size, objects/slab, pages/slab : tunables … : slabdata active slabs, slabs
         fields = line.replace(":", " ").split()
         if fields and re.fullmatch(r"nf_conntrack|kmalloc(-rnd-\d+)?-\d+k?", fields[0]):
             total += int(fields[12]) * int(fields[5]) * _PAGE

@@ -52,7 +52,7 @@ class Settings:
             if not SMALLEST_FRAME <= size <= BROADEST_FRAME or size % 2:
                 raise UsageError(
                     f"cannot send frames of {size} bytes",
-                    f"even lengths from {SMALLEST_FRAME} to {BROADEST_FRAME} (without the check sequence) can be made",
+                    f"{SMALLEST_FRAME} to {BROADEST_FRAME}, even, without the check sequence, can be made",
                 )
         for externals in self.externals:
             if not 1 <= externals <= MOST_EXTERNALS:
