@@ -193,7 +193,7 @@ def valued(marks: Iterable[Mark], sections: Sequence[Section]) -> tuple[Mark, ..
 
 def from_dict(fields: Mapping[str, Any]) -> Report:
     """The inverse of :meth:`Report.as_dict` after a journey through JSON."""
-    marks = [Mark(**{key: value for key, value in mark.items() if key != "verdict"}) for mark in fields["marks"]]
+    marks = [Mark(**{key: mark[key] for key in mark if key != "verdict"}) for mark in fields["marks"]]
     return Report(Host(**fields["host"]), tuple(map(_section, fields["sections"])), tuple(marks), fields["seconds"])
 
 
