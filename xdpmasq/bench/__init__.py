@@ -125,7 +125,8 @@ def run(
             stage.expect(1)
             sections += scenario.run(stage)
             before += scenario.seconds
-    return Report(host(cpu), tuple(sections), valued(MARKS, sections), time.monotonic() - started)
+        machine = host(cpu)  # with connection tracking as it was
+    return Report(machine, tuple(sections), valued(MARKS, sections), time.monotonic() - started)
 
 
 def _part(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xdpmasq import __version__
+from xdpmasq.bench import conntrack
 
 # Below this the CPU clocks miss work: see measure.py.
 ENOUGH_ACCOUNTED = 0.95
@@ -138,7 +139,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Host:
-    """What the figures were measured on."""
+    """What the figures were measured on; ``versions`` of the programs, and how much connection tracking may hold."""
 
     kernel: str
     cpu_model: str
@@ -216,6 +217,8 @@ def _section(fields: Mapping[str, Any]) -> Section:
 def host(cpu: int, tools: Iterable[str] = ("nft", "iperf3")) -> Host:
     """This machine, with the versions of what was measured."""
     versions = {"xdpmasq": __version__, **{tool: _version(tool) for tool in tools}}
+    if limit := conntrack.most():
+        versions["nf_conntrack_max"] = f"{limit:,}"
     return Host(
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu_model=_cpu_model(),
