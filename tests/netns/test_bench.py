@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from xdpmasq import datapath
-from xdpmasq.bench import SCENARIOS, Chosen, Settings, measure, parse_external, turns
+from xdpmasq.bench import SCENARIOS, Chosen, Settings, conntrack, measure, parse_external, setup, turns
 from xdpmasq.bench.contestants import BASE, NAMES, Contestant
 from xdpmasq.bench.generator import Expectation
 from xdpmasq.bench.report import Section
@@ -214,7 +214,7 @@ def test_what_is_wrong_is_invalid(
     assert "share port" in said or any(said in problem for problem in round_.problems), round_.problems
 
 
-def test_somebody_elses_gateway(stage: Stage, tmp_path: Path) -> None:
+def test_somebody_elses_gateway(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "nat.sh"
     script.write_text(SCRIPT)
     script.chmod(0o755)
@@ -223,6 +223,11 @@ def test_somebody_elses_gateway(stage: Stage, tmp_path: Path) -> None:
         assert mine.plays, mine.failure
         mine.traffic.wire()
         assert [turn.problems for turn in played(mine)] == [(), ()]
+        assert setup._opened(mine, 1, Case(100, 64, ("out",)), 100).problems == ()
+        # As of one that keeps tables of its own, which nobody could empty.
+        monkeypatch.setattr(conntrack, "count", lambda network: 1)
+        problems = setup._opened(mine, 1, Case(100, 64, ("out",)), 100).problems
+        assert problems == ("its tables cannot be emptied: the kernel tracks 1 of 100 flows",)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def run(
             stage.expect(1)
             sections += scenario.run(stage)
             before += scenario.seconds
-        machine = host(cpu)  # with connection tracking as it was
+        machine = host(cpu)  # before connection tracking is put back
     return Report(machine, tuple(sections), valued(MARKS, sections), time.monotonic() - started)
 
 

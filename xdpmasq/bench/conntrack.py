@@ -19,6 +19,7 @@ from xdpmasq.errors import HostError
 
 _MAX = Path("/proc/sys/net/netfilter/nf_conntrack_max")
 _BUCKETS = Path("/proc/sys/net/netfilter/nf_conntrack_buckets")
+_COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _SPARE = 1.05  # beyond the flows that are to fit
 
 _NETLINK_NETFILTER = 12
@@ -64,6 +65,12 @@ def raised(flows: int) -> Iterator[None]:
         for path, text in before.items():
             with contextlib.suppress(OSError):
                 path.write_text(text)
+
+
+def count(network: Topology) -> int:
+    """Connections of the gateway."""
+    with network.inside("gate"):
+        return int(_COUNT.read_text()) if _COUNT.exists() else 0
 
 
 def forget(network: Topology) -> None:

@@ -54,7 +54,7 @@ class Contestant:
         probe: a command that fails where this kernel lacks what it needs; ``lacks`` says what that is.
         start, stop: commands that set it up and take it down.
         background: a command that runs as long as the contestant plays, or sets it up and ends.
-        forget: empties its tables, so that every packet opens a new flow.
+        forget: empties its tables, so that every packet opens a new flow; of somebody else's, the kernel's alone.
     """
 
     name: str
@@ -275,6 +275,5 @@ def parse_external(text: str) -> Contestant:
         " ".join(argv),
         Expectation(translated=True, hops=1),
         kernel_forwards=True,
-        tracks=True,
         background=tuple(argv),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from xdpmasq.bench import forward, turns
+from xdpmasq.bench import conntrack, forward, turns
 from xdpmasq.bench.contestants import BEST, RIVAL
 from xdpmasq.bench.generator import SMALLEST_FRAME, Tally
 from xdpmasq.bench.report import Column, Drawing, Line, Section
@@ -88,6 +88,9 @@ def _opened(lane: Lane, round_: int, case: Case, packets: int) -> Turn:
         problems += tally.problems
         if warming and lane.contestant.expected.translated:
             problems += lane.traffic.port_problems()
+        if lane.contestant.background and (tracked := conntrack.count(lane.topology)) < case.flows:
+            problems.append(f"its tables cannot be emptied: the kernel tracks {tracked:,} of {case.flows:,} flows")
+            break
         if not warming:
             tallies.append(tally)
     return Turn(lane.name, round_, tuple(tallies), tuple(problems))
