@@ -2,94 +2,135 @@
 
 ::
 
-    with Bench(Settings()) as bench:
-        for turn in bench.play():
-            ...
-    report = bench.report()
+    report = run(["forward"], Settings(), Chosen(), conditions)
 
 ====================  ==============================================================
 topology.py           three namespaces in a row
 traffic.c             generators, sinks, and the gateways that need no kernel
 generator.py          bounded passes of that traffic, and what became of it
+probe.py              a client and a server on either side of the gateway
 measure.py            CPU time of the core that carries everything
+conntrack.py          how much the kernel's own NAT may hold
 contestants.py        the gateways: how to set them up, what they must do to a packet
-rounds.py             warm-up, chunks, turns; every contestant once in each round
-report.py             medians, shares, quotients, marks
+stage.py              contestants side by side, each in a network of its own
+turns.py              flows opened; every contestant once in each round
+forward.py setup.py scale.py latency.py tcp.py memory.py isolated.py control.py     one scenario each
+figures.py            medians, shares, quotients
+report.py marks.py    what was found, and what was promised
+terminal.py markdown.py plot.py     three ways to show it
 ====================  ==============================================================
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from dataclasses import dataclass
 
-from xdpmasq.bench import measure, rounds
-from xdpmasq.bench.contestants import CONTESTANTS, Contestant, chosen
-from xdpmasq.bench.generator import Traffic
-from xdpmasq.bench.report import Host, Mark, Report, Row, host, report
-from xdpmasq.bench.rounds import Settings, Turn
-from xdpmasq.bench.topology import Topology
+from xdpmasq.bench import conntrack, control, forward, isolated, latency, measure, memory, scale, setup, tcp
+from xdpmasq.bench.contestants import Chosen, parse_external
+from xdpmasq.bench.marks import MARKS
+from xdpmasq.bench.report import Report, Section, host, valued
+from xdpmasq.bench.stage import Settings, Stage
+from xdpmasq.errors import HostError, UsageError
 
-__all__ = ["CONTESTANTS", "Bench", "Contestant", "Host", "Mark", "Report", "Row", "Settings", "Turn", "chosen"]
+__all__ = ["SCENARIOS", "Chosen", "Conditions", "Report", "Scenario", "Settings", "named", "parse_external", "run"]
 
 
-class Bench:
-    """One run, from building the network to removing it; a context manager.
+@dataclass(frozen=True)
+class Scenario:
+    """What one can ask for by name.
 
-    Args:
-        contestants: who takes part; everybody by default.
-        cpu: the core that carries everything; by default the last this process may use.
-        name: with which the namespaces' names begin; by default one of this process's own.
-
-    Raises:
-        HostError: not root, bcc or a tool is missing.
-        DatapathError: the kernel does not take the traffic's programs.
+    Attributes:
+        seconds: about how long it takes here, for the estimate of the time left.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        contestants: Sequence[Contestant] = CONTESTANTS,
-        *,
-        cpu: int | None = None,
-        name: str | None = None,
-    ) -> None:
-        self.settings = settings
-        self.contestants = list(contestants)
-        self.topology = Topology(name)
-        self.turns: list[Turn] = []
-        self._cpu = measure.usable_cpu(cpu)
-        self._stack = contextlib.ExitStack()
-        self._started = time.monotonic()
+    name: str
+    summary: str
+    seconds: float
+    run: Callable[[Stage], Iterator[Section]]
 
-    def __enter__(self) -> Bench:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.topology)
-            self._traffic = Traffic(
-                self.topology, flows=self.settings.flows, frame_bytes=self.settings.frame_bytes, cpu=self._cpu
-            )
-            stack.callback(self._traffic.close)
-            self._stack = stack.pop_all()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+SCENARIOS = (
+    Scenario("forward", "CPU time for a packet of an established flow", 60, forward.run),
+    Scenario("scale", "the same against the number of flows", 180, scale.run),
+    Scenario("setup", "CPU time for a new flow", 60, setup.run),
+    Scenario("latency", "UDP round trips", 40, latency.run),
+    Scenario("tcp", "bulk TCP for a second of CPU time", 120, tcp.run),
+    Scenario("memory", "bytes for a session", 40, memory.run),
+    Scenario("isolated", "each program by itself", 25, isolated.run),
+    Scenario("control", "attaching, listing, expiring", 60, control.run),
+)
 
-    def play(self, announce: Callable[[str, int], None] = lambda name, round_: None) -> Iterator[Turn]:
-        """All turns, as they end; ``announce`` is told contestant and round (from 1) before each.
 
-        Raises:
-            StillThereError: a contestant could not be taken down.
-        """
-        for turn in rounds.play(self._traffic, self.contestants, self.settings, announce):
-            self.turns.append(turn)
-            yield turn
+def named(names: Sequence[str]) -> list[Scenario]:
+    """The scenarios of those names, in order; every one for ``all``.
 
-    def report(self) -> Report:
-        """The figures of the turns played so far; also after the end."""
-        names = [contestant.name for contestant in self.contestants]
-        return report(self.turns, names, self.settings, host(self._cpu), time.monotonic() - self._started)
+    Raises:
+        UsageError: there is none of a name.
+    """
+    known = [scenario.name for scenario in SCENARIOS]
+    if unknown := [name for name in names if name not in (*known, "all")]:
+        raise UsageError(f"no scenario {unknown[0]}", f"there are {', '.join(known)}", "name one of these, or all")
+    return [scenario for scenario in SCENARIOS if scenario.name in names or "all" in names]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under which it is run.
+
+    Attributes:
+        cpu: the core that carries everything; None: the last this process may use.
+        raise_conntrack: connection tracking gets room for all flows meanwhile, on the whole machine.
+        name: with which the namespaces' names begin.
+    """
+
+    cpu: int | None = None
+    raise_conntrack: bool = False
+    name: str = ""
+
+
+def run(
+    names: Sequence[str],
+    settings: Settings,
+    chosen: Chosen,
+    conditions: Conditions,
+    tell: Callable[[str, float], None] = lambda text, done: None,
+) -> Report:
+    """Plays the scenarios.
+
+    Args:
+        tell: is told what happens, and how much of all of it is done, from 0 to 1.
+
+    Raises:
+        UsageError: this cannot be measured.
+        HostError: not root, or bcc or a tool is missing.
+    """
+    scenarios = named(names)
+    if os.geteuid() != 0:
+        raise HostError("the bench cannot build its network", "network namespaces need root", "run it with sudo")
+    started = time.monotonic()
+    name = conditions.name or f"masq-bench-{os.getpid()}"
+    cpu = measure.usable_cpu(conditions.cpu)
+    sections: list[Section] = []
+    total, before = sum(scenario.seconds for scenario in scenarios), 0.0
+    with contextlib.ExitStack() as stack:
+        if conditions.raise_conntrack:
+            stack.enter_context(conntrack.raised(max((*settings.flows, settings.sessions, *scale.FLOWS))))
+        stage = stack.enter_context(Stage(settings, cpu, name, chosen))
+        for scenario in scenarios:
+            stage.tell = _part(scenario, before / total, scenario.seconds / total, tell)
+            stage.expect(1)
+            sections += scenario.run(stage)
+            before += scenario.seconds
+        machine = host(cpu)  # before connection tracking is put back
+    return Report(machine, tuple(sections), valued(MARKS, sections), time.monotonic() - started)
+
+
+def _part(
+    scenario: Scenario, start: float, length: float, tell: Callable[[str, float], None]
+) -> Callable[[str, float], None]:
+    """A listener for one scenario, as part of all."""
+    return lambda text, done: tell(f"{scenario.name}: {text}", start + length * done)

@@ -19,7 +19,7 @@ import numpy as np
 
 from xdpmasq import bpf
 from xdpmasq.bench import measure
-from xdpmasq.bench.topology import ENDPOINTS, REMOTES, Role, Topology, defines, mac_words
+from xdpmasq.bench.topology import REMOTES, Role, Topology, defines, endpoints, mac_words
 
 Direction = Literal["out", "in"]
 DIRECTIONS: tuple[Direction, ...] = ("out", "in")
@@ -85,52 +85,75 @@ class Tally:
 
 
 class Traffic:
-    """Generators and sinks on a topology.
+    """Generators and sinks for a topology; compiled at once, attached by :meth:`wire`.
 
     Args:
-        flows: how many; one packet of each in turn.
-        frame_bytes: from the Ethernet header on, without the frame check sequence; even.
         cpu: the core on which all of it runs.
 
     Raises:
         HostError, DatapathError: as :func:`xdpmasq.bpf.compile`.
     """
 
-    def __init__(self, topology: Topology, *, flows: int, frame_bytes: int, cpu: int) -> None:
+    def __init__(self, topology: Topology, cpu: int) -> None:
         self.topology = topology
-        self.flows = flows
-        self.frame_bytes = frame_bytes
         self.cpu = cpu
+        self.flows = 1
+        self.frame_bytes = SMALLEST_FRAME
         self._clock = measure.CoreClock(cpu)
-        self._object = bpf.compile(_TRAFFIC, defines())
-        self._maps = self._object.maps
+        self._object = bpf.compile(_TRAFFIC, defines(topology.externals))
+        self.maps = self._object.maps
         self._programs: dict[str, bpf.Program] = {}
         self._turn = 0
-        self._wire()
+        self._wired = False
+        self._prepare_redirect()
 
-    def program(self, function: str) -> bpf.Program:
+    def program(self, function: str, kind: Literal["xdp", "tc"] = "xdp") -> bpf.Program:
         """A function of ``traffic.c``, loaded at its first use and kept."""
         if function not in self._programs:
-            self._programs[function] = self._object.load(function, "xdp")
+            self._programs[function] = self._object.load(function, kind)
         return self._programs[function]
 
-    def _wire(self) -> None:
+    def _prepare_redirect(self) -> None:
+        for direction, number in _INDEX.items():
+            end, far_port = _END[direction]
+            # A devmap takes the index of an interface in the namespace of the caller, and keeps the device.
+            with self.topology.inside("gate"):
+                self.maps["gate_outlets"].set(number, socket.if_nametoindex(far_port))
+            macs = np.zeros((), self.maps["gate_macs"].value)
+            macs["dst"], macs["src"] = mac_words(end, far_port), mac_words("gate", far_port)
+            self.maps["gate_macs"].set(number, macs)
+
+    def wire(self) -> None:
+        """Attaches generators and sinks; from now on the sinks take everything, and sockets hear nothing."""
+        if self._wired:
+            return
         for direction, number in _INDEX.items():
             (start, port), (end, far_port) = _START[direction], _END[direction]
-            # A devmap takes the index of an interface in the namespace of the caller, and keeps the device.
             with self.topology.inside(start):
-                self._maps["outlets"].set(number, socket.if_nametoindex(port))
-            with self.topology.inside("gate"):
-                self._maps["gate_outlets"].set(number, socket.if_nametoindex(far_port))
-            macs = np.zeros((), self._maps["gate_macs"].value)
-            macs["dst"], macs["src"] = mac_words(end, far_port), mac_words("gate", far_port)
-            self._maps["gate_macs"].set(number, macs)
+                self.maps["outlets"].set(number, socket.if_nametoindex(port))
             self.topology.attach_xdp(end, far_port, self.program(f"sink_{direction}").fd)
             self.topology.attach_xdp("lan", f"held{number}", self.program(f"generate_{direction}").fd)
+        self._wired = True
 
-    def begin_turn(self) -> None:
-        """Forgets the ports learned so far: another contestant translates from now on, or the same one anew."""
+    def unwire(self) -> None:
+        """Takes them away again."""
+        if not self._wired:
+            return
+        for direction, number in _INDEX.items():
+            end, far_port = _END[direction]
+            self.topology.detach_xdp(end, far_port, self.program(f"sink_{direction}").fd)
+            self.topology.detach_xdp("lan", f"held{number}", self.program(f"generate_{direction}").fd)
+        self._wired = False
+
+    def begin(self, flows: int, frame_bytes: int) -> None:
+        """From now on so many flows, one packet of each in turn, in frames of that (even) length.
+
+        What was learned of ports is forgotten: they are given anew.
+        """
+        self.flows, self.frame_bytes = flows, frame_bytes
         self._turn += 1
+        for number in _INDEX.values():
+            self.maps["places"].set(number, 0)
 
     def send(self, direction: Direction, packets: int, expected: Expectation, *, check_every: int = 1) -> Tally:
         """One pass: sends the packets, waits until they have arrived, and tells what became of them.
@@ -169,29 +192,30 @@ class Traffic:
         return self._clock.read() - started, after
 
     def _tally(self, direction: Direction) -> Any:
-        return self._maps["tallies"].get(_INDEX[direction])
+        return self.maps["tallies"].get(_INDEX[direction])
 
     def _describe(self, direction: Direction, expected: Expectation, check_every: int) -> None:
         start, port = _START[direction]
-        entry = np.zeros((), self._maps["passes"].value)
+        entry = np.zeros((), self.maps["passes"].value)
         entry["mac_dst"], entry["mac_src"] = mac_words("gate", port), mac_words(start, port)
         entry["ip_length"] = socket.htons(self.frame_bytes - ETHERNET_HEADER)
         entry["udp_length"] = socket.htons(self.frame_bytes - ETHERNET_HEADER - IP_HEADER)
         entry["flows"], entry["turn"], entry["sample_every"] = self.flows, self._turn, check_every
         entry["translated"], entry["hops"] = expected.translated, expected.hops
-        self._maps["passes"].set(0, entry)
+        self.maps["passes"].set(0, entry)
 
     def port_problems(self) -> list[str]:
         """What is wrong with the ports learned in this turn: flows without one, or two with the same endpoint."""
-        learned = self._maps["ports"].view(writable=False)[: self.flows]
+        learned = self.maps["ports"].view(writable=False)[: self.flows]
         known = learned["turn"] == self._turn
         found = []
         if missing := int(self.flows - known.sum()):
             found.append(f"no translated packet of {missing:,} of {self.flows:,} flows")
-        numbers = np.arange(self.flows, dtype=np.uint32)
-        remotes = numbers // ENDPOINTS * REMOTES + numbers % REMOTES
-        endpoints = (remotes << 16 | learned["port"])[known]
-        if shared := len(endpoints) - len(np.unique(endpoints)):
+        numbers = np.arange(self.flows, dtype=np.uint64)
+        remotes = numbers // endpoints(self.topology.externals) * REMOTES + numbers % REMOTES
+        # remote, external address and port in one number
+        ends = (remotes << 32 | learned["external"].astype(np.uint64) << 16 | learned["port"])[known]
+        if shared := len(ends) - len(np.unique(ends)):
             found.append(f"{shared:,} flows share port and remote endpoint with another")
         return found
 
@@ -199,5 +223,5 @@ class Traffic:
         """Gives back programs and maps; those attached stay until the topology goes."""
         for program in self._programs.values():
             program.close()
-        for map_ in self._maps.values():
+        for map_ in self.maps.values():
             map_.close()

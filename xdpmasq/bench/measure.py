@@ -63,8 +63,12 @@ class CoreClock:
     def __init__(self, cpu: int) -> None:
         self._softirqs = _softirq_thread(cpu)
 
+    def softirqs_ns(self) -> int:
+        """CPU time of the core's ksoftirqd so far."""
+        return int(self._softirqs.read_text().split()[0])
+
     def read(self) -> Usage:
-        softirqs_ns = int(self._softirqs.read_text().split()[0])
+        softirqs_ns = self.softirqs_ns()
         waited_ns = int(_OWN_SCHEDSTAT.read_text().split()[1])
         return Usage(
             cpu_ns=time.clock_gettime_ns(time.CLOCK_THREAD_CPUTIME_ID) + softirqs_ns,

@@ -1,8 +1,8 @@
-"""From turns to figures: medians, shares, quotients and marks. Arithmetic only; cli/bench.py prints.
+"""What a run found: sections of one table each, the machine, and the marks. Data only; how it looks is elsewhere.
 
 Words: *cost* is CPU time per packet of the core that carries generator, gateway and sink (ns); the *share* is the
-part of it above dropping the packet at the gateway: the gateway's own, one more veth, and the sink; a *speed against*
-another contestant is that one's cost divided by this one's.
+part of it above dropping the packet at the gateway: the gateway's own, one more veth, and the sink; a quotient with
+another contestant's name is the speed against it: that one's cost divided by this one's.
 """
 
 from __future__ import annotations
@@ -10,220 +10,222 @@ from __future__ import annotations
 import os
 import platform
 import re
-import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xdpmasq import __version__
-from xdpmasq.bench.contestants import BASE, BEST, RIVAL
-from xdpmasq.bench.generator import Direction
-from xdpmasq.bench.rounds import Settings, Turn
+from xdpmasq.bench import conntrack
 
 # Below this the CPU clocks miss work: see measure.py.
 ENOUGH_ACCOUNTED = 0.95
+NOT_MEASURED = "–"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contestant's result; None is what could not be measured.
+class Column:
+    """A title, and how its values are written: the right-hand side of Python's format()."""
+
+    title: str
+    form: str = ",.0f"
+
+    def text(self, value: float | None) -> str:
+        return NOT_MEASURED if value is None else format(value, self.form)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contestant's values; None is what was not measured.
 
     Attributes:
-        ns: median over the valid rounds of CPU time per packet; ns_out, ns_in of one direction.
-        ns_least, ns_most: of the valid rounds.
-        mpps: million packets per second of CPU time.
-        share_ns: cost above the base.
-        against_rival, against_best: speed against nftables and against the bare redirect.
-        valid, invalid: number of rounds.
-        checked: packets whose ports and checksums were checked, of all seen.
-        problems: of invalid rounds, each with its round.
-        failure: why it could not be set up.
+        problems: what was lost or wrong: then the line, or the rounds named, are INVALID and do not count.
+        absent: why there is nothing, through nobody's fault.
     """
 
-    contestant: str
-    valid: int
-    invalid: int
-    seen: int
-    checked: int
-    ns: float | None = None
-    ns_out: float | None = None
-    ns_in: float | None = None
-    ns_least: float | None = None
-    ns_most: float | None = None
-    mpps: float | None = None
-    share_ns: float | None = None
-    against_rival: float | None = None
-    against_best: float | None = None
+    name: str
+    values: tuple[float | None, ...]
     problems: tuple[str, ...] = ()
-    failure: str | None = None
+    absent: str = ""
 
     @property
-    def spread(self) -> float | None:
-        """Half the distance from the cheapest to the dearest valid round, as a part of the median."""
-        if not self.ns or self.ns_least is None or self.ns_most is None:
-            return None
-        return (self.ns_most - self.ns_least) / 2 / self.ns
+    def valid(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which columns are drawn: bars of one of them, or a curve over several, whose titles are then numbers."""
+
+    kind: Literal["bars", "curve"]
+    columns: tuple[str, ...]
+    unit: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table.
+
+    Attributes:
+        key: names it in marks and JSON.
+        command: that measures just this.
+        notes: what must be known to read it.
+        accounted: CPU time by time on the core, where that is what was measured; see measure.py.
+    """
+
+    key: str
+    title: str
+    command: str
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
+    drawing: Drawing | None = None
+    accounted: float | None = None
+
+    def value(self, name: str, title: str) -> float | None:
+        """Of a line's column; None when there is no such, or nothing was measured."""
+        titles = [column.title for column in self.columns]
+        line = next((line for line in self.lines if line.name == name), None)
+        return line.values[titles.index(title)] if line and title in titles else None
+
+    @property
+    def valid(self) -> bool:
+        return all(line.valid for line in self.lines)
+
+    def as_markdown(self) -> str:
+        """Its table, bold what is ours."""
+        rows = [["gateway", *(column.title for column in self.columns)], ["---", *["---:"] * len(self.columns)]]
+        for line in self.lines:
+            strong = "**" if line.name.startswith("xdpmasq") else ""
+            texts = [column.text(value) for column, value in zip(self.columns, line.values, strict=True)]
+            if not line.valid:
+                texts = [f"{text} INVALID" for text in texts]
+            rows.append([f"{strong}{text}{strong}" for text in (line.name, *texts)])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A speed that a contestant has to reach; ``met`` is None when it was not measured."""
+    """A promise: a value of a section that must be at least, or at most, so much."""
 
-    contestant: str
-    against: str
-    least: float
+    section: str
+    line: str
+    column: str
+    words: str
+    least: float | None = None
+    most: float | None = None
     value: float | None = None
 
     @property
     def met(self) -> bool | None:
-        return None if self.value is None else self.value >= self.least
+        """None when it was not measured."""
+        if self.value is None:
+            return None
+        return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
 
+    @property
+    def verdict(self) -> str:
+        return {True: "met", False: "MISSED", None: "not measured"}[self.met]
 
-# For 1,000 flows of 64-byte frames in both directions.
-MARKS = (
-    Mark("xdpmasq-xdp", RIVAL, 4.5),
-    Mark("xdpmasq-xdp", BEST, 0.82),
-    Mark("xdpmasq-tc", RIVAL, 1.15),
-)
-MARKED_SETTINGS = Settings()
-# For new flows, however many.
-SETUP_MARKS = (Mark("xdpmasq-xdp", RIVAL, 1.0), Mark("xdpmasq-tc", RIVAL, 1.0))
+    @property
+    def bound(self) -> str:
+        return f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
+
+    @property
+    def shown(self) -> str:
+        return NOT_MEASURED if self.value is None else f"{self.value:.3g}"
 
 
 @dataclass(frozen=True)
 class Host:
-    """What the figures were measured on."""
+    """What the figures were measured on; ``versions`` of the programs, and how much connection tracking may hold."""
 
     kernel: str
     cpu_model: str
     cpus: int
     cpu: int
+    memory_gb: int
     versions: dict[str, str]
+
+    @property
+    def words(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        where = f"{self.cpu_model}, core {self.cpu} of {self.cpus}, {self.memory_gb} GB"
+        return f"{self.kernel}; {where}; {versions}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything about one run.
+    """Everything about one run, which took so many seconds."""
 
-    Attributes:
-        marks: empty when other settings were measured than the marks are meant for.
-        accounted: median over turns of CPU time by time on the core; see measure.py.
-        seconds: the run took.
-    """
-
-    settings: Settings
     host: Host
-    rows: tuple[Row, ...]
+    sections: tuple[Section, ...]
     marks: tuple[Mark, ...]
-    accounted: float | None
     seconds: float
 
     @property
     def valid(self) -> bool:
-        """Whether every contestant could be measured in every round."""
-        return all(row.valid and not row.invalid and row.failure is None for row in self.rows)
+        """Whether everything could be measured, and everything was right."""
+        return all(section.valid for section in self.sections)
+
+    def section(self, key: str) -> Section | None:
+        return next((section for section in self.sections if section.key == key), None)
+
+    def value(self, section: str, line: str, column: str) -> float | None:
+        found = self.section(section)
+        return found.value(line, column) if found else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json; times in ns, speeds as quotients."""
-        fields = asdict(self)
-        fields["marks"] = [{**asdict(mark), "met": mark.met} for mark in self.marks]
-        return {**fields, "valid": self.valid}
+        """For --json."""
+        marks = [{**asdict(mark), "verdict": mark.verdict} for mark in self.marks]
+        return {**asdict(self), "marks": marks, "valid": self.valid}
 
 
-def report(turns: Sequence[Turn], names: Sequence[str], settings: Settings, host: Host, seconds: float) -> Report:
-    """The figures of all turns; one row for each name, in that order."""
-    rows = tuple(_compared([_row(name, [turn for turn in turns if turn.contestant == name]) for name in names]))
-    marks = tuple(_valued(_marks_for(settings), rows))
-    shares = [turn.usage.cpu_ns / turn.usage.presence_ns for turn in turns if turn.usage.presence_ns]
-    return Report(settings, host, rows, marks, statistics.median(shares) if shares else None, seconds)
-
-
-def _row(name: str, turns: Sequence[Turn]) -> Row:
-    played = [turn for turn in turns if turn.failure is None]
-    valid = [turn for turn in played if turn.valid]
-    failures = [str(turn.failure) for turn in turns if turn.failure]
-    costs = _costs(valid)
-    tallies = [tally for turn in played for tally in turn.tallies]
-    return Row(
-        contestant=name,
-        valid=len(valid),
-        invalid=len(played) - len(valid),
-        seen=sum(tally.seen for tally in tallies),
-        checked=sum(tally.checked for tally in tallies),
-        ns=_median(costs),
-        ns_out=_median(_costs(valid, "out")),
-        ns_in=_median(_costs(valid, "in")),
-        ns_least=min(costs, default=None),
-        ns_most=max(costs, default=None),
-        problems=tuple(f"round {turn.round}: {problem}" for turn in played for problem in turn.problems),
-        failure=failures[0] if failures else None,
+def valued(marks: Iterable[Mark], sections: Sequence[Section]) -> tuple[Mark, ...]:
+    """The marks that concern what was measured, with what came of it."""
+    by_key = {section.key: section for section in sections}
+    return tuple(
+        Mark(**{**vars(mark), "value": by_key[mark.section].value(mark.line, mark.column)})
+        for mark in marks
+        if mark.section in by_key
     )
 
 
-def _costs(turns: Iterable[Turn], direction: Direction | None = None) -> list[float]:
-    return [cost for turn in turns if (cost := turn.ns_per_packet(direction)) is not None]
+def from_dict(fields: Mapping[str, Any]) -> Report:
+    """The inverse of :meth:`Report.as_dict` after a journey through JSON."""
+    marks = [Mark(**{key: mark[key] for key in mark if key != "verdict"}) for mark in fields["marks"]]
+    return Report(Host(**fields["host"]), tuple(map(_section, fields["sections"])), tuple(marks), fields["seconds"])
 
 
-def _median(costs: Sequence[float]) -> float | None:
-    return statistics.median(costs) if costs else None
-
-
-def _compared(rows: Sequence[Row]) -> Iterable[Row]:
-    cost = {row.contestant: row.ns for row in rows}
-    base = cost.get(BASE)
-    for row in rows:
-        yield Row(
-            **{
-                **vars(row),
-                "mpps": 1e3 / row.ns if row.ns else None,
-                "share_ns": row.ns - base if row.ns is not None and base is not None else None,
-                "against_rival": _quotient(cost.get(RIVAL), row.ns),
-                "against_best": _quotient(cost.get(BEST), row.ns),
-            }
-        )
-
-
-def _quotient(theirs: float | None, ours: float | None) -> float | None:
-    return theirs / ours if theirs is not None and ours else None
-
-
-def _marks_for(settings: Settings) -> tuple[Mark, ...]:
-    if settings.scenario == "setup":
-        return SETUP_MARKS
-    return MARKS if _is_marked(settings) else ()
-
-
-def _is_marked(settings: Settings) -> bool:
-    return (settings.flows, settings.frame_bytes, set(settings.directions)) == (
-        MARKED_SETTINGS.flows,
-        MARKED_SETTINGS.frame_bytes,
-        set(MARKED_SETTINGS.directions),
+def _section(fields: Mapping[str, Any]) -> Section:
+    drawing = fields["drawing"]
+    return Section(
+        **{
+            **fields,
+            "columns": tuple(Column(**each) for each in fields["columns"]),
+            "lines": tuple(
+                Line(each["name"], tuple(each["values"]), tuple(each["problems"]), each["absent"])
+                for each in fields["lines"]
+            ),
+            "notes": tuple(fields["notes"]),
+            "drawing": drawing and Drawing(drawing["kind"], tuple(drawing["columns"]), drawing["unit"]),
+        }
     )
 
 
-def _valued(marks: Iterable[Mark], rows: Sequence[Row]) -> Iterable[Mark]:
-    by_name = {row.contestant: row for row in rows}
-    for mark in marks:
-        row = by_name.get(mark.contestant)
-        value = None if row is None else row.against_rival if mark.against == RIVAL else row.against_best
-        yield Mark(mark.contestant, mark.against, mark.least, value)
-
-
-def host(cpu: int) -> Host:
+def host(cpu: int, tools: Iterable[str] = ("nft", "iperf3")) -> Host:
     """This machine, with the versions of what was measured."""
+    versions = {"xdpmasq": __version__, **{tool: _version(tool) for tool in tools}}
+    if limit := conntrack.most():
+        versions["nf_conntrack_max"] = f"{limit:,}"
     return Host(
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu_model=_cpu_model(),
         cpus=os.cpu_count() or 1,
         cpu=cpu,
-        versions={
-            "xdpmasq": __version__,
-            "python": platform.python_version(),
-            "nft": _said(["nft", "--version"]),
-            "iproute2": _said(["ip", "-Version"]),
-        },
+        memory_gb=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30,
+        versions=versions,
     )
 
 
@@ -235,9 +237,9 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def _said(argv: list[str]) -> str:
+def _version(tool: str) -> str:
     try:
-        answer = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=5)
+        answer = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return "not there"
     number = re.search(r"\d+\.\d+(\.\d+)*", answer.stdout)

@@ -3,23 +3,21 @@
 ::
 
     <name>-lan                 <name>-gate                          <name>-wan
-    256 hosts 10.18.1.x        10.18.0.1/16      203.0.113.1/24     198.18.0.0/15 behind 203.0.113.2
+    256 hosts 10.18.1.x        10.18.0.1/16      203.0.113.16/24    198.18.0.0/15 behind 203.0.113.2
     generate_out ─▶ lan0 ───── lan0 [contestant] wan0 ───── wan0 ─▶ sink_out
          sink_in ◀─                                              ◀─ generate_in
+    sockets on 10.18.0.2                                            sockets on 203.0.113.2
 
-Hosts and remotes exist only as addresses in frames. All neighbours of the gateway are permanent, IPv6 is off,
-so that the traffic of a round is the only traffic there is. A further pair in <name>-lan, held0 and held1, carries no
-traffic: it only holds the generators' programs (see generator.py).
+Hosts and remotes exist only as addresses in frames; where sockets talk (latency, TCP), it is the two addresses below.
+All neighbours are permanent, IPv6 is off, so that the traffic of a round is the only traffic there is. A further pair
+in <name>-lan, held0 and held1, carries no traffic: it only holds the generators' programs (see generator.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
-import os
 import socket
-import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,12 +32,14 @@ Role = Literal["lan", "gate", "wan"]
 ROLES: tuple[Role, ...] = ("lan", "gate", "wan")
 
 HOSTS, REMOTES = 256, 64
-ENDPOINTS = 30_000  # inside; one public address has some 36,000 ports outside the gateway's own
+MOST_EXTERNALS = 16
 MOST_FLOWS = 1 << 20
 HOST_BASE = int(ipaddress.IPv4Address("10.18.1.0"))
 REMOTE_BASE = int(ipaddress.IPv4Address("198.18.0.0"))  # for benchmarks: RFC 2544
-PUBLIC_ADDR = ipaddress.IPv4Address("203.0.113.1")
+PUBLIC_ADDR = ipaddress.IPv4Address("203.0.113.16")  # the first of up to 16
+LAN_SOCKETS, WAN_SOCKETS = "10.18.0.2", "203.0.113.2"
 HOST_PORT, REMOTE_PORT = 10000, 9000
+TTL = 64  # of frames, and Linux's default for sockets
 
 # Of each veth, by (namespace, interface).
 MACS: dict[tuple[Role, str], str] = {
@@ -51,11 +51,23 @@ MACS: dict[tuple[Role, str], str] = {
 
 # The ends of the veths that are not the gateway's; there they have the same names.
 _OUTER: tuple[tuple[Role, str], ...] = (("lan", "lan0"), ("wan", "wan0"))
+_PORTS: tuple[tuple[Role, str], ...] = (*_OUTER, ("gate", "lan0"), ("gate", "wan0"))
 
-
-_NETLINK_NETFILTER = 12
-_CT_DELETE = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE
-_REQUEST_AND_ACK = 0x5
+_LAN_COMMANDS = (
+    "link set lan0 up",
+    f"addr add {LAN_SOCKETS}/16 dev lan0",
+    f"neigh add 10.18.0.1 lladdr {MACS['gate', 'lan0']} dev lan0 nud permanent",
+    "route add default via 10.18.0.1",
+)
+_WAN_COMMANDS = (
+    "link set wan0 up",
+    f"addr add {WAN_SOCKETS}/24 dev wan0",
+    *(
+        f"neigh add {PUBLIC_ADDR + nth} lladdr {MACS['gate', 'wan0']} dev wan0 nud permanent"
+        for nth in range(MOST_EXTERNALS)
+    ),
+    f"route add 10.18.0.0/16 via {PUBLIC_ADDR}",  # for those that do not translate
+)
 
 
 @dataclass(frozen=True)
@@ -66,18 +78,33 @@ class Answer:
     code: int
 
 
-def defines() -> dict[str, object]:
+def endpoints(externals: int) -> int:
+    """How many endpoints inside so many public addresses have ports for.
+
+    One address has some 36,000 ports outside the gateway's own. Of several each host keeps one.
+    """
+    return 30_000 if externals == 1 else 25_000 * externals
+
+
+def public_addresses(externals: int) -> list[ipaddress.IPv4Address]:
+    """What hosts are translated to."""
+    return [PUBLIC_ADDR + nth for nth in range(externals)]
+
+
+def defines(externals: int) -> dict[str, object]:
     """The plan of addresses for the C of ``traffic.c``."""
     return {
         "HOSTS": HOSTS,
         "REMOTES": REMOTES,
-        "ENDPOINTS": ENDPOINTS,
+        "EXTERNALS": externals,
+        "ENDPOINTS": endpoints(externals),
         "MOST_FLOWS": MOST_FLOWS,
         "HOST_BASE": f"{HOST_BASE:#x}",
         "REMOTE_BASE": f"{REMOTE_BASE:#x}",
         "PUBLIC_ADDR": f"{int(PUBLIC_ADDR):#x}",
         "HOST_PORT": HOST_PORT,
         "REMOTE_PORT": REMOTE_PORT,
+        "TTL": TTL,
     }
 
 
@@ -91,14 +118,16 @@ class Topology:
     """A context manager: the network exists inside it, and is gone after it whatever happened.
 
     Args:
-        name: with which the namespaces' names begin; by default one of this process's own.
+        name: with which the namespaces' names begin.
+        externals: how many public addresses the gateway has.
 
     Raises:
         HostError: not root, or a tool is missing.
     """
 
-    def __init__(self, name: str | None = None) -> None:
-        self.name = name or f"masq-bench-{os.getpid()}"
+    def __init__(self, name: str, externals: int = 1) -> None:
+        self.name = name
+        self.externals = externals
 
     def namespace(self, role: Role) -> str:
         return f"{self.name}-{role}"
@@ -108,8 +137,6 @@ class Topology:
         return [self.namespace(role) for role in ROLES]
 
     def __enter__(self) -> Topology:
-        if os.geteuid() != 0:
-            raise HostError("the bench cannot build its network", "network namespaces need root", "run it with sudo")
         if taken := [name for name in self.namespaces if netns.exists(name)]:
             raise HostError("the bench cannot build its network", f"{taken[0]} exists", "remove it, or wait")
         try:
@@ -176,12 +203,19 @@ class Topology:
             f"type veth peer name {port} netns {gate} address {MACS['gate', port]} numtxqueues 1 numrxqueues 1"
             for outer, port in _OUTER
         )
-        netns.ip_batch(["link set lan0 up", "link add held0 type veth peer name held1"], self.namespace("lan"))
-        netns.ip_batch(["link set wan0 up"], self.namespace("wan"))
+        netns.ip_batch([*_LAN_COMMANDS, "link add held0 type veth peer name held1"], self.namespace("lan"))
         netns.ip_batch(self._gate_commands(), gate)
-        for port in ("lan0", "wan0"):
-            # GRO on: a veth without an XDP program takes redirected frames only with NAPI (DESIGN.md, 4).
-            self.run("gate", ["ethtool", "-K", port, "gro", "on", "tx", "off", "tso", "off", "gso", "off"])
+        netns.ip_batch(_WAN_COMMANDS, self.namespace("wan"))
+        self.set_offloads(False)
+
+    def set_offloads(self, wanted: bool) -> None:
+        """Whether super-packets of 64 kB and partial checksums travel, or only frames as a wire carries them.
+
+        GRO stays on: a veth without an XDP program takes redirected frames only with NAPI.
+        """
+        words = [word for name in ("tx", "tso", "gso") for word in (name, "on" if wanted else "off")]
+        for role, port in _PORTS:
+            self.run(role, ["ethtool", "-K", port, "gro", "on", *words])
 
     def _gate_commands(self) -> list[str]:
         hosts = [ipaddress.IPv4Address(HOST_BASE + host) for host in range(HOSTS)]
@@ -189,23 +223,12 @@ class Topology:
             "link set lan0 up",
             "link set wan0 up",
             "addr add 10.18.0.1/16 dev lan0",
-            f"addr add {PUBLIC_ADDR}/24 dev wan0",
-            "route add default via 203.0.113.2",
-            f"neigh add 203.0.113.2 lladdr {MACS['wan', 'wan0']} dev wan0 nud permanent",
+            *(f"addr add {address}/24 dev wan0" for address in public_addresses(self.externals)),
+            f"route add default via {WAN_SOCKETS}",
+            f"neigh add {WAN_SOCKETS} lladdr {MACS['wan', 'wan0']} dev wan0 nud permanent",
+            f"neigh add {LAN_SOCKETS} lladdr {MACS['lan', 'lan0']} dev lan0 nud permanent",
             *(f"neigh add {host} lladdr {MACS['lan', 'lan0']} dev lan0 nud permanent" for host in hosts),
         ]
-
-    def forget_connections(self) -> None:
-        """Empties the gateway's connection tracking, which outlives the rules that filled it.
-
-        An nfnetlink IPCTNL_MSG_CT_DELETE that names no connection means all of the namespace.
-        """
-        header = struct.pack("=IHHII", 20, _CT_DELETE, _REQUEST_AND_ACK, 1, 0)
-        with self.inside("gate"), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
-            netlink.send(header + struct.pack("=BBH", socket.AF_UNSPEC, 0, 0))
-            code = -struct.unpack_from("=i", netlink.recv(4096), 16)[0]
-        if code not in (0, errno.EINVAL):  # EINVAL: a kernel without connection tracking
-            raise HostError("the gateway's connections cannot be forgotten", os.strerror(code))
 
     def attach_xdp(self, role: Role, interface: str, program_fd: int) -> None:
         with self.inside(role):
