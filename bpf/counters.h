@@ -18,6 +18,8 @@
 	X(slow_basic_inbound, "WAN to LAN packets of hosts with an address of their own (1:1)")     \
 	X(slow_hairpin, "LAN to LAN packets through an external endpoint, translated twice")       \
 	X(slow_hairpin_own, "between the gateway itself and a forward of its own, translated")     \
+	X(slow_redirected, "packets from a LAN to somebody outside, redirected to the gateway itself") \
+	X(slow_redirected_answer, "the gateway's answers to them, as if from whoever was called")   \
 	X(punt_fragment, "later fragments before their first, handed to the agent to wait")        \
 	X(punt_return, "fragments that have waited, put back where they came from")                \
 	X(up_not_ip, "XDP passed up: not IP, or a truncated header")                               \
@@ -42,6 +44,8 @@
 	X(mapping_closed, "mappings closed, their external port put to rest")                      \
 	X(mapping_reclaimed, "expired ports taken back by a packet because the pool was used up")  \
 	X(forward_opened, "sessions that a forward let in")                                        \
+	X(redirect_opened, "connections from a LAN that a redirect took")                          \
+	X(trigger_pulled, "ports that an internal host's own traffic opened to it")                \
 	X(embryo_evicted, "unanswered sessions from outside that gave way to newer ones")          \
 	X(drop_malformed, "dropped: truncated or contradictory headers")                           \
 	X(drop_source_private, "dropped: would have left the WAN with a private source")           \
@@ -68,6 +72,7 @@
 	X(drop_portless_taken, "dropped: another internal host speaks this protocol with this remote")  \
 	X(drop_portless_full, "dropped: no room for another host and remote of a protocol without ports") \
 	X(drop_reply_taken, "dropped: the internal host speaks with this remote through another port")  \
+	X(drop_redirects_full, "dropped: no room for another redirected connection")               \
 	X(drop_hairpin_route, "dropped: a hairpinned packet whose way leads to no LAN")            \
 	X(drop_ttl, "dropped: a hairpinned packet whose time ends here")                           \
 	X(drop_punt_stray, "dropped: at the punt port, but not ours to put back")                  \

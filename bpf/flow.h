@@ -141,22 +141,33 @@ static __always_inline bool life_swap(struct session *s, u64 from, u64 to)
 }
 
 /* RFC 7857 section 2: both sides have spoken and acknowledged, and neither both have closed nor one has reset. */
-static __always_inline bool tcp_is_established(const struct session *s)
+static __always_inline bool tcp_sides_are_established(u8 one, u8 other)
 {
-	u8 both = s->out.tcp_seen & s->in.tcp_seen, any = s->out.tcp_seen | s->in.tcp_seen;
+	u8 both = one & other, any = one | other;
 
 	return (both & TCP_ACK) && !(both & TCP_FIN) && !(any & TCP_RST);
 }
 
-static __always_inline u32 session_idle_limit(const struct settings *cfg, const struct session *s)
+static __always_inline bool tcp_is_established(const struct session *s)
 {
-	switch (slot_class(s->mapping)) {
+	return tcp_sides_are_established(s->out.tcp_seen, s->in.tcp_seen);
+}
+
+static __always_inline u32 idle_limit(const struct settings *cfg, u32 class, u8 tcp_seen, u8 tcp_seen_other)
+{
+	switch (class) {
 	case CLASS_TCP:
-		return tcp_is_established(s) ? cfg->tcp_established : cfg->tcp_transitory;
+		return tcp_sides_are_established(tcp_seen, tcp_seen_other) ? cfg->tcp_established :
+									     cfg->tcp_transitory;
 	case CLASS_UDP:
 		return cfg->udp;
 	}
 	return cfg->icmp;
+}
+
+static __always_inline u32 session_idle_limit(const struct settings *cfg, const struct session *s)
+{
+	return idle_limit(cfg, slot_class(s->mapping), s->out.tcp_seen, s->in.tcp_seen);
 }
 
 /* Signed, because another CPU's jiffies may be ahead of ours by one. */

@@ -17,12 +17,8 @@ static __always_inline bool is_exempt(const struct packet *p, addr_t remote, __b
 	return false;
 }
 
-static __always_inline bool forward_is_over(const struct forward *f, u32 now)
-{
-	return f->flags & FORWARD_EXPIRES && idle_longer(now, f->expires, 0);
-}
-
-static __always_inline struct forward *forward_find(const struct packet *p, u32 external)
+/* The most specific rule for the port that @p calls, or FORWARDS. */
+static __always_inline u32 forward_index(const struct packet *p, u32 external)
 {
 	struct forward_key key = { .bits = FORWARD_REMOTE_AT + ADDR_BITS,
 				   .external = external,
@@ -30,9 +26,28 @@ static __always_inline struct forward *forward_find(const struct packet *p, u32 
 				   .port = p->dst_port,
 				   .remote_addr = p->src };
 	u32 *rule = forwards.lookup(&key);
-	struct forward *f = rule ? forward_rules.lookup(rule) : NULL;
 
-	return f && !forward_is_over(f, p->now) ? f : NULL;
+	return rule ? *rule : FORWARDS;
+}
+
+static __always_inline struct forward *forward_at(u32 index)
+{
+	return forward_rules.lookup(&index);
+}
+
+/* Some rules have an end, and a triggered one is none before somebody has it. */
+static __always_inline bool forward_is_open(const struct forward *f, u32 now)
+{
+	if (f->flags & FORWARD_TRIGGERED && addr_is_unset(f->target[0].addr))
+		return false;
+	return !(f->flags & (FORWARD_TRIGGERED | FORWARD_EXPIRES)) || !idle_longer(now, f->expires, 0);
+}
+
+static __always_inline struct forward *forward_find(const struct packet *p, u32 external)
+{
+	struct forward *f = forward_at(forward_index(p, external));
+
+	return f && forward_is_open(f, p->now) ? f : NULL;
 }
 
 /* The same remote host meets the same internal one, as long as the weights stay. */
@@ -50,7 +65,7 @@ static __always_inline bool forward_target(const struct forward *f, const struct
 
 		if (i > last || pick >= target->until)
 			continue;
-		e->internal = target->addr;
+		e->internal = f->flags & FORWARD_TO_GATEWAY ? p->dst : target->addr;
 		e->internal_port = bpf_htons(target->port + bpf_ntohs(p->dst_port) - f->first);
 		return true;
 	}

@@ -572,7 +572,8 @@ static __always_inline bool session_reopen(const struct settings *cfg, struct se
 
 	if (!life_is_session(life) || s->in.new_port != e->internal_port || !addr_equal(s->in.new_addr, e->internal))
 		return false;
-	same.marks = (s->out.marks & (SESSION_BY_REPLY | SESSION_COUNTED)) | (e->marks & SESSION_FROM_OUTSIDE);
+	same.marks = (s->out.marks & (SESSION_BY_REPLY | SESSION_COUNTED)) |
+		     (e->marks & (SESSION_FROM_OUTSIDE | SESSION_TRIGGERS));
 	s->out.last_seen = now; /* as in session_join() */
 	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;

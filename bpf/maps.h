@@ -9,6 +9,10 @@ BPF_TABLE("hash", struct reply_key, u32, replies, FURTHER / 4); /* → slot, whe
 BPF_F_TABLE("lpm_trie", struct forward_key, u32, forwards, 262144, BPF_F_NO_PREALLOC); /* → index of forward_rules */
 BPF_F_TABLE("array", u32, struct forward, forward_rules, FORWARDS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct lease, leases, FORWARDS, BPF_F_MMAPABLE); /* by index of the rule */
+BPF_TABLE("array", u32, u32, triggers, 1); /* how many rules are triggered */
+BPF_TABLE("hash", struct redirected_key, struct redirected, redirects, REDIRECTED);
+BPF_TABLE("hash", struct redirected_key, struct redirected_key, answers, REDIRECTED); /* the gateway's view → the client's */
+BPF_F_TABLE("lpm_trie", struct spared_key, u32, spared, 8192, BPF_F_NO_PREALLOC); /* destinations not to be redirected */
 BPF_TABLE("array", u32, u32, embryos, EMBRYOS); /* ring of slots opened from outside and not yet answered */
 BPF_TABLE("hash", addr_t, struct host, hosts, 16384); /* internal hosts */
 BPF_TABLE("hash", struct binding_key, struct binding, bindings, 16384);

@@ -73,6 +73,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		*verdict = may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
+	e.marks = p->own ? 0 : trigger_mark(p);
 	external = slot_blur(p->own ? external_of(cfg, p->src) : external_for(p->src));
 	if (addr_is_unset(slot_addr(cfg, slot_of(external, 0, 0)))) {
 		*verdict = refuse(COUNT_drop_no_external);
@@ -89,7 +90,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	/* Counted before others can see it: it could end, and be counted off, at once. */
 	if (host)
 		__sync_fetch_and_add(&host->sessions, 1);
-	e.marks = host ? SESSION_COUNTED : 0;
+	e.marks |= host ? SESSION_COUNTED : 0;
 	asm volatile("" : : "r"(&e) : "memory"); /* or the verifier has much more to walk */
 	s = NULL;
 	if (slot == NO_SLOT) {
@@ -129,6 +130,8 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 	}
 	flow_touch(&s->out, p->now, p->l4 - p->l3 + p->l4_len);
 	contact_remember(cfg, p, s->mapping);
+	if (s->out.marks & SESSION_TRIGGERS)
+		trigger_pull(p);
 	if (session_may_fly(cfg, s) && !p->hairpin)
 		flow_arm(cfg, p, &s->out, p->src, p->src_port);
 	if (p->more_fragments && fragment_begin(cfg, p, SOURCE, s->out.new_addr) != CONTINUE)
@@ -143,6 +146,8 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 
 	if (first && fragment_is_own(first))
 		return pass(COUNT_own_exempt);
+	if (first && addr_is_unset(first->new_addr[SOURCE])) /* redirected, while this one was on its way */
+		return drop(COUNT_drop_fragment_orphan);
 	if (first)
 		return fragment_rewrite(p, first, COUNT_slow_fragment_outbound);
 	verdict = source_policy(p);
@@ -300,6 +305,7 @@ static __always_inline bool leads_inside(const struct settings *cfg, const struc
 {
 	u32 slot = slot_of_external(cfg, p->dst, p->class, p->dst_port);
 	struct fragment *first;
+	struct forward *forward;
 
 	if (leads_to_counterpart(cfg, p->dst))
 		return true;
@@ -309,7 +315,10 @@ static __always_inline bool leads_inside(const struct settings *cfg, const struc
 	}
 	if (packet_is_icmp_error(p))
 		return error_leads_inside(cfg, p);
-	return p->class < CLASS_ICMP && (mapping_is_live(slot) || forward_for(p, slot));
+	if (p->class >= CLASS_ICMP)
+		return false;
+	forward = forward_for(p, slot);
+	return forward ? !(forward->flags & FORWARD_TO_GATEWAY) : mapping_is_live(slot);
 }
 
 /* Is @p the answer of a forward's host to the gateway itself? */
@@ -344,32 +353,42 @@ static __always_inline bool goes_to_external(const struct settings *cfg, const s
 	return external_of(cfg, p->dst) != NO_EXTERNAL || leads_to_counterpart(cfg, p->dst);
 }
 
-/* LAN ingress: hairpinning (RFC 4787 REQ-9). A packet from inside to an external endpoint is sent out of the WAN, and from
- * its egress hook back in at its ingress hook: translated both ways by the same sessions as everything else, so that the
- * other host sees the external endpoint as its source. It never reaches the device.
+/* Hairpinning (RFC 4787 REQ-9): a packet from inside to an external endpoint is sent out of the WAN, and from its egress
+ * hook back in at its ingress hook: translated both ways by the same sessions as everything else, so that the other host
+ * sees the external endpoint as its source. It never reaches the device.
  */
-static __always_inline enum verdict slow_hairpin(struct packet *p)
+static __always_inline enum verdict slow_hairpin(const struct settings *cfg, struct packet *p)
 {
+	bool inside = leads_inside(cfg, p);
+
+	if (prefix_role(p->src) != PREFIX_INTERNAL || !(inside || answers_gateway(cfg, p)))
+		return PASS;
+	if (p->ttl <= 1)
+		return drop(COUNT_drop_ttl) == DROP && punt(cfg, p, PUNT_TTL) ? REDIRECT : DROP;
+	return hairpin_go_out(cfg, p, inside);
+}
+
+/* LAN ingress: what must not be forwarded, or not simply by the kernel to the WAN. */
+static __always_inline enum verdict slow_lan(struct packet *p)
+{
+	struct interface *here = interface_at(p->skb->ifindex);
 	struct settings *cfg = settings_get();
+	bool to_external, redirects;
 	enum verdict verdict;
-	bool inside;
 
 	if (!cfg || !addresses_read(p))
 		return PASS;
 	verdict = guard(cfg, p);
 	if (verdict != CONTINUE)
 		return verdict;
-	if (!goes_to_external(cfg, p))
+	to_external = goes_to_external(cfg, p);
+	redirects = here && !addr_is_unset(here->redirect_to);
+	if (!to_external && !redirects)
 		return PASS;
 	verdict = parse(p);
 	if (verdict != CONTINUE)
 		return verdict;
-	inside = leads_inside(cfg, p);
-	if (prefix_role(p->src) != PREFIX_INTERNAL || !(inside || answers_gateway(cfg, p)))
-		return PASS;
-	if (p->ttl <= 1)
-		return drop(COUNT_drop_ttl) == DROP && punt(cfg, p, PUNT_TTL) ? REDIRECT : DROP;
-	return hairpin_go_out(cfg, p, inside);
+	return to_external ? slow_hairpin(cfg, p) : here ? redirect(cfg, p, here->redirect_to) : PASS;
 }
 
 /* lo egress: the gateway itself, asking for a forward by its external address, comes in like everybody. */
@@ -387,7 +406,7 @@ static __always_inline enum verdict slow_loopback(struct packet *p)
 	if (external_of(cfg, p->src) == NO_EXTERNAL || p->class >= CLASS_ICMP || packet_is_later_fragment(p))
 		return PASS;
 	f = forward_find(p, external_of(cfg, p->dst));
-	return f && !(f->flags & FORWARD_DEFAULT) ? hairpin_come_in(cfg, p) : PASS;
+	return f && !(f->flags & (FORWARD_DEFAULT | FORWARD_TO_GATEWAY)) ? hairpin_come_in(cfg, p) : PASS;
 }
 
 /* The punt port's ingress: a fragment that the agent has kept goes back to the hook that sent it there. */
@@ -416,16 +435,13 @@ static __always_inline enum verdict punt_back(struct __sk_buff *skb)
 	return drop(COUNT_drop_punt_stray);
 }
 
-/* LAN egress, in XDP mode only: the translated packet as the kernel delivers it. Changes nothing. */
-static __always_inline void learn_inbound(struct packet *p)
+/* The translated packet as the kernel delivers it. Changes nothing. */
+static __always_inline void learn_inbound(const struct settings *cfg, const struct packet *p)
 {
 	struct interface *from = interface_at(p->skb->ingress_ifindex);
-	struct settings *cfg = settings_get();
 	struct session *s;
 
-	/* What parse() would count has been counted where it came in; of that only other protocols get here. */
-	if (!cfg || !from || from->role != ROLE_WAN || p->skb->protocol != bpf_htons(ETH_P_IP) || parse(p) != CONTINUE ||
-	    packet_is_later_fragment(p) || p->class == CLASS_NONE)
+	if (!from || from->role != ROLE_WAN || packet_is_later_fragment(p) || p->class == CLASS_NONE)
 		return;
 	s = session_find_outbound(slot_of_internal(p->dst, p->class, p->dst_port), p->dst, p->dst_port, p->src,
 				  p->src_port, p->class);
@@ -433,6 +449,21 @@ static __always_inline void learn_inbound(struct packet *p)
 	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s) &&
 	    external_of(cfg, p->src) == NO_EXTERNAL)
 		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port);
+}
+
+/* LAN egress, in XDP mode, and where there are redirects. */
+static __always_inline enum verdict slow_lan_out(struct packet *p)
+{
+	struct settings *cfg = settings_get();
+	bool own = !p->skb->ingress_ifindex;
+
+	/* What parse() would count has been counted where it came in; of that only other protocols get here. */
+	if (!cfg || !(own || cfg->accelerate) || p->skb->protocol != bpf_htons(ETH_P_IP) || parse(p) != CONTINUE)
+		return PASS;
+	if (own)
+		return redirect_answer(cfg, p);
+	learn_inbound(cfg, p);
+	return PASS;
 }
 
 #ifdef L3
@@ -451,7 +482,13 @@ int masq_wan_in_l3(struct __sk_buff *skb)
 int masq_lan_in_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_hairpin(&p));
+	return tc_verdict(slow_lan(&p));
+}
+
+int masq_lan_out_l3(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_lan_out(&p));
 }
 #else
 int masq_wan_out(struct __sk_buff *skb)
@@ -469,14 +506,13 @@ int masq_wan_in(struct __sk_buff *skb)
 int masq_lan_in(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_hairpin(&p));
+	return tc_verdict(slow_lan(&p));
 }
 
-int masq_lan_learn(struct __sk_buff *skb)
+int masq_lan_out(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	learn_inbound(&p);
-	return tc_verdict(PASS);
+	return tc_verdict(slow_lan_out(&p));
 }
 
 int masq_lo_out(struct __sk_buff *skb)

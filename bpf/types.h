@@ -57,6 +57,7 @@ struct flow {
 #define SESSION_BY_REPLY 1 /* found from inside through `replies`, not through its mapping */
 #define SESSION_COUNTED 2 /* among its internal host's sessions */
 #define SESSION_FROM_OUTSIDE 4 /* the remote opened it */
+#define SESSION_TRIGGERS 8 /* keeps a trigger's ports open to its host */
 
 /* `life` changes by compare-and-swap only. In the slot of an external endpoint it is the life of the
  * mapping; LIFE_SESSION says that the slot's own session is in use; LIFE_FURTHER counts the further sessions.
@@ -133,7 +134,10 @@ struct forward {
 	u8 targets; /* 0: no rule here */
 	u8 flags; /* FORWARD_* */
 	u16 first, last; /* external ports, host order */
-	u32 expires; /* jiffies; with FORWARD_EXPIRES */
+	u32 expires; /* jiffies; with FORWARD_EXPIRES, and of a triggered rule */
+	u32 lasts; /* jiffies that its trigger opens it for */
+	u16 trigger_first, trigger_last; /* remote ports, host order */
+	u32 trigger_class;
 	u64 opened; /* sessions */
 };
 
@@ -148,8 +152,43 @@ struct lease {
 #define EMBRYOS 4096 /* sessions from outside that may wait for their answer at once */
 
 #define FORWARD_DEFAULT 1 /* the default host: ports without a rule, a mapping or a socket */
+#define FORWARD_TO_GATEWAY 2 /* a redirect: the target's port is the gateway's own, its address unset */
+#define FORWARD_TRIGGERED 4 /* there while open to the host in target[0] */
+#define FORWARD_FROM_INSIDE 8 /* a redirect of what a LAN sends */
 #define FORWARD_EXPIRES 16 /* absent once it is over; the agent takes it out */
 #define FORWARD_LEASED 32 /* there is a lease */
+
+/* Rules about what comes from inside have these in place of an external address's index. */
+#define FORWARD_ON_LAN 255 /* redirects; the "remote" address is the internal one */
+#define FORWARD_TRIGGER 253 /* plus the class of the ports to be opened */
+
+#ifndef REDIRECTED
+#define REDIRECTED 65536 /* connections at once */
+#endif
+
+/* A redirected connection from a LAN, as its client knows it. */
+struct redirected_key {
+	addr_t client, server;
+	__be16 client_port, server_port;
+	u32 class;
+};
+
+struct redirected { /* as the gateway's socket knows it */
+	addr_t local;
+	__be16 local_port;
+	__be16 client_port; /* 0: being opened */
+	u32 last_seen; /* jiffies */
+	u8 tcp_seen[2]; /* TCP_* flags, of the client and of the gateway */
+	u16 rule;
+	u64 packets, bytes; /* of the client */
+};
+
+/* Destinations that a redirect leaves alone; the gateway's own addresses, that all do. */
+struct spared_key {
+	u32 bits; /* of rule and addr */
+	u32 rule; /* FORWARDS: all */
+	addr_t addr;
+};
 
 /* What one internal host has open (RFC 6888 REQ-4). Counts change atomically, hence 64 bits. */
 struct host {
@@ -292,6 +331,7 @@ struct interface {
 	u8 wan; /* number of the WAN, which has mappings of its own */
 	u8 tags; /* how many it has */
 	struct tag tag[TAGS]; /* the outermost first */
+	addr_t redirect_to; /* of a LAN whose egress restores redirected connections: where they go */
 };
 
 struct vlan_key { /* which VLAN device a frame belongs to */

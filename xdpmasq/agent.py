@@ -32,6 +32,7 @@ from xdpmasq import (
     forwarding,
     netdev,
     presence,
+    redirecting,
     settings,
     sockets,
     source,
@@ -135,7 +136,8 @@ class Agent:
             selector=self._selector,
             before=self._manifest.get("pcp", {}),
         )
-        self._forwards_to_put = config.forwards
+        self._rules_to_put = config.rules
+        self._redirects = adopted is not None  # the LANs may bring redirected connections' answers back
         timeouts = config.timeouts
         self._expiry = Expiry(
             self.tables,
@@ -167,8 +169,8 @@ class Agent:
         }
 
     def _kept_config(self) -> dict[str, Any]:
-        """The configuration for later processes. Of forwards they read the tables: there could be a thousand."""
-        return configuration.as_fields(replace(self._config, forwards=()))
+        """The configuration for later processes. Of rules they read the tables: there could be a thousand."""
+        return configuration.as_fields(replace(self._config, forwards=(), redirects=(), triggers=()))
 
     def _save(self) -> None:
         self.tables.manifest = self._manifest
@@ -208,11 +210,13 @@ class Agent:
         self._leave_unwanted([link for link, _ in wanted], links)
         addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
         external = self._follow_addresses(wan, lans, addresses)
-        self._put_forwards(lans, {each.index for each in addresses})
+        self._put_rules(lans, {each.index for each in addresses})
+        self._redirects = self._wants_redirects
+        redirecting.spare(self.tables, redirecting.EVERY_RULE, [IPv4Network(each.ip.ip) for each in addresses])
         self._troubled, self._flying = False, set()
         chosen = [(link, role, *self._bring_in(link, role, wan)) for link, role in wanted]
         self._ground([self._device(link) for link, _ in wanted])
-        reports = self._tell(chosen)
+        reports = self._tell(chosen, addresses)
         self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
         self._know_others(links, {link.index for link, _ in wanted})
@@ -227,9 +231,16 @@ class Agent:
         """The gateway itself may ask for a forward by its own public address; such packets only lo sees."""
         return forwarding.any_by_port(self.tables)
 
-    def _put_forwards(self, lans: list[netdev.Link], addressed: set[int]) -> None:
-        """At the start, before any interface: the forwards of the configuration. What is in place stays as it is."""
-        wanted, self._forwards_to_put = self._forwards_to_put, ()
+    @property
+    def _wants_redirects(self) -> bool:
+        """There are redirects on the LANs, or connections left of them."""
+        return forwarding.any_on_lan(self.tables) or (self._redirects and redirecting.any_running(self.tables))
+
+    def _put_rules(self, lans: list[netdev.Link], addressed: set[int]) -> None:
+        """At the start, before any interface: forwards, redirects and triggers of the configuration. What is in place
+        stays as it is.
+        """
+        wanted, self._rules_to_put = self._rules_to_put, ()
         if not wanted:
             return
         adopted = bool(self._manifest["interfaces"])
@@ -246,7 +257,7 @@ class Agent:
             except ForwardError as error:
                 if not adopted:
                     raise
-                log.warning("not forwarded: %s", error)
+                log.warning("not in place: %s", error)
 
     def _bring_in(self, link: netdev.Link, role: Role, wan: netdev.Link | None) -> tuple[str, str]:
         """Attaches to a link.
@@ -295,7 +306,7 @@ class Agent:
         return hook, why
 
     def _attach(self, link: netdev.Link, role: Role, hook: str) -> None:
-        hooks = datapath.hooks(role, xdp=hook == "xdp", ethernet=link.ethernet)
+        hooks = datapath.hooks(role, xdp=hook == "xdp", ethernet=link.ethernet, redirects=self._redirects)
         if hook == "xdp" and (trouble := vlans.trouble(self._device(link), self._links)):
             raise trouble
         before = self._attached.get(link.name)
@@ -345,7 +356,9 @@ class Agent:
         present = attachment.tc_programs(link) | {("xdp", self._device(link).xdp_prog_id)}
         return all((hook.kind, self._programs[hook.function].id) in present for hook in hooks)
 
-    def _tell(self, chosen: list[tuple[netdev.Link, Role, str, str]]) -> list[dict[str, Any]]:
+    def _tell(
+        self, chosen: list[tuple[netdev.Link, Role, str, str]], addresses: list[netdev.Address]
+    ) -> list[dict[str, Any]]:
         """Writes the interfaces' rows, by the links' features as they are with our programs attached.
 
         Returns:
@@ -361,7 +374,10 @@ class Agent:
             xdp, takes = hook == "xdp", drivers.takes_frames(wire.device)
             if link.index < datapath.PORTS:
                 mss = settings.mss(self._config, link, routes) if role == "wan" else 0
-                self.tables.set_interface(link, role, xdp_from=xdp, xdp_to=xdp and takes, mss=mss, wire=wire)
+                there = _primary(link, addresses) if role == "lan" and self._redirects and hook != "none" else None
+                self.tables.set_interface(
+                    link, role, xdp_from=xdp, xdp_to=xdp and takes, mss=mss, wire=wire, redirect_to=there
+                )
             if xdp and wire.tags:
                 on_xdp[wire] = link.index
                 why += f", on {wire.device.name}"
@@ -410,8 +426,7 @@ class Agent:
     ) -> IPv4Address | None:
         """Makes the tables know the addresses; returns the one to masquerade as."""
         own = [each for each in addresses if wan and each.index == wan.index]
-        primary = next((each for each in own if not each.secondary), None)
-        external = IPv4Address(primary.ip.ip) if primary else None
+        external = _primary(wan, own) if wan else None
         externals = self._config.external.listed(external)
         if wan and self._overlaps(wan, lans, addresses):
             externals = [None] * len(externals)
@@ -566,7 +581,7 @@ class Agent:
         self._safely(self._beat)
         self._safely(self._end_expired_forwards)
         self._safely(self._forwards.run)
-        if self._hairpins_own != ("lo" in self._attached):
+        if self._hairpins_own != ("lo" in self._attached) or self._redirects != self._wants_redirects:
             self._look()
         self._safely(self._expiry.run)
         self._safely(self._look_after_tcx)
@@ -584,6 +599,8 @@ class Agent:
     def _sweep(self) -> None:
         expiry.forget_hosts(self.tables)
         expiry.forget_bindings(self.tables)
+        if self._redirects:
+            redirecting.forget(self.tables)
 
     def _beat(self) -> None:
         """The programs punt nothing to an agent that has not been seen for long."""
@@ -654,6 +671,11 @@ class Agent:
     def _next_hops(self) -> dict[tuple[int, str], bytes]:
         mine = {link.index for link, _ in self._attached.values()}
         return {key: mac for key, mac in netdev.neighbours().items() if key[0] in mine}
+
+
+def _primary(link: netdev.Link, addresses: list[netdev.Address]) -> IPv4Address | None:
+    found = next((each for each in addresses if each.index == link.index and not each.secondary), None)
+    return IPv4Address(found.ip.ip) if found else None
 
 
 def _wakeup_on_signals() -> tuple[int, int]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from ipaddress import IPv4Network
 from typing import Any, Literal, get_args
 
-from xdpmasq import forwards
+from xdpmasq import forwards, redirects, triggers
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
+from xdpmasq.redirects import Redirect
+from xdpmasq.triggers import Trigger
 
 Mode = Literal["auto", "xdp", "tc"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -120,7 +123,7 @@ class Config:
         inbound_refresh: inbound packets keep a mapping alive (RFC 4787 REQ-6).
         mss: to what new TCP connections are clamped: ``off``, ``auto`` (by the WAN's MTUs) or bytes (RFC 6691).
         other: what becomes of protocols without ports; one of :data:`OTHERS`.
-        forwards: rules to be there from the start.
+        forwards, redirects, triggers: rules to be there from the start.
         external: as whom the internal hosts appear.
         pcp: whether they may ask for mappings, and which.
         rearm_s: an accelerated flow shows itself to the kernel this often.
@@ -139,9 +142,15 @@ class Config:
     mss: int | str = "off"
     other: str = OTHERS[0]
     forwards: tuple[Rule, ...] = ()
+    redirects: tuple[Redirect, ...] = ()
+    triggers: tuple[Trigger, ...] = ()
     external: Externals = field(default_factory=Externals)
     pcp: Pcp = field(default_factory=Pcp)
     rearm_s: int = 20
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return (*self.forwards, *self.redirects, *self.triggers)
 
 
 def from_options(wan: str | None, lans: Sequence[str], mode: str | None, base: Config | None) -> Config:
@@ -286,7 +295,7 @@ def problems(config: Config) -> Iterator[Problem]:
         if _value(config, key) not in words:
             yield Problem(key, _value(config, key), f"allowed is {', '.join(words)}")
     yield from _relation_problems(config)
-    yield from _forward_problems(config)
+    yield from _rule_problems(config)
     for key, wrong, why in config.external.contradictions():
         yield Problem(f"external.{key}", wrong, why)
 
@@ -331,13 +340,25 @@ def _relation_problems(config: Config) -> Iterator[Problem]:
         yield Problem("tcp.mss", config.mss, "allowed is off, auto, or a number of bytes")
 
 
-def _forward_problems(config: Config) -> Iterator[Problem]:
-    for nth, rule in enumerate(config.forwards):
-        if error := forwards.contradiction(rule, config.forwards[:nth]):
-            yield Problem("forward.ports", rule.ports, f"{error.what}: {error.why}", "change or remove one", nth)
-    if len(config.forwards) > forwards.RULES_MOST:
-        why = f"{len(config.forwards)} forwards are more than {forwards.RULES_MOST}"
-        yield Problem("forward.ports", config.forwards[-1].ports, why, nth=len(config.forwards) - 1)
+def _rule_problems(config: Config) -> Iterator[Problem]:
+    rules, counts = config.rules, Counter[str]()
+    for place, rule in enumerate(rules):
+        nth = counts[rule.kind]
+        counts[rule.kind] += 1
+        if error := forwards.contradiction(rule, rules[:place]):
+            why = f"{error.what}: {error.why}"
+            yield Problem(f"{rule.kind}.ports", rule.as_fields()["ports"], why, "change or remove one", nth)
+    if len(rules) > forwards.RULES_MOST:
+        last = rules[-1]
+        why = f"{len(rules)} forwards, redirects and triggers are more than {forwards.RULES_MOST}"
+        yield Problem(f"{last.kind}.ports", last.as_fields()["ports"], why, nth=counts[last.kind] - 1)
+
+
+_KINDS: dict[str, Callable[..., Rule]] = {
+    "forwards": forwards.parse,
+    "redirects": redirects.parse,
+    "triggers": triggers.parse,
+}
 
 
 def as_fields(config: Config) -> dict[str, Any]:
@@ -345,7 +366,7 @@ def as_fields(config: Config) -> dict[str, Any]:
     return {
         **asdict(config),
         "internal": [str(network) for network in config.internal],
-        "forwards": [rule.as_fields() for rule in config.forwards],
+        **{kind: [rule.as_fields() for rule in getattr(config, kind)] for kind in _KINDS},
         "external": config.external.as_fields(),
         "pcp": {**asdict(config.pcp), "internal": [str(network) for network in config.pcp.internal]},
     }
@@ -362,7 +383,7 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "ports": Ports(**fields["ports"]),
             "filtering": Filtering(**fields["filtering"]),
             "limits": Limits(**fields["limits"]),
-            "forwards": tuple(forwards.parse(**each) for each in fields["forwards"]),
+            **{kind: tuple(parse(**each) for each in fields[kind]) for kind, parse in _KINDS.items()},
             "external": Externals.parse(**fields["external"]),
             "pcp": Pcp(**{**fields["pcp"], "internal": tuple(map(IPv4Network, fields["pcp"]["internal"]))}),
         }

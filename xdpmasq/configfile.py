@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from xdpmasq import forwards
+from xdpmasq import forwards, redirects, triggers
 from xdpmasq.config import Config, Filtering, Limits, Pcp, Ports, Problem, Timeouts, problems
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
+from xdpmasq.redirects import Redirect
+from xdpmasq.triggers import Trigger
+
+_R = TypeVar("_R", bound=Rule)
 
 
 def load(path: Path) -> Config:
@@ -40,7 +44,9 @@ def load(path: Path) -> Config:
         inbound_refresh=get("sessions.inbound_refresh", Config.inbound_refresh),
         mss=get("tcp.mss", Config.mss),
         other=get("protocols.other", Config.other),
-        forwards=tuple(document.forwards()),
+        forwards=tuple(document.rules("forward", _forward, 'ports = 8080, to = "192.168.0.2:80"')),
+        redirects=tuple(document.rules("redirect", _redirect, 'ports = 80, to = 3128, on = "lan"')),
+        triggers=tuple(document.rules("trigger", _trigger, 'ports = 6112, opens = "tcp 6112-6119"')),
         external=document.externals(),
         pcp=Pcp(**{**document.table("pcp"), "internal": document.prefixes("pcp.internal")}),
     )
@@ -74,8 +80,30 @@ _KEYS: dict[str, dict[str, str]] = {
         "answer_arp": _SWITCH,
     },
     "forward": {"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "to": f"{_TEXT} or {_TEXTS}", "from": _TEXT},
+    "redirect": {
+        **{"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "to": f"{_TEXT} or {_NUMBER}", "on": _TEXT},
+        **{"from": _TEXT, "not_to": f"{_TEXT} or {_TEXTS}"},
+    },
+    "trigger": {"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "opens": _TEXT, "lasts_s": _NUMBER},
 }
-_REPEATED = {"forward"}  # tables of which there may be many: [[forward]]
+_REPEATED = {"forward", "redirect", "trigger"}  # tables of which there may be many: [[forward]]
+
+
+def _forward(given: Mapping[str, Any]) -> Rule:
+    return forwards.parse(given["protocol"], given["ports"], _several(given["to"]), given.get("from", ""))
+
+
+def _redirect(given: Mapping[str, Any]) -> Redirect:
+    source, spared = given.get("from", ""), _several(given.get("not_to", []))
+    return redirects.parse(given["protocol"], given["ports"], given["to"], given["on"], source=source, not_to=spared)
+
+
+def _trigger(given: Mapping[str, Any]) -> Trigger:
+    return triggers.parse(**given)
+
+
+def _several(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def _is_a(kind: str, value: object) -> bool:
@@ -158,19 +186,18 @@ class _Document:
             raise self.error(Problem(f"{table}.{name}", value, f"allowed is {kind}", nth=nth))
         return value
 
-    def forwards(self) -> Iterator[Rule]:
-        """The rules of ``[[forward]]``."""
-        for nth, entries in enumerate(self.tables.get("forward", ())):
-            given = {name: self._value("forward", name, value, nth) for name, value in entries.items()}
-            for name in ("protocol", "ports", "to"):
+    def rules(self, kind: str, parse: Callable[[Mapping[str, Any]], _R], example: str) -> Iterator[_R]:
+        """The rules of ``[[kind]]``; the keys of the example are those that it cannot do without."""
+        for nth, entries in enumerate(self.tables.get(kind, ())):
+            given = {name: self._value(kind, name, value, nth) for name, value in entries.items()}
+            for name in ("protocol", *re.findall(r"(\w+) = ", example)):
                 if name not in given:
-                    why = 'a forward needs it, as protocol = "tcp", ports = 8080, to = "192.168.0.2:80"'
-                    raise self._error_at(Problem("forward", None, why, nth=nth), f"[[forward]] without {name}")
-            to = [given["to"]] if isinstance(given["to"], str) else given["to"]
+                    why = f'a {kind} needs it, as protocol = "tcp", {example}'
+                    raise self._error_at(Problem(kind, None, why, nth=nth), f"[[{kind}]] without {name}")
             try:
-                yield forwards.parse(given["protocol"], given["ports"], to, given.get("from", ""))
+                yield parse(given)
             except UsageError as error:
-                raise self._error_at(Problem("forward", None, error.why, error.do, nth), error.what) from error
+                raise self._error_at(Problem(kind, None, error.why, error.do, nth), error.what) from error
 
     def externals(self) -> Externals:
         """``[external]``."""

@@ -68,8 +68,12 @@ PUNT_HOOK = Hook("ingress", "masq_punt_in")
 XDP_HOOK = Hook("xdp", "masq_xdp")  # on the device below, where the interface is a VLAN
 
 
-def hooks(role: Role, *, xdp: bool, ethernet: bool) -> tuple[Hook, ...]:
-    """What belongs on an interface, in the order in which it is to be attached: the translation first."""
+def hooks(role: Role, *, xdp: bool, ethernet: bool, redirects: bool = False) -> tuple[Hook, ...]:
+    """What belongs on an interface, in the order in which it is to be attached: the translation first.
+
+    Args:
+        redirects: some of what LANs send goes to the gateway itself.
+    """
     suffix = "" if ethernet else "_l3"
     found: list[Hook] = []
     if role == "wan":
@@ -78,7 +82,7 @@ def hooks(role: Role, *, xdp: bool, ethernet: bool) -> tuple[Hook, ...]:
         found += [Hook("egress", "masq_lo_out")]
     else:
         found += [Hook("ingress", f"masq_lan_in{suffix}")]
-        found += [Hook("egress", "masq_lan_learn")] * xdp
+        found += [Hook("egress", f"masq_lan_out{suffix}")] * (xdp or redirects)
     if xdp:
         found += [XDP_HOOK]
     return tuple(found)
@@ -189,6 +193,11 @@ class Tables:
         """Sends every accelerated flow once through the kernel, to learn its next hop anew."""
         self.set_settings(disarmed_at=bpf.jiffies())
 
+    def disarm_flows(self, slots: Slots) -> None:
+        """The same for the sessions in these slots, by whoever is not the agent, whose settings are."""
+        for side in ("out", "in"):
+            self.sessions[side]["armed_at"][slots] = self.settings["disarmed_at"]
+
     def set_prefixes(self, wanted: Mapping[IPv4Network, int]) -> None:
         """Makes ``prefixes`` hold exactly these roles; what stays is never absent meanwhile."""
         table = self.maps["prefixes"]
@@ -264,6 +273,7 @@ class Tables:
         mss: int = 0,
         wan: int = 0,
         wire: Wire | None = None,
+        redirect_to: IPv4Address | None = None,
     ) -> None:
         """Tells the programs of an interface; ``xdp_to`` also makes it a target of redirects.
 
@@ -271,6 +281,7 @@ class Tables:
             mss: what new TCP connections are clamped to, in bytes; 0: nothing.
             wan: number of the WAN, of several.
             wire: where its frames pass, if not on itself.
+            redirect_to: its own address, where what comes from this LAN is redirected.
         """
         wire = wire or Wire(link)
         mac = np.frombuffer(link.mac.ljust(6, b"\0")[:6], np.uint16)
@@ -278,7 +289,7 @@ class Tables:
         if xdp_to:
             self.maps["transmitters"].set(link.index, wire.device.index)
         fields = (mac, ROLES[role], flags, min(link.mtu, wire.mtu), mss, wan, len(wire.tags), _tags(wire))
-        self.maps["interfaces"].set(link.index, fields)
+        self.maps["interfaces"].set(link.index, (*fields, addr(redirect_to)))
 
     def unset_interface(self, index: int) -> None:
         self.maps["interfaces"].set(index, np.zeros((), self.maps["interfaces"].value))
@@ -433,9 +444,7 @@ class Attached(Tables):
         """Ends the sessions in ``slots`` now; returns how many of them were there."""
         before = len(np.intersect1d(self.live_slots(), slots))
         self.reap(self.reaper, slots, REAP_FORCED)
-        # Each flow by itself: settings are the agent's to write.
-        for side in ("out", "in"):
-            self.sessions[side]["armed_at"][slots] = self.settings["disarmed_at"]
+        self.disarm_flows(slots)
         return before - len(np.intersect1d(self.live_slots(), slots))
 
     @cached_property

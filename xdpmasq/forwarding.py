@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, datapath, forwards, netdev, presence, sockets
+from xdpmasq import bpf, datapath, forwards, netdev, presence, redirecting, sockets
 from xdpmasq.datapath import (
     CLASSES,
     EXTERNAL_SLOTS,
@@ -35,13 +35,18 @@ from xdpmasq.datapath import (
 from xdpmasq.errors import BusyError, ForwardError
 from xdpmasq.expiry import age
 from xdpmasq.forwards import Lease, Rule, Target
+from xdpmasq.redirects import Redirect
 from xdpmasq.sessions import Table
+from xdpmasq.triggers import Trigger
 
-FLAG_DEFAULT, FLAG_EXPIRES, FLAG_LEASED = 1, 16, 32  # FORWARD_DEFAULT, …
+FLAG_DEFAULT, FLAG_TO_GATEWAY, FLAG_TRIGGERED, FLAG_FROM_INSIDE = 1, 2, 4, 8  # FORWARD_*
+FLAG_EXPIRES, FLAG_LEASED = 16, 32
+ON_LAN, TRIGGER = 255, 253  # FORWARD_ON_LAN, FORWARD_TRIGGER
 PORT_AT, REMOTE_AT = 16, 32  # FORWARD_PORT_AT, FORWARD_REMOTE_AT
 FROM_OUTSIDE = 4  # SESSION_FROM_OUTSIDE
 CLOSE_TRIES = 10  # packets may join a mapping until it is closed
 PUBLISH_AT_ONCE = 256
+FORGET_S = 3600
 
 Mask = npt.NDArray[np.bool_]
 NONE: Slots = np.zeros(0, np.uint32)
@@ -54,29 +59,40 @@ class Placed:
     Attributes:
         opened: sessions so far.
         expires: jiffies; None: never.
+        open_to: of a trigger: who has its ports until then.
     """
 
     index: int
     rule: Rule
     opened: int
     expires: int | None = None
+    open_to: IPv4Address | None = None
 
 
 def read(tables: Tables) -> list[Placed]:
-    """The forwards that are in place, by protocol and port, the more specific first."""
+    """The rules that are in place, of every kind, by protocol and port, the more specific first."""
     found = at(tables, np.flatnonzero(tables.rules["targets"]))
     return sorted(found, key=lambda each: (each.rule.protocol, each.rule.first, *_specific_first(each.rule)))
 
 
 def at(tables: Tables, indices: Iterable[Any]) -> list[Placed]:
-    """The forwards in these places of ``forward_rules``."""
-    return [_placed(tables, int(index)) for index in indices]
+    """The rules in these places of ``forward_rules``."""
+    places = [int(index) for index in indices]
+    spared = redirecting.spared(tables) if places else {}
+    return [_placed(tables, index, spared.get(index, ())) for index in places]
 
 
-def _placed(tables: Tables, index: int) -> Placed:
-    record = tables.rules[index].copy()
-    expires = int(record["expires"]) if record["flags"] & FLAG_EXPIRES else None
-    return Placed(index, _rule(record, tables.leases[index]), int(record["opened"]), expires)
+def _placed(tables: Tables, index: int, spared: tuple[IPv4Network, ...]) -> Placed:
+    record, hz = tables.rules[index].copy(), int(tables.settings["hz"])
+    rule, holder = _rule(record, tables.leases[index], spared, hz), _holder(record)
+    expires = int(record["expires"]) if record["flags"] & FLAG_EXPIRES or holder else None
+    return Placed(index, rule, int(record["opened"]), expires, holder)
+
+
+def _holder(record: Any) -> IPv4Address | None:
+    """To whom a triggered rule is open."""
+    address, over = _address(record["target"][0]["addr"]), age(bpf.jiffies(), record["expires"].reshape(1))[0] > 0
+    return address if record["flags"] & FLAG_TRIGGERED and int(address) and not over else None
 
 
 def left_s(expires: int | None, hz: int) -> int | None:
@@ -87,7 +103,13 @@ def left_s(expires: int | None, hz: int) -> int | None:
 def any_by_port(tables: Tables) -> bool:
     """Is there a forward that the gateway itself can ask for by its public address?"""
     rules = tables.rules
-    return bool(((rules["targets"] != 0) & (rules["flags"] & FLAG_DEFAULT == 0)).any())
+    return bool(((rules["targets"] != 0) & (rules["flags"] & (FLAG_DEFAULT | FLAG_TO_GATEWAY) == 0)).any())
+
+
+def any_on_lan(tables: Tables) -> bool:
+    """Is there a redirect of what comes from inside?"""
+    rules = tables.rules
+    return bool(((rules["targets"] != 0) & (rules["flags"] & FLAG_FROM_INSIDE != 0)).any())
 
 
 def _specific_first(rule: Rule) -> tuple[bool, int]:
@@ -101,36 +123,52 @@ def _address(addr: Any) -> IPv4Address:
     return IPv4Address(np.asarray(addr["word"])[:1].tobytes())
 
 
-def _rule(record: Any, lease: Any) -> Rule:
+def _rule(record: Any, lease: Any, spared: tuple[IPv4Network, ...], hz: int) -> Rule:
+    """The inverse of :func:`_record`."""
     targets, before = [], 0
     for each in record["target"][: record["targets"]]:
         targets.append(Target(_address(each["addr"]), int(each["port"]), int(each["until"]) - before))
         before = int(each["until"])
-    bits = int(record["source_bits"])
-    return Rule(
-        CLASSES[record["class"]],
-        int(record["first"]),
-        int(record["last"]),
-        tuple(targets),
-        IPv4Network((_address(record["source"]), bits)) if bits else None,
-        Lease(lease["nonce"].tobytes(), int(lease["external"])) if record["flags"] & FLAG_LEASED else None,
-    )
+    bits, flags = int(record["source_bits"]), int(record["flags"])
+    ports = CLASSES[record["class"]], int(record["first"]), int(record["last"])
+    source = IPv4Network((_address(record["source"]), bits)) if bits else None
+    if flags & FLAG_TRIGGERED:
+        called = int(record["trigger_first"]), int(record["trigger_last"])
+        lasts_s = int(record["lasts"]) // hz
+        return Trigger.of(ports, CLASSES[record["trigger_class"]], called, lasts_s)
+    if flags & FLAG_TO_GATEWAY:
+        on = "lan" if flags & FLAG_FROM_INSIDE else "wan"
+        return Redirect(*ports, tuple(targets), source, on=on, spared=spared)
+    leased = Lease(lease["nonce"].tobytes(), int(lease["external"])) if flags & FLAG_LEASED else None
+    return Rule(*ports, tuple(targets), source, leased)
 
 
 def _record(tables: Tables, rule: Rule, expires: int | None = None) -> Any:
     record = np.zeros((), tables.maps["forward_rules"].value)
     until = 0
-    for number, target in enumerate(rule.targets):
+    targets = (Target(IPv4Address(0), rule.first),) if isinstance(rule, Trigger) else rule.targets
+    for number, target in enumerate(targets):
         until += target.weight
         record["target"][number] = (datapath.addr(target.address), target.port, until)
     record["first"], record["last"], record["class"] = rule.first, rule.last, _class(rule)
-    record["targets"], record["expires"] = len(rule.targets), expires or 0
-    record["flags"] = (
-        FLAG_DEFAULT * rule.is_default + FLAG_EXPIRES * (expires is not None) + FLAG_LEASED * (rule.lease is not None)
-    )
+    record["targets"], record["expires"] = len(targets), expires or 0
+    record["flags"] = _flags(rule) | FLAG_EXPIRES * (expires is not None) | FLAG_LEASED * (rule.lease is not None)
+    if isinstance(rule, Trigger):
+        record["trigger_class"] = CLASSES.index(rule.caller_protocol)
+        record["trigger_first"], record["trigger_last"] = rule.caller_first, rule.caller_last
+        record["lasts"] = rule.lasts_s * int(tables.settings["hz"])
     if rule.source:
         record["source"], record["source_bits"] = datapath.addr(rule.source.network_address), rule.source.prefixlen
     return record
+
+
+def _flags(rule: Rule) -> int:
+    match rule:
+        case Trigger():
+            return FLAG_TRIGGERED
+        case Redirect():
+            return FLAG_TO_GATEWAY | (FLAG_FROM_INSIDE if rule.from_inside else 0)
+    return FLAG_DEFAULT if rule.is_default else 0
 
 
 def _class(rule: Rule) -> int:
@@ -139,7 +177,11 @@ def _class(rule: Rule) -> int:
 
 def _keys(rule: Rule, externals: int) -> Iterator[tuple[Any, ...]]:
     """``struct forward_key`` of each entry. The remote comes last, so a rule for some needs one for each port."""
-    for external in _externals(rule, externals):
+    if isinstance(rule, Trigger):
+        called = CLASSES.index(rule.caller_protocol)
+        for port, bits in forwards.port_prefixes(rule.caller_first, rule.caller_last):
+            yield PORT_AT + bits, TRIGGER + _class(rule), called, socket.htons(port), datapath.addr(None)
+    for external in (ON_LAN,) if rule.from_inside else _externals(rule, externals):
         if rule.source:
             remote, bits = datapath.addr(rule.source.network_address), REMOTE_AT + rule.source.prefixlen
             for port in range(rule.first, rule.last + 1):
@@ -155,8 +197,8 @@ def _externals(rule: Rule, externals: int) -> Iterable[int]:
 
 
 def slots_of(rule: Rule, externals: int) -> Slots:
-    """The slots of its ports, which are to stay out of the pool; the default host has none."""
-    if rule.is_default:
+    """The slots of its ports, which are to stay out of the pool; the default host and redirects on LANs have none."""
+    if rule.is_default or rule.from_inside:
         return NONE
     ports = np.arange(rule.first, rule.last + 1, dtype=np.uint32)
     bases = [external * EXTERNAL_SLOTS + _class(rule) * PORTS for external in _externals(rule, externals)]
@@ -191,7 +233,7 @@ def check(
     if error := forwards.contradiction(rule, [each.rule for each in read(tables)]):
         raise error
     own = {each.ip.ip for each in netdev.addresses(4)}
-    for target in rule.targets:
+    for target in () if isinstance(rule, Redirect) else rule.targets:
         if target.address in own or target.address.is_loopback:
             why = "a forward leads to a host behind the gateway"
             raise ForwardError(
@@ -201,7 +243,7 @@ def check(
             inside = ", ".join(map(str, tables.prefixes_of(datapath.PREFIX_INTERNAL))) or "none"
             do = "name a host in one of them, or its network in [interfaces] internal"
             raise ForwardError(f"{target.address} is behind no LAN", f"the internal networks are {inside}", do)
-    if not rule.is_default:
+    if not (rule.is_default or isinstance(rule, Redirect)):
         _check_services(tables, rule, sockets.listeners() if services is None else services)
 
 
@@ -248,6 +290,8 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule, expires: int | None = N
             tables.leases[index] = np.frombuffer(rule.lease.nonce, np.uint8), rule.lease.external
         tables.rules[index] = _record(tables, rule, expires)
         try:
+            if isinstance(rule, Redirect):
+                redirecting.spare(tables, index, rule.spared)
             if not rule.lease:
                 _keep(tables, reaper, rule)
             for key in _keys(rule, tables.externals):
@@ -255,10 +299,19 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule, expires: int | None = N
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.E2BIG, errno.ENOMEM):
                 raise
-            why = "the table of forwarded ports is full; of a forward with --from, every port takes a place"
-            raise ForwardError(f"{rule} has no place", why, "forward fewer ports") from error
+            why = "the table of forwarded ports is full; of a rule with --from, every port takes a place"
+            raise ForwardError(f"{rule} has no place", why, "name fewer ports") from error
         undo.pop_all()
+    _count_triggers(tables)
+    if rule.from_inside:
+        tables.disarm_flows(tables.live_slots())  # the next packet of each is to meet it
     return index
+
+
+def _count_triggers(tables: Tables) -> None:
+    rules = tables.rules
+    count = int(((rules["targets"] != 0) & (rules["flags"] & FLAG_TRIGGERED != 0)).sum())
+    tables.maps["triggers"].set(0, count)
 
 
 def take(tables: Tables, reaper: bpf.Program, *placed: Placed) -> None:
@@ -267,6 +320,8 @@ def take(tables: Tables, reaper: bpf.Program, *placed: Placed) -> None:
         for key in _keys(each.rule, tables.externals):
             tables.maps["forwards"].delete(key)
         tables.rules[each.index] = np.zeros((), tables.rules.dtype)
+        redirecting.spare(tables, each.index, ())
+    _count_triggers(tables)
     others = [each.rule for each in read(tables)]
     leased = set(_slots_of_all([rule for rule in others if rule.lease], tables.externals).tolist())
     for each in placed:
@@ -366,19 +421,23 @@ def withdraw(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> bool:
 def running(tables: Tables, table: Table, placed: Sequence[Placed]) -> dict[int, Table]:
     """The sessions of each forward by its index, those that its targets opened from the forwarded port included."""
     free = np.ones(len(table), bool)
+    externals = tables.settings["external"]["word"][:, 0]
     marks = tables.sessions["out"]["marks"][table.slot]
     found = {}
     for each in sorted(placed, key=lambda each: _specific_first(each.rule)):
-        mine = free & _fits(each.rule, table)
+        mine = free & _fits(each.rule, table, externals)
         if each.rule.is_default:
             mine &= marks & FROM_OUTSIDE != 0
         found[each.index], free = table[mine], free & ~mine
     return found
 
 
-def _fits(rule: Rule, table: Table) -> Mask:
-    words = [datapath.addr(target.address)[0][0] for target in rule.targets]
-    fits: Mask = (table.protocol == _class(rule)) & np.isin(table.internal.addr[:, 0], words)
+def _fits(rule: Rule, table: Table, externals: npt.NDArray[np.uint32]) -> Mask:
+    fits: Mask = (table.protocol == _class(rule)) & (not rule.from_inside)
+    if isinstance(rule, Redirect):
+        fits &= np.isin(table.internal.addr[:, 0], externals)
+    elif not isinstance(rule, Trigger):
+        fits &= np.isin(table.internal.addr[:, 0], [datapath.addr(each.address)[0][0] for each in rule.targets])
     fits &= (table.external.port >= rule.first) & (table.external.port <= rule.last)
     if rule.source:
         mask, network = (datapath.addr(each)[0][0] for each in (rule.source.netmask, rule.source.network_address))
@@ -430,6 +489,7 @@ class Upkeep:
         self._former = self._former[self._tables.sessions["life"][self._former] != 0]
         self._withdrawn = [each for each in self._withdrawn if not withdraw(self._tables, *each)]
         self._republish()
+        self._close_triggered()
 
     def _used(self) -> Slots:
         """Ports that are mapped or at rest."""
@@ -438,6 +498,7 @@ class Upkeep:
     def _follow(self) -> None:
         records = self._tables.rules.copy()
         records["opened"] = records["expires"] = 0
+        records["target"]["addr"]["word"][records["flags"] & FLAG_TRIGGERED != 0] = 0
         if records.tobytes() == self._seen:
             return
         self._seen = records.tobytes()
@@ -449,6 +510,12 @@ class Upkeep:
         present = {slot: endpoint for slot, endpoint in endpoints}
         self._withdrawn += [each for each in self._endpoints if present.get(each[0]) != each[1]]
         self._endpoints = endpoints
+
+    def _close_triggered(self) -> None:
+        """Whose time was over long ago is forgotten: when jiffies wrap round, the ports would seem open again."""
+        rules, hz = self._tables.rules, int(self._tables.settings["hz"])
+        over = (rules["flags"] & FLAG_TRIGGERED != 0) & (age(bpf.jiffies(), rules["expires"]) > FORGET_S * hz)
+        rules["target"]["addr"]["word"][over] = 0
 
     def _republish(self) -> None:
         """An endpoint that had a mapping when its forward came gets its port once that has ended; a few each time."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address
-from typing import Any
+from typing import Any, ClassVar
 
 from xdpmasq.errors import ForwardError, UsageError
 
@@ -52,10 +52,13 @@ class Rule:
     """External ports and the internal endpoints to which they lead.
 
     Attributes:
+        kind: the command that makes such rules.
         first, last: external ports; 0 and 65535 of the default host, which gets what nothing else takes.
         source: the remotes that it is for; None: all.
         lease: None: the user's own.
     """
+
+    kind: ClassVar[str] = "forward"
 
     protocol: str
     first: int
@@ -75,11 +78,11 @@ class Rule:
 
     @property
     def ports(self) -> str:
-        return DEFAULT if self.is_default else _range(self.first, self.last)
+        return DEFAULT if self.is_default else range_of(self.first, self.last)
 
     @property
     def name(self) -> str:
-        """What tells it from all others, as `forward del` wants it."""
+        """What tells it from all others of its kind, as `del` wants it."""
         return f"{self.protocol} {self.ports}" + (f" --from {self.source}" if self.source else "")
 
     @property
@@ -88,7 +91,7 @@ class Rule:
         return tuple(map(self._target, self.targets))
 
     def _target(self, target: Target) -> str:
-        ports = "" if self.is_default else f":{_range(target.port, target.port + self.last - self.first)}"
+        ports = "" if self.is_default else f":{range_of(target.port, target.port + self.last - self.first)}"
         return f"{target.address}{ports}" + (f"*{target.weight}" if target.weight != 1 else "")
 
     def __str__(self) -> str:
@@ -98,13 +101,21 @@ class Rule:
         """Both claim a port for the same remotes. A more specific source wins over a wider one, and ports over the
         default host, so those are no contradiction; but a leased port is one host's for all remotes.
         """
-        leased = self.lease or other.lease
-        return (
-            (self.protocol, self.is_default) == (other.protocol, other.is_default)
-            and (self.source == other.source or leased is not None)
-            and self.first <= other.last
-            and other.first <= self.last
-        )
+        return self._claims(other) == other._claims(self) and self.first <= other.last and other.first <= self.last
+
+    @property
+    def from_inside(self) -> bool:
+        """It is about what internal hosts send."""
+        return False
+
+    def _claims(self, beside: Rule) -> tuple[Any, ...]:
+        """Of two rules that have this in common, each port can be but one's."""
+        source = None if self.lease or beside.lease else self.source
+        return self.from_inside, self.protocol, source, self.is_default
+
+    def shares(self, other: Rule) -> str:
+        """What both claim, where they contradict."""
+        return f"{self.protocol} {range_of(max(self.first, other.first), min(self.last, other.last))}"
 
     def as_fields(self) -> dict[str, Any]:
         """As :func:`parse` takes it and JSON can carry it."""
@@ -116,7 +127,7 @@ class Rule:
         }
 
 
-def _range(first: int, last: int) -> str:
+def range_of(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
@@ -134,37 +145,36 @@ def contradiction(rule: Rule, others: Iterable[Rule]) -> ForwardError | None:
     """The error of a rule that cannot stand beside ``others``."""
     for other in others:
         if rule == other:
-            return ForwardError(f"{rule} is there already", "", "see `xdpmasq forward list`")
+            return ForwardError(f"{rule} is there already", "", f"see `xdpmasq {rule.kind} list`")
         if rule.contradicts(other):
-            shared = _range(max(rule.first, other.first), min(rule.last, other.last))
-            why = f"{other} is there already" + ("" if rule.is_default else f", and has {rule.protocol} {shared}")
-            return ForwardError(f"{rule} is not possible", why, f"xdpmasq forward del {other.name}")
+            why = f"{other} is there already" + ("" if rule.is_default else f", and has {rule.shares(other)}")
+            return ForwardError(f"{rule} is not possible", why, f"xdpmasq {other.kind} del {other.name}")
     return None
 
 
-def find(rules: Sequence[Rule], protocol: str, ports: str | int, source: str = "") -> Rule:
-    """The rule of that name.
+def named_as(protocol: str, ports: str | int, source: str = "") -> Rule:
+    """What `forward del` names: a forward without its targets."""
+    return Rule(protocol_of(protocol), *_ports(ports), (), source_of(source))
+
+
+def find(rules: Sequence[Rule], wanted: Rule) -> Rule:
+    """The rule of the same name among those of a kind.
 
     Raises:
-        UsageError: these are no words for one.
         ForwardError: there is none.
     """
-    first, last = _ports(ports)
-    wanted = (_protocol(protocol), first, last, _source(source))
     for rule in rules:
-        if (rule.protocol, rule.first, rule.last, rule.source) == wanted:
+        if rule.name == wanted.name:
             return rule
-    name = Rule(_protocol(protocol), first, last, (), _source(source)).name
+    what = f"there is no {wanted.kind} {wanted.name}"
     if not rules:
-        raise ForwardError(f"there is no forward {name}", "there is none at all", "see `xdpmasq forward list`")
-    near = sorted(rules, key=lambda rule: (rule.protocol != wanted[0], _distance(rule, first, last)))[:_SHOWN]
-    raise ForwardError(
-        f"there is no forward {name}", f"near it: {', '.join(rule.name for rule in near)}", "name one as it is listed"
-    )
+        raise ForwardError(what, "there is none at all", f"see `xdpmasq {wanted.kind} list`")
+    near = sorted(rules, key=lambda rule: (rule.protocol != wanted.protocol, _distance(rule, wanted)))[:_SHOWN]
+    raise ForwardError(what, f"near it: {', '.join(rule.name for rule in near)}", "name one as it is listed")
 
 
-def _distance(rule: Rule, first: int, last: int) -> int:
-    return 0 if rule.is_default else max(0, rule.first - last, first - rule.last)
+def _distance(rule: Rule, wanted: Rule) -> int:
+    return 0 if rule.is_default else max(0, rule.first - wanted.last, wanted.first - rule.last)
 
 
 # --- reading words ---------------------------------------------------------------------------------
@@ -185,7 +195,7 @@ def parse(protocol: str, ports: str | int, to: Sequence[str], source: str = "") 
         UsageError: what is wrong, and what to write.
     """
     first, last = _ports(ports)
-    name, prefix = _protocol(protocol), _source(source)
+    name, prefix = protocol_of(protocol), source_of(source)
     if not to:
         raise UsageError("no target is given", "", "name one as 192.168.0.2:80")
     if len(to) > TARGETS_MOST:
@@ -202,25 +212,28 @@ def parse(protocol: str, ports: str | int, to: Sequence[str], source: str = "") 
     return rule
 
 
-def _protocol(text: str) -> str:
+def protocol_of(text: str, done: str = "forwarded") -> str:
+    """A protocol's name, of what is to be ``done`` with it."""
     if text.lower() not in PROTOCOLS:
-        raise UsageError(f"{text} cannot be forwarded", "", "give tcp or udp")
+        raise UsageError(f"{text} cannot be {done}", "", "give tcp or udp")
     return text.lower()
 
 
 def _ports(text: str | int) -> tuple[int, int]:
     if text == DEFAULT:
         return 0, _PORT_LAST
-    return _numbers(str(text), f"give a port as 8080, a range as 5000-5010, or {DEFAULT}")
+    return numbers(text, f"give a port as 8080, a range as 5000-5010, or {DEFAULT}")
 
 
-def _numbers(text: str, do: str) -> tuple[int, int]:
+def numbers(ports: str | int, do: str = "give a port as 8080, or a range as 5000-5010") -> tuple[int, int]:
+    """First and last of a range of ports, or of one."""
+    text = str(ports)
     match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
     if not match:
         raise UsageError(f"{text or 'nothing'} is no port", "", do)
     first, last = int(match[1]), int(match[2] or match[1])
     if not (first and last):
-        raise UsageError(f"{text} cannot be forwarded", "no host has a port 0", do)
+        raise UsageError(f"{text} is no port", "no host has a port 0", do)
     if max(first, last) > _PORT_LAST:
         raise UsageError(f"{text} is no port", f"ports end at {_PORT_LAST}", do)
     if first > last:
@@ -241,18 +254,19 @@ def _target(text: str, first: int, last: int) -> Target:
         if match["colon"]:
             raise UsageError(f"{text} has a port", "the default host gets every port as it is", f"write {address}")
         return Target(address, 0, weight)
-    return Target(address, _target_port(text, match["ports"], first, last) if match["colon"] else first, weight)
+    return Target(address, shifted(text, match["ports"], first, last) if match["colon"] else first, weight)
 
 
-def _target_port(text: str, ports: str, first: int, last: int) -> int:
-    start, end = _numbers(ports, _TARGET_FORMS)
+def shifted(text: str, ports: str, first: int, last: int) -> int:
+    """Where a range begins that is to take the ports from ``first`` to ``last``, in a target written ``text``."""
+    start, end = numbers(ports, _TARGET_FORMS)
     beyond = start + last - first
     if "-" in ports and end != beyond:
         count, wanted = end - start + 1, last - first + 1
-        why = f"{ports} is {_plural(count)}, {_range(first, last)} is {_plural(wanted)}"
+        why = f"{ports} is {_plural(count)}, {range_of(first, last)} is {_plural(wanted)}"
         raise UsageError(f"{text} does not fit the external ports", why, f"name the first port alone: it is {start}")
     if beyond > _PORT_LAST:
-        why = f"{_range(first, last)} would lead to {_range(start, beyond)}, and ports end at {_PORT_LAST}"
+        why = f"{range_of(first, last)} would lead to {range_of(start, beyond)}, and ports end at {_PORT_LAST}"
         raise UsageError(f"{text} is too high", why, f"begin at {_PORT_LAST - last + first} or below")
     return start
 
@@ -279,7 +293,8 @@ def _address(text: str) -> IPv4Address:
     return found
 
 
-def _source(text: str) -> IPv4Network | None:
+def source_of(text: str) -> IPv4Network | None:
+    """A prefix; None where it is empty, or everything."""
     if not text:
         return None
     do = "give an IPv4 prefix as 198.51.100.0/24, or an address"

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -36,6 +36,8 @@ NEXT_HOP_MAC, HOST_MAC = "02:00:00:00:10:10", "02:00:00:00:00:02"
 LAN_MAC, WAN_MAC = "02:00:00:00:00:01", "02:00:00:00:01:01"
 LAN_VLAN_MAC, WAN_VLAN_MAC = "02:00:00:00:00:10", "02:00:00:00:01:20"
 
+RuleT = TypeVar("RuleT", bound=Rule)
+
 TICKS = 1000  # the bench's jiffies to its second; the kernel's own rate does not matter
 FURTHER = 256
 POOL = ((1024, 31744), (61000, 4536))  # (first, count) below and above Linux's ephemeral ports
@@ -47,7 +49,7 @@ ENDINGS = ("fast", "slow", "punt", "up", "own", "drop")
 TC_VERDICTS = {2: "drop", 7: "redirect", 0xFFFFFFFF: "pass"}
 # Where a packet may go on uncounted: nothing was done to it, or a hairpin is turned round, which ends elsewhere.
 AHEAD = {
-    "masq_lan_learn": ("pass",),
+    "masq_lan_out": ("pass",),
     "masq_lan_in": ("pass", "redirect"),
     "masq_wan_out": ("redirect",),
     "masq_lo_out": ("pass", "redirect"),
@@ -159,6 +161,8 @@ def quote(packet: bytes) -> bytes | None:
     return packet[header + 8 :] if packet[header] in ICMP_ERRORS else None
 
 
+RULES = ("forwards", "redirects", "answers", "spared")
+
 # --- the bench -------------------------------------------------------------------------------------
 
 NETWORK = (
@@ -188,7 +192,7 @@ class Bench:
     """The programs, compiled once, and their tables. To be made, and used, inside the bench's namespace."""
 
     def __init__(self) -> None:
-        self.programs = datapath.Programs(FURTHER)
+        self.programs = datapath.Programs(FURTHER, defines={"REDIRECTED": "256"})
         self.tables = datapath.Tables(self.programs.maps)
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.
@@ -224,10 +228,11 @@ class Bench:
         tables = self.tables
         tables.sessions.view(np.uint8)[:] = 0
         self._clear_embryos()
-        for name in ("mappings", "remotes", "fragments", "replies", "hosts", "bindings", "contacts", "forwards"):
+        for name in ("mappings", "remotes", "fragments", "replies", "hosts", "bindings", "contacts", *RULES):
             for keys, _ in tables.maps[name].items(chunk=max(FURTHER, 16384)):
                 for key in keys:
                     tables.maps[name].delete(key)
+        tables.maps["triggers"].set(0, 0)
         for placed in forwarding.read(tables):
             rules = tables.maps["forward_rules"]
             rules.set(placed.index, np.zeros((), rules.value))
@@ -345,13 +350,21 @@ class Gateway:
         """Puts a forward in place; targets are (address, port[, weight]). From port 0 it is the default host's."""
         last = (first or datapath.PORTS - 1) if last is None else last
         to = tuple(Target(IPv4Address(target[0]), *target[1:]) for target in targets)
-        rule = Rule(protocol, first, last, to, IPv4Network(source) if source else None)
+        return self.put(Rule(protocol, first, last, to, IPv4Network(source) if source else None))
+
+    def put(self, rule: RuleT) -> RuleT:
+        """Puts a rule in place."""
         forwarding.put(self.tables, self.bench.programs["masq_reap"], rule)
         self.counted()
         return rule
 
+    def serve_redirects(self) -> None:
+        """The LAN's egress brings redirected connections' answers back."""
+        inside = IPv4Address(GATEWAY_INSIDE)
+        self.tables.set_interface(self.bench.lan, "lan", xdp_from=True, xdp_to=True, redirect_to=inside)
+
     def withdraw(self, rule: Rule) -> dict[str, int]:
-        """Takes a forward out; returns the counters that changed."""
+        """Takes a rule out; returns the counters that changed."""
         (placed,) = (each for each in forwarding.read(self.tables) if each.rule == rule)
         forwarding.take(self.tables, self.bench.programs["masq_reap"], placed)
         return self.counted()
@@ -383,7 +396,11 @@ class Gateway:
         """At the LAN's egress, where the gateway learns how the kernel delivers."""
         frame = packet if isinstance(packet, bytes) else _frame(packet, HOST_MAC, LAN_MAC)
         came_by = self.wan if came_by is None else came_by
-        return self._tc("masq_lan_learn", frame, {"ingress_ifindex": came_by, "ifindex": self.lan, **context})
+        return self._tc("masq_lan_out", frame, {"ingress_ifindex": came_by, "ifindex": self.lan, **context})
+
+    def lan_out(self, packet: Packet | bytes) -> Result:
+        """At the LAN's egress, from the gateway itself."""
+        return self.learn(packet, came_by=0)
 
     def fast_outbound(self, packet: Packet | bytes) -> Result:
         """At the LAN's XDP hook."""

@@ -24,7 +24,8 @@ from xdpmasq.config import Config
 from xdpmasq.errors import DatapathError, NotAttachedError
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "config.example.toml")
-VERBS = ("attach", "run", "detach", "status", "sessions", "doctor", "check", "forward", "lab", "bench")
+RULES = ("forward", "redirect", "trigger")
+VERBS = ("attach", "run", "detach", "status", "sessions", "doctor", "check", *RULES, "lab", "bench")
 
 # The fields that the command line reads; their true layout is the business of test_sessions.py.
 ADDR = [("word", "u4", (1,))]

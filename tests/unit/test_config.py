@@ -27,6 +27,8 @@ from xdpmasq.configfile import load
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
 from xdpmasq.forwards import parse
+from xdpmasq.redirects import parse as redirect
+from xdpmasq.triggers import parse as trigger
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "config.example.toml"
 HOME = Config(wan="eth0", lans=("eth1",))
@@ -49,9 +51,9 @@ def test_example_is_at_the_defaults() -> None:
 
 
 def test_example_has_every_key() -> None:
-    tables = tomllib.loads(example_with_forwards())
-    forwards = tables.pop("forward")
-    assert {key for each in forwards for key in each} == {"protocol", "ports", "to", "from"}
+    tables = tomllib.loads(example_with_rules())
+    for kind, keys in RULE_KEYS.items():
+        assert {key for each in tables.pop(kind) for key in each} == keys
     assert {name: set(table) for name, table in tables.items()} == {
         "interfaces": {"wan", "lan", "mode", "internal"},
         "timeouts": {each.name for each in fields(Timeouts)},
@@ -66,16 +68,26 @@ def test_example_has_every_key() -> None:
     }
 
 
-def example_with_forwards() -> str:
+RULE_KEYS = {
+    "forward": {"protocol", "ports", "to", "from"},
+    "redirect": {"protocol", "ports", "to", "on", "from", "not_to"},
+    "trigger": {"protocol", "ports", "opens", "lasts_s"},
+}
+
+
+def example_with_rules() -> str:
     """What stands behind a # without a blank is a setting."""
     return re.sub(r"^#(?=\S)", "", EXAMPLE.read_text(), flags=re.MULTILINE)
 
 
-def test_forwards_of_the_example(written: Any) -> None:
-    assert [str(rule) for rule in load(written(example_with_forwards())).forwards] == [
+def test_rules_of_the_example(written: Any) -> None:
+    assert [str(rule) for rule in load(written(example_with_rules())).rules] == [
         "tcp 8080 → 192.168.0.2:80",
         "tcp 80 → 192.168.0.2:80 192.168.0.3:80*2 from 198.51.100.0/24",
         "udp default → 192.168.0.9",
+        "tcp 80 on lan but not to 198.51.100.0/24 → the gateway's 3128",
+        "tcp 80 on wan from 203.0.113.0/24 → the gateway's 8080",
+        "udp 6112 opens tcp 6112-6119 for 600 s",
     ]
 
 
@@ -122,6 +134,18 @@ def test_everything_is_read(written: Any) -> None:
         ports = "5000-5010"
         to = ["192.168.0.2:6000", "192.168.0.3*3"]
         from = "198.51.100.7"
+        [[redirect]]
+        protocol = "udp"
+        ports = "53-54"
+        to = "5353-5354"
+        on = "lan"
+        from = "10.20.0.0/16"
+        not_to = ["198.51.100.0/24", "192.0.2.1"]
+        [[trigger]]
+        protocol = "udp"
+        ports = "6112-6113"
+        opens = "tcp 7000-7010"
+        lasts_s = 60
         """
     )
     assert load(path) == EVERYTHING
@@ -141,6 +165,10 @@ EVERYTHING = Config(
     mss=1400,
     other="drop",
     forwards=(parse("udp", "5000-5010", ["192.168.0.2:6000", "192.168.0.3*3"], "198.51.100.7"),),
+    redirects=(
+        redirect("udp", "53-54", 5353, "lan", source="10.20.0.0/16", not_to=["192.0.2.1", "198.51.100.0/24"]),
+    ),
+    triggers=(trigger("udp", "6112-6113", "tcp 7000-7010", 60),),
 )
 
 
@@ -251,6 +279,23 @@ BAD = [
     ),
     pytest.param(
         '[[forward]]\nprotocol = "tcp"', 1, ["[[forward]] without ports", "ports = 8080"], id="half a forward"
+    ),
+    pytest.param(
+        '[[redirect]]\nprotocol = "tcp"\nports = 80\nto = 80',
+        1,
+        ["[[redirect]] without on", 'on = "lan"'],
+        id="half a redirect",
+    ),
+    pytest.param(
+        f'{forward(ports=80)}[[redirect]]\nprotocol = "tcp"\nports = "70-90"\nto = 70\non = "wan"',
+        *(7, ["tcp 70-90 on wan", "tcp 80 → 192.168.0.2:80 is there already, and has tcp 80"]),
+        id="redirect of a forward",
+    ),
+    pytest.param(
+        '[[trigger]]\nprotocol = "udp"\nports = 1\nopens = "tcp"',
+        1,
+        ['write it as "tcp 6112-6119"'],
+        id="trigger",
     ),
     pytest.param('[forward]\nprotocol = "tcp"', 1, ["begin it with [[forward]]"], id="a single forward"),
     pytest.param("[[ports]]\nfirst = 1", 1, ["begin it with [ports]"], id="many ports"),

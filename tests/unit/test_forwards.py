@@ -7,7 +7,7 @@ import pytest
 
 from xdpmasq import forwards
 from xdpmasq.errors import ForwardError, UsageError
-from xdpmasq.forwards import Rule, contradiction, find, parse, port_prefixes
+from xdpmasq.forwards import Rule, contradiction, find, named_as, parse, port_prefixes
 
 WEB = "192.168.0.2:80"
 
@@ -168,7 +168,7 @@ RULES = [rule("tcp 80 192.168.0.2"), rule("tcp 80 192.168.0.2", "198.51.100.0/24
     [("80", "", 0), ("80", "198.51.100.0/24", 1), ("8000-8100", "", 2)],
 )
 def test_found_by_name(ports: str, source: str, index: int) -> None:
-    assert find(RULES, "tcp", ports, source) is RULES[index]
+    assert find(RULES, named_as("tcp", ports, source)) is RULES[index]
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,9 @@ def test_found_by_name(ports: str, source: str, index: int) -> None:
 )
 def test_what_is_not_there_names_what_is(protocol: str, ports: str, source: str, words: str) -> None:
     with pytest.raises(ForwardError, match=re.escape(words)):
-        find(RULES, protocol, ports, source)
+        find(RULES, named_as(protocol, ports, source))
     with pytest.raises(ForwardError, match="there is none at all"):
-        find([], protocol, ports, source)
+        find([], named_as(protocol, ports, source))
 
 
 @pytest.mark.parametrize(

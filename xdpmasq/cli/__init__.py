@@ -15,7 +15,7 @@ import typer
 from typer.main import get_command
 
 from xdpmasq import __version__
-from xdpmasq.cli import forward, sessions
+from xdpmasq.cli import forward, redirect, sessions, trigger
 from xdpmasq.cli.attach import attach
 from xdpmasq.cli.check import check
 from xdpmasq.cli.detach import detach
@@ -62,6 +62,8 @@ app.command()(doctor)
 app.command()(check)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(forward.app, name="forward")
+app.add_typer(redirect.app, name="redirect")
+app.add_typer(trigger.app, name="trigger")
 
 
 def _lab() -> typer.Typer:

@@ -1,20 +1,13 @@
 """``xdpmasq forward``: external ports that lead to internal hosts."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from xdpmasq import forwards
-from xdpmasq.cli import common
-from xdpmasq.errors import UsageError
+from xdpmasq.cli import common, rules
 
-if TYPE_CHECKING:
-    from xdpmasq.datapath import Attached
-    from xdpmasq.forwarding import Placed
-    from xdpmasq.sessions import Table
-
-PROTOCOL = typer.Argument(..., metavar="tcp|udp", show_default=False)
 PORTS = typer.Argument(
     ...,
     metavar="PORTS",
@@ -26,7 +19,6 @@ TARGETS = typer.Argument(
     help="ADDR, ADDR:PORT or ADDR:FIRST-LAST; several share new sessions, by weights given as ADDR:PORT*2.",
 )  # fmt: skip
 FROM = typer.Option("", "--from", metavar="PREFIX", help="Only for these remotes.", show_default=False)
-KILL = typer.Option(False, "--kill", help="End its running sessions, too.")
 ROW = "%-5s  %-11s  %-30s  %-18s  %10s  %8s  %s"
 
 app = typer.Typer(rich_markup_mode=None)
@@ -46,16 +38,12 @@ def show(ctx: typer.Context, *, wan: str = common.WHICH, json: bool = common.JSO
       xdpmasq forward add tcp default 192.168.0.9
       xdpmasq forward del tcp 8080
     """
-    if ctx.invoked_subcommand is None:
-        list_(wan=wan, json=json)
-    elif wan or json:
-        verb = ctx.invoked_subcommand
-        raise UsageError(f"options stand before {verb}", "", f"write them after it: xdpmasq forward {verb} …")
+    rules.bare(ctx, list_, wan=wan, json=json)
 
 
 @app.command()
 def add(
-    protocol: str = PROTOCOL,
+    protocol: str = rules.PROTOCOL,
     ports: str = PORTS,
     targets: list[str] = TARGETS,
     *,
@@ -78,25 +66,17 @@ def add(
     """
     common.require_root("forward add")
     rule = forwards.parse(protocol, ports, targets, source)
-    from xdpmasq import forwarding, presence  # noqa: PLC0415  heavy
-
-    with presence.changing():
-        attached = _find(wan)
-        forwarding.check(attached, rule)
-        forwarding.put(attached, attached.reaper, rule)
-    if json:
-        common.print_json(_fields(rule))
-    else:
-        print(f"forwarded: {rule}")
+    rules.put(wan, rule)
+    rules.print_added(rule, _fields(rule), json=json, done="forwarded")
 
 
 @app.command("del")
 def delete(
-    protocol: str = PROTOCOL,
+    protocol: str = rules.PROTOCOL,
     ports: str = PORTS,
     *,
     source: str = FROM,
-    kill: bool = KILL,
+    kill: bool = rules.KILL,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -110,24 +90,8 @@ def delete(
       xdpmasq forward del tcp default
     """
     common.require_root("forward del")
-    from xdpmasq import forwarding, presence  # noqa: PLC0415  heavy
-
-    with presence.changing():
-        attached = _find(wan)
-        present = forwarding.read(attached)
-        rule = forwards.find([each.rule for each in present], protocol, ports, source)
-        placed = next(each for each in present if each.rule == rule)
-        # Which sessions are its own is known only while it is there.
-        mine = _running(attached, present)[placed.index]
-        forwarding.take(attached, attached.reaper, placed)
-        ended = attached.flush(mine.slot) if kill else 0
-    left = len(mine) - ended
-    if json:
-        common.print_json({**_fields(rule), "running": left, "ended": ended})
-    elif kill:
-        print(f"no longer forwarded: {rule}; {common.plural(ended, 'session')} ended")
-    else:
-        print(f"no longer forwarded: {rule}" + (f"; {common.plural(left, 'session')} still running" if left else ""))
+    rule, left, ended = rules.take(wan, forwards.named_as(protocol, ports, source), kill=kill)
+    rules.print_taken(rule, _fields(rule), left, ended, done="no longer forwarded", kill=kill, json=json)
 
 
 @app.command("list")
@@ -142,39 +106,12 @@ def list_(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
       xdpmasq forward list --json | jq '.[] | select(.running > 0)'
     """
     common.require_root("forward list")
-    from xdpmasq import forwarding  # noqa: PLC0415  heavy
-
-    attached = _find(wan)
-    present = forwarding.read(attached)
-    counts = {index: len(table) for index, table in _running(attached, present).items()}
+    found = rules.listed(wan, "forward")
     rows = [
-        {
-            **_fields(each.rule),
-            "opened": each.opened,
-            "running": counts[each.index],
-            "left_s": forwarding.left_s(each.expires, attached.hz),
-        }
-        for each in present
+        {**_fields(each.rule), "opened": each.opened, "running": running, "left_s": left_s}
+        for each, running, left_s in found
     ]
-    if json:
-        common.print_json(rows)
-    elif rows:
-        print("\n".join(_table(rows)))
-    else:
-        print("nothing is forwarded")
-
-
-def _find(wan: str) -> "Attached":
-    from xdpmasq import datapath  # noqa: PLC0415  heavy
-
-    return datapath.find(wan or None)
-
-
-def _running(attached: "Attached", present: Sequence["Placed"]) -> "dict[int, Table]":
-    from xdpmasq import forwarding, sessions  # noqa: PLC0415  heavy
-
-    table = sessions.read(attached.sessions, attached.settings, attached.now(), attached.hz)
-    return forwarding.running(attached, table, present)
+    rules.print_list(rows, _table, json=json, none="nothing is forwarded")
 
 
 def _fields(rule: forwards.Rule) -> dict[str, Any]:
