@@ -29,6 +29,7 @@ PUBLIC, SERVER, PORT = "203.0.113.1", "203.0.113.10", 7
 HOSTS = {"one": "10.0.10.2", "two": "10.0.20.2", "three": "10.0.30.2"}
 LANS = ("eth1.10", "eth1.20", "eth1.30.40")
 PATIENCE_S = 300
+CONFIG_FILE = Path("/run/xdpmasq-test.toml")
 
 OFF = (
     "rx off tx off tso off gso off rxvlan off txvlan off rx-vlan-stag-hw-parse off tx-vlan-stag-hw-insert off gro on"
@@ -70,6 +71,7 @@ def xdpmasq(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module", autouse=True)
 def network() -> Iterator[None]:
+    CONFIG_FILE.write_text(CONFIG)
     names = ("gate", "hosts", "internet")
     netns.ip_batch([f"netns add {name}" for name in names])
     netns.ip_batch(CABLES)
@@ -98,7 +100,14 @@ def echo(server: socket.socket) -> None:
         server.sendto(who[0].encode() + b" " + said, who)
 
 
-COMMAND = ("--mode", "xdp", "--wan", "eth0.7", *(word for lan in LANS for word in ("--lan", lan)))
+CONFIG = f"""
+[interfaces]
+wan = "eth0.7"
+lan = {list(LANS)}
+mode = "xdp"
+[sessions]
+further = 65536 # as in the Makefile, which has the programs compiled for it
+"""
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +122,7 @@ def attached() -> Iterator[None]:
 
 def start() -> "subprocess.Popen[bytes]":
     """In the foreground, as `attach` would give up waiting."""
-    agent = subprocess.Popen(["ip", "netns", "exec", "gate", XDPMASQ, "run", *COMMAND])
+    agent = subprocess.Popen(["ip", "netns", "exec", "gate", XDPMASQ, "run", "--config", str(CONFIG_FILE)])
     soon(lambda: datapath_of().agent_pid == agent.pid, "it is attached", suppress=MasqError)
     return agent
 
@@ -238,7 +247,7 @@ def test_killed_adopted_and_detached() -> None:
 def test_a_device_that_takes_tags_off_is_refused() -> None:
     run("gate", "ethtool", "-K", "eth1", "rxvlan", "on")
     try:
-        refused = xdpmasq("run", *COMMAND, check=False)
+        refused = xdpmasq("run", "--config", str(CONFIG_FILE), check=False)
         assert refused.returncode == 1
         assert "ethtool -K eth1 rx-vlan-hw-parse off" in refused.stderr
     finally:
@@ -252,7 +261,7 @@ def test_somebody_elses_program_stays() -> None:
         index = netdev.link("eth1").index
         netdev.xdp_attach(index, passes.fd, "native")
     try:
-        refused = xdpmasq("run", *COMMAND, check=False)
+        refused = xdpmasq("run", "--config", str(CONFIG_FILE), check=False)
         assert refused.returncode == 1
         assert "someone else's program" in refused.stderr
         assert xdp_on("eth1") == passes.id
