@@ -113,21 +113,13 @@ static __always_inline enum verdict fast_parse(struct xdp_md *ctx, struct fast *
 	return CONTINUE;
 }
 
-/* The half of the session that this packet belongs to, or NULL. */
-static __always_inline struct flow *fast_flow(const struct settings *cfg, const struct fast *f,
-					      enum direction direction)
+static __always_inline struct session *fast_session(const struct settings *cfg, const struct fast *f,
+						    enum direction direction)
 {
-	struct session *s;
-	u32 slot;
-
-	if (direction == OUTBOUND) {
-		slot = slot_of_internal(f->ip->src, f->class, f->ports->src);
-		s = session_find_outbound(slot, f->ip->src, f->ports->src, f->ip->dst, f->ports->dst, f->class);
-	} else {
-		slot = slot_of_external(cfg, f->ip->dst, f->class, f->ports->dst);
-		s = session_find(slot, f->ip->src, f->ports->src, INBOUND);
-	}
-	return s ? session_flow(s, direction) : NULL;
+	if (direction == OUTBOUND)
+		return session_find_outbound(cfg, endpoint(f->ip->src, f->ports->src, f->class), f->ip->dst, f->ports->dst);
+	return session_find_inbound(cfg, slot_of_external(cfg, f->ip->dst, f->class, f->ports->dst), f->ip->src,
+				    f->ports->src);
 }
 
 /* Gives the frame the tags of its way out for those that it came with. The last step that may fail: nothing is written
@@ -158,17 +150,16 @@ static __always_inline bool tags_exchange(struct xdp_md *ctx, struct fast *f, co
 static __always_inline void fast_rewrite(struct fast *f, const struct flow *flow, const struct interface *egress,
 					 enum direction direction)
 {
-	if (direction == OUTBOUND) {
-		f->ip->src = flow->new_addr;
-		f->ports->src = flow->new_port;
-	} else {
-		f->ip->dst = flow->new_addr;
-		f->ports->dst = flow->new_port;
-	}
+	addr_t *addr = direction == OUTBOUND ? &f->ip->src : &f->ip->dst;
+	__be16 *port = direction == OUTBOUND ? &f->ports->src : &f->ports->dst;
+	u32 l3_delta = csum_delta_addr(*addr, flow->new_addr);
+	u32 l4_delta = l3_delta + csum_delta_port(*port, flow->new_port);
+
+	*addr = flow->new_addr;
+	*port = flow->new_port;
 	f->ip->ttl--;
-	f->ip->check = csum_apply(f->ip->check, flow->l3_delta + CSUM_DELTA_TTL);
-	*f->check = f->class == CLASS_UDP ? csum_apply_udp(*f->check, flow->l4_delta) :
-					    csum_apply(*f->check, flow->l4_delta);
+	f->ip->check = csum_apply(f->ip->check, l3_delta + CSUM_DELTA_TTL);
+	*f->check = f->class == CLASS_UDP ? csum_apply_udp(*f->check, l4_delta) : csum_apply(*f->check, l4_delta);
 	__builtin_memcpy(f->eth->dst, flow->next_hop, sizeof(f->eth->dst));
 	__builtin_memcpy(f->eth->src, egress->mac, sizeof(f->eth->src));
 }
@@ -180,13 +171,15 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, struct fast *f
 	struct settings *cfg = settings_get();
 	u32 now = jiffies_now();
 	struct interface *egress;
+	struct session *s;
 	struct flow *flow;
 
 	if (!cfg)
 		return PASS;
-	flow = fast_flow(cfg, f, direction);
-	if (!flow)
+	s = fast_session(cfg, f, direction);
+	if (!s)
 		return pass(COUNT_up_no_flow);
+	flow = session_flow(s, direction);
 	if (!flow_is_armed(cfg, flow, now))
 		return pass(COUNT_up_not_armed);
 	if (f->total > flow->longest)
@@ -201,7 +194,7 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, struct fast *f
 	fast_rewrite(f, flow, egress, direction);
 	if (f->tcp_acks)
 		flow->last_ack = f->ack;
-	flow_touch(flow, now, f->total);
+	flow_touch(s, direction, now, f->total);
 	count(direction == OUTBOUND ? COUNT_fast_outbound : COUNT_fast_inbound);
 	return CONTINUE;
 }

@@ -1,8 +1,6 @@
 /* Sessions and their two flows: finding one, whether it is alive, what a packet does to it. Only this file and
  * mapping.h know how the tables are laid out.
  */
-enum direction { OUTBOUND, INBOUND };
-
 static __always_inline struct flow *session_flow(struct session *s, enum direction direction)
 {
 	return direction == OUTBOUND ? &s->out : &s->in;
@@ -84,7 +82,7 @@ static __always_inline u32 slot_of_external(const struct settings *cfg, addr_t a
 
 static __always_inline u32 slot_of_internal(addr_t addr, u32 class, __be16 port)
 {
-	struct mapping_key key = { .addr = addr, .port = port, .class = class };
+	struct mapping_key key = endpoint(addr, port, class);
 	u32 *slot = mappings.lookup(&key);
 	return slot ? *slot : NO_SLOT;
 }
@@ -92,42 +90,6 @@ static __always_inline u32 slot_of_internal(addr_t addr, u32 class, __be16 port)
 static __always_inline bool flow_is_with(const struct flow *flow, addr_t remote, __be16 port)
 {
 	return flow->remote_port == port && addr_equal(flow->remote_addr, remote);
-}
-
-/* The session of the external endpoint in @slot with this remote endpoint, dead or alive, or NULL. Looks at the
- * half of @direction only, so that an accelerated packet stays within one cache line.
- */
-static __always_inline struct session *session_find(u32 slot, addr_t remote, __be16 port,
-						    enum direction direction)
-{
-	struct remote_key key = { .mapping = slot, .addr = remote, .port = port };
-	struct session *s = session_at(slot);
-	u32 *further;
-
-	if (!s || flow_is_with(session_flow(s, direction), remote, port))
-		return s;
-	if (!(s->life & LIFE_FURTHER_MASK))
-		return NULL;
-	further = remotes.lookup(&key);
-	return further ? session_at(*further) : NULL;
-}
-
-/* The same from inside: by the mapping of the internal endpoint, whose slot is @slot, or by the 5-tuple where another
- * host's sessions share the external port.
- */
-static __always_inline struct session *session_find_outbound(u32 slot, addr_t addr, __be16 port, addr_t remote,
-							     __be16 remote_port, u32 class)
-{
-	struct reply_key key = { .addr = addr, .remote_addr = remote, .port = port, .remote_port = remote_port,
-				 .class = class };
-	struct session *s = session_find(slot, remote, remote_port, OUTBOUND);
-	u32 *reply;
-
-	if (s && !(s->out.marks & SESSION_BY_REPLY))
-		return s;
-	reply = replies.lookup(&key);
-	s = reply ? session_at(*reply) : NULL;
-	return s && s->out.marks & SESSION_BY_REPLY && flow_is_with(&s->out, remote, remote_port) ? s : NULL;
 }
 
 static __always_inline bool life_is_session(u64 life)
@@ -138,6 +100,13 @@ static __always_inline bool life_is_session(u64 life)
 static __always_inline bool life_swap(struct session *s, u64 from, u64 to)
 {
 	return __sync_val_compare_and_swap(&s->life, from, to) == from;
+}
+
+/* The end of LIFE_OPENING, or of a slot that was free. */
+static __always_inline void life_settle(struct session *s, u64 bits)
+{
+	__sync_fetch_and_or(&s->life, bits);
+	__sync_fetch_and_and(&s->life, ~LIFE_OPENING | LIFE_LIVE);
 }
 
 /* RFC 7857 section 2: both sides have spoken and acknowledged, and neither both have closed nor one has reset. */
@@ -205,11 +174,13 @@ static __always_inline void session_disarm(const struct settings *cfg, struct se
 	flow_disarm(cfg, &s->in);
 }
 
-static __always_inline void flow_touch(struct flow *flow, u32 now, u32 bytes)
+static __always_inline void flow_touch(struct session *s, enum direction direction, u32 now, u32 bytes)
 {
-	flow->last_seen = now;
-	flow->packets++;
-	flow->bytes += bytes;
+	struct traffic *traffic = direction == OUTBOUND ? &s->sent : &s->received;
+
+	session_flow(s, direction)->last_seen = now;
+	traffic->packets++;
+	traffic->bytes += bytes;
 }
 
 /* RFC 793 has no segment with none of SYN, ACK, RST, nor with two of SYN, FIN, RST. */

@@ -48,21 +48,35 @@ static __always_inline struct fragment *fragment_recall(const struct settings *c
 	return first && !idle_longer(p->now, first->seen_at, cfg->fragment) ? first : NULL;
 }
 
+static __always_inline struct fragment *fragment_blank(const struct packet *p)
+{
+	struct scratch *scratch = scratch_get();
+
+	if (!scratch)
+		return NULL;
+	__builtin_memset(&scratch->fragment, 0, sizeof(scratch->fragment));
+	scratch->fragment.seen_at = p->now;
+	return &scratch->fragment;
+}
+
 /* Of a first fragment: CONTINUE, or the verdict on one that contradicts what has come. */
 static __always_inline enum verdict fragment_begin(const struct settings *cfg, const struct packet *p, enum side side,
 						   addr_t new_addr)
 {
 	struct fragment_key key = fragment_key_of(p);
-	struct fragment *known = fragment_recall(cfg, p);
-	struct fragment value = { .seen_at = p->now, .spans = 1, .covered = p->l4_len };
+	struct fragment *known = fragment_recall(cfg, p), *first = fragment_blank(p);
 
 	if (known) {
 		known->new_addr[side] = new_addr;
 		return fragment_fits(known, p) ? CONTINUE : drop(COUNT_drop_fragment_overlap);
 	}
-	value.new_addr[side] = new_addr;
-	value.span[0] = span_of(p);
-	fragments.update(&key, &value);
+	if (first) {
+		first->new_addr[side] = new_addr;
+		first->spans = 1;
+		first->covered = p->l4_len;
+		first->span[0] = span_of(p);
+		fragments.update(&key, first);
+	}
 	return CONTINUE;
 }
 
@@ -70,10 +84,10 @@ static __always_inline enum verdict fragment_begin(const struct settings *cfg, c
 static __always_inline void fragment_begin_own(const struct packet *p)
 {
 	struct fragment_key key = fragment_key_of(p);
-	struct fragment untouched = { .seen_at = p->now };
+	struct fragment *untouched = fragment_blank(p);
 
-	if (p->more_fragments && !packet_is_later_fragment(p))
-		fragments.update(&key, &untouched);
+	if (p->more_fragments && !packet_is_later_fragment(p) && untouched)
+		fragments.update(&key, untouched);
 }
 
 static __always_inline bool fragment_is_own(const struct fragment *first)

@@ -63,8 +63,8 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 			return drop(COUNT_drop_icmp_checksum);
 		if (q.inner.class == CLASS_NONE)
 			return portless_error_outbound(cfg, p, &q, own);
-		s = session_find_outbound(slot_of_internal(q.inner.dst, q.inner.class, q.inner.dst_port), q.inner.dst,
-					  q.inner.dst_port, q.inner.src, q.inner.src_port, q.inner.class);
+		s = session_find_outbound(cfg, endpoint(q.inner.dst, q.inner.dst_port, q.inner.class), q.inner.src,
+					  q.inner.src_port);
 	}
 	if (!s || !session_is_alive(cfg, s, p->now)) {
 		if (is_exempt(p, p->dst, 0))
@@ -118,7 +118,7 @@ static __always_inline enum verdict icmp_error_inbound(const struct settings *cf
 	if (q.inner.class == CLASS_NONE)
 		return portless_error_inbound(cfg, p, &q);
 	slot = slot_of_external(cfg, q.inner.src, q.inner.class, q.inner.src_port);
-	s = session_find(slot, q.inner.dst, q.inner.dst_port, INBOUND);
+	s = session_find_inbound(cfg, slot, q.inner.dst, q.inner.dst_port);
 	if (!s || !session_is_alive(cfg, s, p->now))
 		return own_inbound(p);
 	if (!icmp_error_is_plausible(p, &q, s))

@@ -166,7 +166,7 @@ static __always_inline bool filter_admits(const struct settings *cfg, const stru
 /* A port for the default host: no mapping has it, so it becomes one here. Its rest is none, nobody else wants it. */
 static __always_inline bool slot_adopt(const struct settings *cfg, u32 slot, const struct ends *e, u32 now)
 {
-	struct mapping_key key = { .addr = e->internal, .port = e->internal_port, .class = slot_class(slot) };
+	struct mapping_key key = endpoint(e->internal, e->internal_port, slot_class(slot));
 	struct session *s = session_at(slot);
 	u64 life;
 
@@ -175,12 +175,11 @@ static __always_inline bool slot_adopt(const struct settings *cfg, u32 slot, con
 	life = s->life;
 	if ((life & LIFE_STATE) == LIFE_LIVE)
 		return true;
+	if ((life & LIFE_STATE) == LIFE_OPENING)
+		return false;
 	if (!(life & LIFE_STATE) && slot_is_of_pool(cfg, slot) && !slot_claim(slot))
 		return false;
-	s->in.new_addr = e->internal;
-	s->in.new_port = e->internal_port;
-	s->out.last_seen = now;
-	s->mapping = slot;
+	mapping_init(cfg, s, slot, e, now);
 	if (!life_swap(s, life, ((life & ~LIFE_STATE) + LIFE_CHANGE) | LIFE_LIVE))
 		return false;
 	count(COUNT_mapping_opened);
@@ -192,7 +191,7 @@ static __always_inline bool session_is_embryo(const struct session *s)
 {
 	if (!(s->out.marks & SESSION_FROM_OUTSIDE) || !life_is_session(s->life))
 		return false;
-	return slot_class(s->mapping) == CLASS_TCP ? !tcp_is_established(s) : !s->out.packets;
+	return slot_class(s->mapping) == CLASS_TCP ? !tcp_is_established(s) : !s->sent.packets;
 }
 
 static __always_inline bool embryo_is_at(u32 place)
@@ -233,21 +232,12 @@ static __always_inline enum verdict stranger_inbound(const struct packet *p, u32
 	return drop(COUNT_drop_filtered);
 }
 
-/* Has the internal endpoint of @mapping a session of its own with the remote of @p? Nobody could tell its answers apart. */
-static __always_inline bool speaks_by_itself(const struct settings *cfg, const struct packet *p, u32 mapping)
-{
-	struct session *s = session_find(mapping, p->src, p->src_port, OUTBOUND);
-
-	return s && !(s->out.marks & SESSION_BY_REPLY) && session_is_alive(cfg, s, p->now);
-}
-
 /* The session that @p opens from outside, or NULL with the verdict. @s is the expired one over the same endpoints. */
 static __always_inline struct session *session_admit(const struct settings *cfg, struct packet *p, u32 slot,
 						     struct session *s, enum verdict *verdict)
 {
 	struct ends e = { .marks = SESSION_FROM_OUTSIDE };
 	struct forward *f;
-	u32 mapping;
 
 	packet_blur(p);
 	if (!p->hairpin && source_is_impossible(p)) {
@@ -268,13 +258,6 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 		return s;
 	if (f && !slot_adopt(cfg, slot, &e, p->now)) {
 		*verdict = drop(COUNT_drop_session_busy);
-		return NULL;
-	}
-	mapping = slot_of_internal(e.internal, p->class, e.internal_port);
-	if (mapping != slot)
-		e.marks |= SESSION_BY_REPLY;
-	if (mapping != slot && speaks_by_itself(cfg, p, mapping)) {
-		*verdict = drop(COUNT_drop_reply_taken);
 		return NULL;
 	}
 	s = session_join(cfg, &e, &slot, p->now, verdict);

@@ -155,164 +155,88 @@ static __always_inline void session_init(const struct settings *cfg, struct sess
 		.marks = e->marks,
 	};
 	struct flow in = out;
+	struct traffic none = {};
 
 	in.new_addr = e->internal;
 	in.new_port = e->internal_port;
+	s->internal = endpoint(e->internal, e->internal_port, slot_class(mapping));
 	s->out = out;
 	s->in = in;
+	s->sent = none;
+	s->received = none;
 	s->opened_at = now;
 	s->mapping = mapping;
 }
 
-/* The entries that lead to a slot. A slot is complete, and can be found by the reaper, a moment before it is published;
- * and an entry of the same name may by then be another slot's.
- */
-static __always_inline struct mapping_key mapping_key_of(const struct session *s)
+static __always_inline void mapping_closed(struct mapping_key key, u32 slot, u64 life)
 {
-	struct mapping_key key = { .addr = s->in.new_addr,
-				   .port = s->in.new_port,
-				   .class = slot_class(s->mapping) };
-	return key;
-}
-
-static __always_inline struct remote_key remote_key_of(const struct session *s)
-{
-	struct remote_key key = { .mapping = s->mapping, .addr = s->out.remote_addr, .port = s->out.remote_port };
-	return key;
-}
-
-static __always_inline struct reply_key reply_key_of(const struct session *s)
-{
-	struct reply_key key = { .addr = s->in.new_addr,
-				 .remote_addr = s->out.remote_addr,
-				 .port = s->in.new_port,
-				 .remote_port = s->out.remote_port,
-				 .class = slot_class(s->mapping) };
-	return key;
-}
-
-static __always_inline bool slot_is_published(const struct session *s, u32 slot)
-{
-	struct mapping_key endpoint = mapping_key_of(s);
-	struct remote_key remote = remote_key_of(s);
-	struct reply_key reply = reply_key_of(s);
-	u32 *found = slot >= FURTHER_BASE	       ? remotes.lookup(&remote) :
-		     s->out.marks & SESSION_BY_REPLY ? replies.lookup(&reply) :
-							       mappings.lookup(&endpoint);
-
-	return found && *found == slot;
-}
-
-static __always_inline void mapping_unpublish(const struct session *s, u32 slot)
-{
-	struct mapping_key key = mapping_key_of(s);
 	u32 *found = mappings.lookup(&key);
 
 	if (found && *found == slot)
 		mappings.delete(&key);
+	if (life & LIFE_COUNTED)
+		host_mapping_ended(key.addr, key.class);
+	count(COUNT_mapping_closed);
 }
 
-static __always_inline void remote_unpublish(const struct session *s, u32 slot)
+static __always_inline struct ending *session_ending(const struct settings *cfg, const struct session *s)
 {
-	struct remote_key key = remote_key_of(s);
-	u32 *found = remotes.lookup(&key);
+	struct scratch *scratch = scratch_get();
+	struct ending *ending;
 
-	if (found && *found == slot)
-		remotes.delete(&key);
-}
-
-static __always_inline void reply_unpublish(const struct reply_key *key, u32 slot)
-{
-	u32 *found = replies.lookup((struct reply_key *)key);
-
-	if (found && *found == slot)
-		replies.delete((struct reply_key *)key);
-}
-
-/* A session's end takes effect with a swap of its slot's life, after which the slot may be another's at once; so what is
- * to be tidied up is noted before.
- */
-struct ending {
-	struct reply_key reply;
-	u8 marks;
-};
-
-static __always_inline struct ending session_ending(const struct session *s)
-{
-	struct ending ending = { .reply = reply_key_of(s), .marks = s->out.marks };
+	if (!scratch)
+		return NULL;
+	ending = &scratch->ending;
+	ending->hashes = session_hashes(cfg, s);
+	ending->owner = endpoint(s->in.new_addr, s->in.new_port, slot_class(s->mapping));
+	ending->mapping = s->mapping;
+	ending->internal = s->internal.addr;
+	ending->marks = s->out.marks;
 	return ending;
 }
 
 static __always_inline void session_ended(const struct ending *ending, u32 slot)
 {
 	count(COUNT_session_closed);
+	index_leave(ending->hashes, slot);
 	if (ending->marks & SESSION_COUNTED)
-		host_session_ended(ending->reply.addr);
-	if (ending->marks & SESSION_BY_REPLY)
-		reply_unpublish(&ending->reply, slot);
+		host_session_ended(ending->internal);
 }
 
-/* Ends what is in @slot, of which @life was read before; its rest begins. XDP looks at no life, so it is disarmed too. */
-static __always_inline bool slot_close(const struct settings *cfg, struct session *s, u32 slot, u64 life, u32 now)
-{
-	struct ending ending = session_ending(s);
-
-	s->out.last_seen = now;
-	if (!life_swap(s, life, (life & ~(LIFE_STATE | LIFE_SESSION | LIFE_COUNTED)) | LIFE_RESTING))
-		return false;
-	session_disarm(cfg, s);
-	if (slot < FURTHER_BASE)
-		mapping_unpublish(s, slot);
-	else
-		remote_unpublish(s, slot);
-	if (life & LIFE_COUNTED)
-		host_mapping_ended(ending.reply.addr, ending.reply.class);
-	if (life & LIFE_SESSION)
-		session_ended(&ending, slot);
-	return true;
-}
-
-static __always_inline void further_close(const struct settings *cfg, struct session *s, u32 slot, u64 life, u32 now)
-{
-	struct session *mapping = session_at(s->mapping);
-
-	if (slot_close(cfg, s, slot, life, now) && mapping)
-		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
-}
-
-/* The mapping stays, for its further sessions or because it is static. */
-static __always_inline void session_close(const struct settings *cfg, struct session *s, u32 slot, u64 life)
-{
-	struct ending ending = session_ending(s);
-
-	if (!life_swap(s, life, life & ~LIFE_SESSION))
-		return;
-	session_disarm(cfg, s);
-	session_ended(&ending, slot);
-}
-
-/* Closes what is expired in @slot (or, forced, what is there): the session, and with its last session the mapping. */
+/* Ends what is expired in @slot (or, forced, what is there): the session, and with its last session the mapping, whose
+ * rest begins. XDP looks at no life, so it is disarmed too.
+ */
 static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool force, u32 now)
 {
-	struct session *s = session_at(slot);
+	struct session *s = session_at(slot), *mapping;
+	struct ending *ending;
+	bool stays;
 	u64 life;
 
 	if (!s)
 		return;
 	life = s->life;
-	if ((life & LIFE_STATE) != LIFE_LIVE)
+	stays = slot < FURTHER_BASE && life & (LIFE_FURTHER_MASK | LIFE_STATIC);
+	if ((life & LIFE_STATE) != LIFE_LIVE || (stays && !(life & LIFE_SESSION)))
 		return;
-	if (life & LIFE_SESSION && !(force ? life & LIFE_STATIC || slot_is_published(s, slot) :
-					     session_is_expired(cfg, s, now)))
+	if (life & LIFE_SESSION && !force && !session_is_expired(cfg, s, now))
 		return;
-	if (slot >= FURTHER_BASE) {
-		further_close(cfg, s, slot, life, now);
-	} else if (!(life & (LIFE_FURTHER_MASK | LIFE_STATIC))) {
-		if (slot_close(cfg, s, slot, life, now))
-			count(COUNT_mapping_closed);
-	} else if (life & LIFE_SESSION) {
-		session_close(cfg, s, slot, life);
-	}
+	ending = session_ending(cfg, s);
+	if (!ending)
+		return;
+	if (!stays)
+		s->out.last_seen = now;
+	if (!life_swap(s, life, stays ? life & ~LIFE_SESSION :
+					(life & ~(LIFE_STATE | LIFE_SESSION | LIFE_COUNTED)) | LIFE_RESTING))
+		return;
+	session_disarm(cfg, s);
+	if (!stays && slot < FURTHER_BASE)
+		mapping_closed(ending->owner, slot, life);
+	mapping = session_at(ending->mapping);
+	if (slot >= FURTHER_BASE && mapping)
+		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
+	if (life & LIFE_SESSION)
+		session_ended(ending, slot);
 }
 
 static __always_inline bool slot_is_to_be_had(const struct settings *cfg, const struct session *s, u32 now)
@@ -425,143 +349,114 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
 	return NO_SLOT;
 }
 
-/* Makes mapping and session at once. The slot, which is what replies find, is complete before the internal
- * endpoint is published. NULL with *@slot set: another CPU was first, go on with its mapping.
- */
-static __always_inline struct session *mapping_open(const struct settings *cfg, const struct packet *p,
-						    const struct ends *e, u32 external, struct host *host,
-						    u32 *slot,
-						    enum verdict *verdict)
+/* Whose port it is. Said before the mapping is published. */
+static __always_inline void mapping_init(const struct settings *cfg, struct session *s, u32 slot, const struct ends *e, u32 now)
 {
-	struct mapping_key key = { .addr = e->internal, .port = e->internal_port, .class = p->class };
-	u32 claimed = slot_blur(slot_for_mapping(cfg, p, external));
-	struct session *s = session_at(claimed);
+	s->in.new_addr = e->internal;
+	s->in.new_port = e->internal_port;
+	s->out.new_addr = slot_addr(cfg, slot);
+	s->out.new_port = slot_port(slot);
+	s->out.last_seen = now;
+	s->mapping = slot;
+}
 
-	if (claimed == NO_SLOT || !s) {
-		*verdict = REFUSE;
-		return NULL;
-	}
-	session_init(cfg, s, e, claimed, p->now);
-	s->life = LIFE_LIVE | LIFE_SESSION | (host ? LIFE_COUNTED : 0);
+/* Makes a mapping, which has no session yet, and returns its slot; that of another CPU, should that have been first;
+ * NO_SLOT when no port is to be had.
+ */
+static __always_inline u32 mapping_open(const struct settings *cfg, const struct packet *p, const struct ends *e,
+					u32 external, struct host *host)
+{
+	struct mapping_key key = endpoint(e->internal, e->internal_port, p->class);
+	u32 slot = slot_blur(slot_for_mapping(cfg, p, external));
+	struct session *s = session_at(slot);
+
+	if (slot == NO_SLOT || !s)
+		return NO_SLOT;
+	mapping_init(cfg, s, slot, e, p->now);
 	if (host)
 		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
-	if (!mappings.insert(&key, &claimed)) {
+	s->life = LIFE_LIVE | (host ? LIFE_COUNTED : 0);
+	if (!mappings.insert(&key, &slot)) {
 		count(COUNT_mapping_opened);
-		count(COUNT_session_opened);
-		return s;
+		return slot;
 	}
 	if (host)
 		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], -1);
 	s->life = 0;
-	slot_release(claimed);
-	*slot = slot_of_internal(e->internal, p->class, e->internal_port);
-	if (*slot == NO_SLOT)
-		*verdict = refuse(COUNT_drop_sessions_full);
-	return NULL;
+	slot_release(slot);
+	return slot_of_internal(e->internal, p->class, e->internal_port);
 }
 
-/* Leads to @slot by the 5-tuple where the mapping does not; CONTINUE unless that is not possible. */
-static __always_inline enum verdict reply_publish(const struct ends *e, u32 class, u32 slot)
+/* A place for a session of the mapping @m in @slot: the mapping's own when that is free or its session expired, else
+ * a further one, or NO_SLOT. The place of a mapping that is not static tells whose it is, so no other host's session may
+ * stand there.
+ */
+static __always_inline u32 session_place(const struct settings *cfg, const struct ends *e, u32 slot, struct session *m,
+					 u64 life, u32 now)
 {
-	struct reply_key key = { .addr = e->internal,
-				 .remote_addr = e->remote,
-				 .port = e->internal_port,
-				 .remote_port = e->remote_port,
-				 .class = class };
+	bool is_own = m->in.new_port == e->internal_port && addr_equal(m->in.new_addr, e->internal);
 
-	if (!(e->marks & SESSION_BY_REPLY) || !replies.insert(&key, &slot))
-		return CONTINUE;
-	return drop(replies.lookup(&key) ? COUNT_drop_reply_taken : COUNT_drop_sessions_full);
+	if ((life & LIFE_SESSION && !session_is_expired(cfg, m, now)) || !(is_own || life & LIFE_STATIC))
+		return slot_claim_further();
+	return slot;
 }
 
-static __always_inline struct session *further_open(const struct settings *cfg, const struct ends *e, u32 *slot,
-						    struct session *m, u64 life, u32 now, enum verdict *verdict)
+/* Ends the expired session in a mapping's own place, if there is one, for another to be made there. Until that is alive
+ * nobody joins the mapping, and the reaper leaves it alone.
+ */
+static __always_inline bool session_clear(const struct settings *cfg, struct session *m, u32 slot, u64 life)
 {
-	struct remote_key key = { .mapping = *slot, .addr = e->remote, .port = e->remote_port };
-	u32 mapping = *slot, further = slot_claim_further();
-	struct session *s = session_at(further);
+	struct ending *ending = session_ending(cfg, m);
 
-	if (further == NO_SLOT || !s) {
-		*verdict = refuse(COUNT_drop_sessions_full);
-		return NULL;
-	}
-	session_init(cfg, s, e, mapping, now);
-	*verdict = reply_publish(e, slot_class(mapping), further);
-	if (*verdict != CONTINUE)
-		goto release;
-	if (!life_swap(m, life, life + LIFE_FURTHER))
-		goto busy;
-	s->life = LIFE_LIVE | LIFE_SESSION;
-	if (!remotes.insert(&key, &further)) {
-		count(COUNT_session_opened);
-		*slot = further;
-		return s;
-	}
-	s->life = 0;
-	__sync_fetch_and_add(&m->life, -LIFE_FURTHER);
-busy:
-	*verdict = drop(COUNT_drop_session_busy);
-	if (e->marks & SESSION_BY_REPLY) {
-		struct reply_key reply = reply_key_of(s);
-
-		reply_unpublish(&reply, further);
-	}
-release:
-	slot_release(further);
-	return NULL;
+	if (!ending || !life_swap(m, life, ((life + LIFE_CHANGE) & ~LIFE_SESSION) | LIFE_OPENING))
+		return false;
+	if (life & LIFE_SESSION)
+		session_ended(ending, slot);
+	return true;
 }
 
-/* Opens a session with a new remote endpoint on the mapping in *@slot: in the mapping's own place when that is free
- * or its session expired, else in a further one; *@slot becomes its place.
+/* Opens a session with a new remote endpoint on the mapping in *@slot, which becomes its place. It comes alive last, when
+ * all that leads to it is there.
  */
 static __always_inline struct session *session_join(const struct settings *cfg, const struct ends *e, u32 *slot, u32 now,
 						    enum verdict *verdict)
 {
-	struct remote_key key = { .mapping = *slot, .addr = e->remote, .port = e->remote_port };
-	struct session *m = session_at(*slot);
-	struct ending ending;
-	bool taken_by_live;
-	u64 life, taken;
+	struct session *m = session_at(*slot), *s;
+	u64 life = m ? m->life : 0;
+	struct hashes hashes;
+	u32 place;
 
-	if (!m) {
-		*verdict = drop(COUNT_drop_session_busy);
-		return NULL;
-	}
-	life = m->life;
-	taken = (life + LIFE_CHANGE) | LIFE_SESSION;
 	if ((life & LIFE_STATE) != LIFE_LIVE) {
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
 	}
-	taken_by_live = life & LIFE_SESSION && !session_is_expired(cfg, m, now);
-	if (taken_by_live && flow_is_with(&m->out, e->remote, e->remote_port)) {
-		*verdict = drop(COUNT_drop_reply_taken);
+	place = session_place(cfg, e, *slot, m, life, now);
+	s = session_at(place);
+	if (!s) {
+		*verdict = refuse(COUNT_drop_sessions_full);
 		return NULL;
 	}
-	/* Another host that shares the port speaks with this remote; whoever stood here would get its answers. */
-	if (!taken_by_live && life & LIFE_FURTHER_MASK && remotes.lookup(&key)) {
-		*verdict = drop(COUNT_drop_reply_taken);
-		return NULL;
-	}
-	/* The place of a mapping that is not static tells whose it is, so no other host's session may stand there. */
-	if (taken_by_live || (e->marks & SESSION_BY_REPLY && !(life & LIFE_STATIC)))
-		return further_open(cfg, e, slot, m, life, now, verdict);
-	ending = session_ending(m);
-	m->out.last_seen = now; /* before the swap, or the reaper could take what it finds there for expired */
-	if (!life_swap(m, life, taken)) {
+	if (place == *slot && !session_clear(cfg, m, place, life)) {
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
 	}
-	if (life & LIFE_SESSION)
-		session_ended(&ending, *slot);
-	session_init(cfg, m, e, *slot, now);
-	*verdict = reply_publish(e, slot_class(*slot), *slot);
-	if (*verdict != CONTINUE) {
-		life_swap(m, taken, taken & ~LIFE_SESSION);
-		return NULL;
+	session_init(cfg, s, e, *slot, now);
+	hashes = session_hashes(cfg, s);
+	*verdict = index_enter(cfg, s, hashes, place);
+	if (*verdict == CONTINUE && place != *slot && !life_swap(m, life, life + LIFE_FURTHER))
+		*verdict = drop(COUNT_drop_session_busy);
+	if (*verdict == CONTINUE) {
+		count(COUNT_session_opened);
+		life_settle(s, place == *slot ? LIFE_SESSION : LIFE_LIVE | LIFE_SESSION);
+		*slot = place;
+		return s;
 	}
-	count(COUNT_session_opened);
-	return m;
+	index_leave(hashes, place);
+	if (place == *slot)
+		life_settle(s, 0);
+	else
+		slot_release(place);
+	return NULL;
 }
 
 /* An expired session over the same endpoints starts anew in place. */
@@ -572,8 +467,7 @@ static __always_inline bool session_reopen(const struct settings *cfg, struct se
 
 	if (!life_is_session(life) || s->in.new_port != e->internal_port || !addr_equal(s->in.new_addr, e->internal))
 		return false;
-	same.marks = (s->out.marks & (SESSION_BY_REPLY | SESSION_COUNTED)) |
-		     (e->marks & (SESSION_FROM_OUTSIDE | SESSION_TRIGGERS));
+	same.marks = (s->out.marks & SESSION_COUNTED) | (e->marks & (SESSION_FROM_OUTSIDE | SESSION_TRIGGERS));
 	s->out.last_seen = now; /* as in session_join() */
 	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;

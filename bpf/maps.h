@@ -4,8 +4,7 @@
 BPF_F_TABLE("array", u32, struct session, sessions, SLOTS, BPF_F_MMAPABLE); /* slot → both flows */
 BPF_F_TABLE("array", u32, u64, claims, SLOTS / 64, BPF_F_MMAPABLE); /* a bit per slot: taken */
 BPF_TABLE("hash", struct mapping_key, u32, mappings, EXTERNALS *CLASSES *PORTS); /* → slot */
-BPF_TABLE("hash", struct remote_key, u32, remotes, FURTHER); /* → slot of a further session */
-BPF_TABLE("hash", struct reply_key, u32, replies, FURTHER / 4); /* → slot, where the mapping does not lead to it */
+BPF_F_TABLE("array", u32, struct bucket, buckets, BUCKETS, BPF_F_MMAPABLE); /* of the index, each a cache line */
 BPF_F_TABLE("lpm_trie", struct forward_key, u32, forwards, 262144, BPF_F_NO_PREALLOC); /* → index of forward_rules */
 BPF_F_TABLE("array", u32, struct forward, forward_rules, FORWARDS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct lease, leases, FORWARDS, BPF_F_MMAPABLE); /* by index of the rule */
@@ -29,8 +28,14 @@ BPF_TABLE("hash", struct vlan_key, u32, vlans, 4096); /* → interface index; th
 BPF_TABLE("array", u32, struct settings, settings, 1);
 BPF_DEVMAP(transmitters, INTERFACES); /* interface index → device that takes its frames from XDP */
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
-BPF_TABLE("percpu_array", u32, struct packet, blurred, 1); /* see packet_blur() */
+BPF_TABLE("percpu_array", u32, struct scratch, scratches, 1);
 BPF_TABLE("array", u32, struct manifest, manifest, 1);
+
+static __always_inline struct scratch *scratch_get(void)
+{
+	u32 zero = 0;
+	return scratches.lookup(&zero);
+}
 
 static __always_inline u32 jiffies_now(void)
 {
@@ -58,11 +63,12 @@ static __always_inline struct interface *interface_at(u32 ifindex)
  */
 static __always_inline void packet_blur(struct packet *p)
 {
-	u32 zero = 0;
-	struct packet *blur = blurred.lookup(&zero);
+	struct scratch *scratch = scratch_get();
+	struct packet *blur;
 
-	if (!blur)
+	if (!scratch)
 		return;
+	blur = &scratch->blurred;
 	__builtin_memcpy(&blur->now, &p->now, sizeof(*p) - offsetof(struct packet, now));
 	asm volatile("" : : "r"(blur) : "memory");
 	__builtin_memcpy(&p->now, &blur->now, sizeof(*p) - offsetof(struct packet, now));
@@ -70,14 +76,13 @@ static __always_inline void packet_blur(struct packet *p)
 
 static __always_inline u32 slot_blur(u32 slot)
 {
-	u32 zero = 0;
-	struct packet *blur = blurred.lookup(&zero);
+	struct scratch *scratch = scratch_get();
 
-	if (!blur)
+	if (!scratch)
 		return NO_SLOT;
-	blur->l3 = slot;
-	asm volatile("" : : "r"(blur) : "memory");
-	return blur->l3;
+	scratch->blurred.l3 = slot;
+	asm volatile("" : : "r"(scratch) : "memory");
+	return scratch->blurred.l3;
 }
 
 static __always_inline u32 prefix_role(addr_t addr)

@@ -21,12 +21,9 @@ static __always_inline u32 packet_longest(const struct packet *p)
 	return length > LONGEST_LEAST ? length : LONGEST_LEAST;
 }
 
-/* @old is the endpoint that the flow's new one replaces. */
-static __always_inline void flow_arm(const struct settings *cfg, const struct packet *p, struct flow *flow,
-				     addr_t old_addr, __be16 old_port)
+static __always_inline void flow_arm(const struct settings *cfg, const struct packet *p, struct flow *flow)
 {
 	struct interface *from = interface_at(p->skb->ingress_ifindex), *to = interface_at(p->skb->ifindex);
-	u32 l3_delta = csum_delta_addr(old_addr, flow->new_addr);
 	u32 longest = packet_longest(p);
 	struct ethernet_header eth;
 
@@ -40,8 +37,6 @@ static __always_inline void flow_arm(const struct settings *cfg, const struct pa
 		flow->longest = longest < to->mtu ? longest : to->mtu;
 	flow->egress = p->skb->ifindex;
 	__builtin_memcpy(flow->next_hop, eth.dst, sizeof(eth.dst));
-	flow->l3_delta = l3_delta;
-	flow->l4_delta = csum_fold16(l3_delta + csum_delta_port(old_port, flow->new_port));
 	flow->armed_at = p->now;
 }
 

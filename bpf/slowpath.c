@@ -40,12 +40,11 @@ static __always_inline bool own_needs_translation(const struct settings *cfg, co
 
 	if (p->class == CLASS_ICMP)
 		return true;
-	s = session_find(slot_of_external(cfg, p->src, p->class, p->src_port), p->dst, p->dst_port, INBOUND);
+	s = session_find_inbound(cfg, slot_of_external(cfg, p->src, p->class, p->src_port), p->dst, p->dst_port);
 	if (s && session_is_alive(cfg, s, p->now))
 		return true;
 	/* Once translated it stays so, when the other session ends too: the remote must not see its port change. */
-	s = session_find_outbound(slot_of_internal(p->src, p->class, p->src_port), p->src, p->src_port, p->dst,
-				  p->dst_port, p->class);
+	s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
 	return s && session_is_alive(cfg, s, p->now);
 }
 
@@ -56,12 +55,12 @@ static __always_inline u32 slot_to_share(const struct settings *cfg, const struc
 }
 
 /* A new session for @p, or NULL with the reason in @verdict. @s is the expired session over the same endpoints, if any. */
-static __always_inline struct session *session_open(const struct settings *cfg, struct packet *p, u32 slot,
-						    struct session *s, enum verdict *verdict)
+static __always_inline struct session *session_open(const struct settings *cfg, struct packet *p, struct session *s,
+						    enum verdict *verdict)
 {
 	struct host *host = NULL;
 	struct ends e = {};
-	u32 external;
+	u32 external, slot;
 
 	packet_blur(p);
 	e.internal = p->src;
@@ -81,6 +80,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	}
 	if (s && session_reopen(cfg, s, &e, p->now))
 		return s;
+	slot = slot_of_internal(p->src, p->class, p->src_port);
 	if (!p->own)
 		host = host_get(cfg, p->src, p->now);
 	if (host)
@@ -94,16 +94,13 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	asm volatile("" : : "r"(&e) : "memory"); /* or the verifier has much more to walk */
 	s = NULL;
 	if (slot == NO_SLOT) {
-		s = mapping_open(cfg, p, &e, external, host, &slot, verdict);
-		if (!s && *verdict == REFUSE && slot == NO_SLOT && cfg->overload) {
-			*verdict = CONTINUE;
+		slot = mapping_open(cfg, p, &e, external, host);
+		if (slot == NO_SLOT && cfg->overload)
 			slot = slot_to_share(cfg, p, external);
-			e.marks |= SESSION_BY_REPLY;
-		} else if (!s && *verdict == REFUSE) {
-			count(COUNT_drop_ports_exhausted);
-		}
 	}
-	if (!s && *verdict == CONTINUE)
+	if (slot == NO_SLOT)
+		*verdict = refuse(COUNT_drop_ports_exhausted);
+	else
 		s = session_join(cfg, &e, &slot, p->now, verdict);
 	if (!s && host)
 		__sync_fetch_and_add(&host->sessions, -1);
@@ -113,12 +110,11 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 /* The session is looked for first: of an established flow nothing else needs to be asked. */
 static __always_inline enum verdict translate_outbound(const struct settings *cfg, struct packet *p)
 {
-	u32 slot = slot_of_internal(p->src, p->class, p->src_port);
-	struct session *s = session_find_outbound(slot, p->src, p->src_port, p->dst, p->dst_port, p->class);
+	struct session *s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
 	enum verdict verdict;
 
 	if (!s || !session_is_alive(cfg, s, p->now)) {
-		s = session_open(cfg, p, slot, s, &verdict);
+		s = session_open(cfg, p, s, &verdict);
 		if (!s)
 			return refusal_send(cfg, p, verdict);
 	}
@@ -128,12 +124,12 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 		tcp_track(cfg, s, &s->out, &s->in, p);
 		mss_clamp(p);
 	}
-	flow_touch(&s->out, p->now, p->l4 - p->l3 + p->l4_len);
+	flow_touch(s, OUTBOUND, p->now, p->l4 - p->l3 + p->l4_len);
 	contact_remember(cfg, p, s->mapping);
 	if (s->out.marks & SESSION_TRIGGERS)
 		trigger_pull(p);
 	if (session_may_fly(cfg, s) && !p->hairpin)
-		flow_arm(cfg, p, &s->out, p->src, p->src_port);
+		flow_arm(cfg, p, &s->out);
 	if (p->more_fragments && fragment_begin(cfg, p, SOURCE, s->out.new_addr) != CONTINUE)
 		return DROP;
 	return rewrite(p, SOURCE, s->out.new_addr, s->out.new_port, COUNT_slow_outbound);
@@ -224,7 +220,7 @@ static __always_inline enum verdict fragment_inbound(const struct settings *cfg,
 
 static __always_inline enum verdict translate_inbound(const struct settings *cfg, struct packet *p, u32 slot)
 {
-	struct session *s = session_find(slot, p->src, p->src_port, INBOUND);
+	struct session *s = session_find_inbound(cfg, slot, p->src, p->src_port);
 	enum verdict verdict;
 
 	if (!s || !session_is_alive(cfg, s, p->now)) {
@@ -240,7 +236,7 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 			tcp_track(cfg, s, &s->in, &s->out, p);
 		mss_clamp(p);
 	}
-	flow_touch(&s->in, p->now, p->l4 - p->l3 + p->l4_len);
+	flow_touch(s, INBOUND, p->now, p->l4 - p->l3 + p->l4_len);
 	if (p->more_fragments && fragment_begin(cfg, p, DESTINATION, s->in.new_addr) != CONTINUE)
 		return DROP;
 	return rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);
@@ -328,8 +324,7 @@ static __always_inline bool answers_gateway(const struct settings *cfg, const st
 
 	if (p->class >= CLASS_ICMP || packet_is_later_fragment(p))
 		return false;
-	s = session_find_outbound(slot_of_internal(p->src, p->class, p->src_port), p->src, p->src_port, p->dst,
-				  p->dst_port, p->class);
+	s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
 	return s && session_is_alive(cfg, s, p->now);
 }
 
@@ -443,12 +438,11 @@ static __always_inline void learn_inbound(const struct settings *cfg, const stru
 
 	if (!from || from->role != ROLE_WAN || packet_is_later_fragment(p) || p->class == CLASS_NONE)
 		return;
-	s = session_find_outbound(slot_of_internal(p->dst, p->class, p->dst_port), p->dst, p->dst_port, p->src,
-				  p->src_port, p->class);
+	s = session_find_outbound(cfg, endpoint(p->dst, p->dst_port, p->class), p->src, p->src_port);
 	/* From an external address is a hairpin's; at the WAN's XDP hook nothing tells that from a forgery. */
 	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s) &&
 	    external_of(cfg, p->src) == NO_EXTERNAL)
-		flow_arm(cfg, p, &s->in, s->out.new_addr, s->out.new_port);
+		flow_arm(cfg, p, &s->in);
 }
 
 /* LAN egress, in XDP mode, and where there are redirects. */

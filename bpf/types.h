@@ -32,16 +32,12 @@ enum proto_class { CLASS_TCP, CLASS_UDP, CLASS_ICMP, CLASSES, CLASS_NONE = CLASS
 #define NO_SLOT (~0U)
 #define NO_EXTERNAL (~0U)
 
-/* One direction of a session as seen on the wire. 56 bytes: with 8 more in struct session it fills
- * one cache line, the only one an accelerated packet touches.
- */
+/* One direction of a session as seen on the wire. */
 struct flow {
 	addr_t remote_addr;
 	addr_t new_addr; /* outbound: the external source; inbound: the internal destination */
 	__be16 remote_port;
 	__be16 new_port;
-	u16 l3_delta; /* one's-complement sum of new minus old, address only */
-	u16 l4_delta; /* address and port */
 	u16 next_hop[3]; /* MAC */
 	u16 egress; /* interface index; XDP serves indices below INTERFACES */
 	u32 armed_at; /* jiffies at which the slow path last confirmed this flow for XDP */
@@ -50,11 +46,13 @@ struct flow {
 	u16 longest; /* IP length that the kernel has let pass since the flow was armed */
 	u8 tcp_seen; /* TCP_* flags this side has sent */
 	u8 marks; /* SESSION_*, in the outbound flow */
+};
+
+struct traffic {
 	u64 packets;
 	u64 bytes; /* IP lengths */
 };
 
-#define SESSION_BY_REPLY 1 /* found from inside through `replies`, not through its mapping */
 #define SESSION_COUNTED 2 /* among its internal host's sessions */
 #define SESSION_FROM_OUTSIDE 4 /* the remote opened it */
 #define SESSION_TRIGGERS 8 /* keeps a trigger's ports open to its host */
@@ -64,6 +62,7 @@ struct flow {
  */
 #define LIFE_LIVE 1ULL
 #define LIFE_RESTING 2ULL /* closed at out.last_seen; the agent frees the slot after the rest (RFC 6888 REQ-8) */
+#define LIFE_OPENING 3ULL /* the session in it is being exchanged; becomes LIFE_LIVE by the loss of one bit */
 #define LIFE_STATE 3ULL
 #define LIFE_SESSION 4ULL
 #define LIFE_STATIC 8ULL /* a forwarded port: live with and without sessions */
@@ -72,14 +71,6 @@ struct flow {
 #define LIFE_FURTHER_MASK (0xffffffULL << 8)
 #define LIFE_CHANGE (1ULL << 32) /* grows with every reopening, so that no swap succeeds on an old reading */
 
-struct session {
-	struct flow out;
-	u64 life;
-	struct flow in;
-	u32 opened_at; /* jiffies */
-	u32 mapping; /* slot of the mapping: this one, or another for a further session */
-};
-
 struct mapping_key { /* internal endpoint */
 	addr_t addr;
 	__be16 port;
@@ -87,20 +78,25 @@ struct mapping_key { /* internal endpoint */
 	u8 wan; /* see struct interface */
 };
 
-struct remote_key { /* which further session of a mapping */
-	u32 mapping;
-	addr_t addr;
-	__be16 port;
-	u16 pad;
+/* Two halves of one cache line each; an accelerated packet touches its own only. */
+struct session {
+	struct flow out;
+	u32 opened_at; /* jiffies */
+	struct mapping_key internal;
+	struct traffic sent;
+	struct flow in;
+	u32 mapping; /* slot of the mapping: this one, or another for a further session */
+	u64 life;
+	struct traffic received;
 };
 
-/* The internal side of a session whose mapping does not tell it: the wire 5-tuple of its outbound flow. */
-struct reply_key {
-	addr_t addr; /* internal */
-	addr_t remote_addr;
-	__be16 port;
-	__be16 remote_port;
-	u32 class;
+/* One cache line of the index. */
+#define BUCKET_ENTRIES 15
+#define BUCKETS (SLOTS / 4) /* so that they are half full when every slot has its two entries */
+
+struct bucket {
+	u32 entry[BUCKET_ENTRIES];
+	u32 was_full; /* an entry that belongs here may stand elsewhere */
 };
 
 /* A forward (static mapping) is a rule; `forwards` finds the most specific one for a port and a remote. The default
@@ -346,7 +342,10 @@ struct pool { /* two ranges of ports: below and above the gateway's own ephemera
 
 enum filtering { FILTER_ADDRESS_AND_PORT, FILTER_ADDRESS, FILTER_NONE }; /* RFC 4787 section 5, by its dependence */
 
+#define SEEDS (2 * ADDR_WORDS + 4) /* for each word of a 5-tuple one, and one more */
+
 struct settings { /* times in jiffies */
+	u64 seed[SEEDS]; /* of the index; as long as its entries */
 	addr_t external[EXTERNALS]; /* zero: none */
 	struct pool pool[2 * CLASS_ROOM]; /* by class; upper half: for internal ports below 1024 (RFC 4787 REQ-3a), if any */
 	u32 tcp_established;
@@ -409,4 +408,26 @@ struct packet {
 	bool own; /* from one of the gateway's external addresses */
 	u8 ttl;
 	u32 fragment_id;
+};
+
+struct hashes { /* of both flows of a session */
+	u32 out, in;
+};
+
+/* A session's end takes effect with a swap of its slot's life, after which the slot may be another's at once; so what is
+ * to be tidied up is noted before.
+ */
+struct ending {
+	struct hashes hashes;
+	struct mapping_key owner; /* of the port */
+	u32 mapping;
+	addr_t internal;
+	u8 marks;
+};
+
+/* What the stack of 512 bytes has no room for. */
+struct scratch {
+	struct packet blurred; /* see packet_blur() */
+	struct fragment fragment;
+	struct ending ending;
 };

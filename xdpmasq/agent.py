@@ -82,7 +82,7 @@ class Agent:
 
     def __init__(self, config: Config, adopted: datapath.Attached | None = None) -> None:
         self._config = config
-        further = adopted.maps["remotes"].max_entries if adopted else settings.further_sessions(config)
+        further = adopted.further if adopted else settings.further_sessions(config)
         externals = len(config.external.listed(None))
         if adopted and adopted.externals != externals:
             raise DatapathError(
@@ -178,7 +178,7 @@ class Agent:
     # --- tables
 
     def _settings(self) -> None:
-        fields = settings.fields(self._config, self._hz, self.tables.maps["remotes"].max_entries)
+        fields = settings.fields(self._config, self._hz, self.tables.further)
         self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0)
         external = self._config.external
         self.tables.set_counterparts((each.internal, each.external) for each in external.one_to_one)

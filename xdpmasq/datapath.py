@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,11 @@ class Tables:
     def further_base(self) -> int:
         """The first slot for further sessions."""
         return self.externals * EXTERNAL_SLOTS
+
+    @property
+    def further(self) -> int:
+        """How many further sessions there is room for."""
+        return self.maps["sessions"].max_entries - self.further_base
 
     def set_settings(self, **fields: Any) -> None:
         """Changes some fields of ``struct settings``; only the agent writes it."""
@@ -368,6 +374,9 @@ class Programs:
         self.maps = {**self._object.maps, **(maps or {})}
         for name in self._object.maps.keys() & (maps or {}).keys():
             self._object.maps[name].close()
+        if maps is None:
+            tables = Tables(self.maps)
+            tables.set_settings(seed=[secrets.randbits(64) for _ in tables.settings["seed"]])
 
     def _compile(self, defines: Mapping[str, str]) -> bpf.Object:
         sizes = {"EXTERNALS": self._externals, "FURTHER": self._further}
@@ -452,7 +461,7 @@ class Attached(Tables):
         """The agent's own, or, when it is dead, one compiled for the occasion."""
         if self.agent_alive:
             return bpf.Program.by_id(self.manifest["reaper"])
-        return Programs(self.maps["remotes"].max_entries, self.maps, self.externals)["masq_reap"]
+        return Programs(self.further, self.maps, self.externals)["masq_reap"]
 
 
 def _with_layout(map_: bpf.Map, key: Any, value: Any) -> bpf.Map:
