@@ -430,7 +430,7 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
 	}
-	place = session_place(cfg, e, *slot, m, life, now);
+	place = slot_blur(session_place(cfg, e, *slot, m, life, now));
 	s = session_at(place);
 	if (!s) {
 		*verdict = refuse(COUNT_drop_sessions_full);

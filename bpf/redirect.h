@@ -158,8 +158,7 @@ static __always_inline struct forward *redirect_for(const struct packet *p, u32 
  */
 static __always_inline bool runs_already(const struct settings *cfg, const struct packet *p)
 {
-	struct session *s = session_find_outbound(slot_of_internal(p->src, p->class, p->src_port), p->src, p->src_port,
-						  p->dst, p->dst_port, p->class);
+	struct session *s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
 
 	if (!s || !session_is_alive(cfg, s, p->now))
 		return false;

@@ -61,7 +61,7 @@ ICMP_ERRORS = (3, 11, 12)
 HAIRPIN_MARK = 0x4D510000
 LOOPBACK = 1
 PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT, PUNT_REFUSED, PUNT_TTL = range(4)
-BY_REPLY, COUNTED, FROM_OUTSIDE = 1, 2, 4  # SESSION_*
+COUNTED, FROM_OUTSIDE = 2, 4  # SESSION_*
 LIFE_COUNTED = 16
 
 
@@ -227,8 +227,9 @@ class Bench:
         """Everything as after attaching."""
         tables = self.tables
         tables.sessions.view(np.uint8)[:] = 0
+        tables.maps["buckets"].view().view(np.uint8)[:] = 0
         self._clear_embryos()
-        for name in ("mappings", "remotes", "fragments", "replies", "hosts", "bindings", "contacts", *RULES):
+        for name in ("mappings", "fragments", "hosts", "bindings", "contacts", *RULES):
             for keys, _ in tables.maps[name].items(chunk=max(FURTHER, 16384)):
                 for key in keys:
                     tables.maps[name].delete(key)
@@ -524,18 +525,13 @@ class Gateway:
 
     def session(self, host: str, port: int, class_: str, remote: str, remote_port: int = 0) -> Any:
         """The session as a writable row of the table, or None."""
-        slot = self.slot(host, port, class_)
-        if slot is None:
-            return None
-        remote_word = datapath.addr(IPv4Address(remote))
-        row = self.tables.sessions[slot]
-        if (row["out"]["remote_addr"]["word"][0], row["out"]["remote_port"]) != (
-            remote_word[0][0],
-            socket_order(remote_port),
-        ):
-            further = self.tables.maps["remotes"].get((slot, remote_word, socket_order(remote_port), 0))
-            row = None if further is None else self.tables.sessions[int(further)]
-        return row
+        slots = self.slots()
+        rows = self.tables.sessions[slots]
+        internal = (datapath.addr(IPv4Address(host)), socket_order(port), datapath.CLASSES.index(class_), 0)
+        found = rows["internal"] == np.array(internal, rows["internal"].dtype)
+        found &= rows["out"]["remote_addr"]["word"][:, 0] == datapath.addr(IPv4Address(remote))[0][0]
+        found &= rows["out"]["remote_port"] == socket_order(remote_port)
+        return self.tables.sessions[slots[np.flatnonzero(found)[0]]] if found.any() else None
 
     def slots(self) -> list[int]:
         """All slots that are not free."""
@@ -562,6 +558,11 @@ class Gateway:
             for key, value in zip(keys, values, strict=True)
         }
 
+    def indexed(self) -> list[int]:
+        """The slots to which the entries of the index lead."""
+        entries = self.tables.maps["buckets"].view()["entry"]
+        return [int(entry) & 0xFFFFFF for entry in entries[entries != 0]]
+
     def assert_tables_agree(self) -> None:
         """Every entry leads to a live slot that leads back to it, no live slot is without its entry, and what is
         counted (further sessions, hosts' sessions and mappings) is there.
@@ -571,7 +572,6 @@ class Gateway:
         running = [slot for slot in live if rows[slot]["life"] & datapath.LIFE_SESSION]
         static = {slot for slot in live if rows[slot]["life"] & datapath.LIFE_STATIC}
         further = [slot for slot in live if slot >= datapath.FURTHER_BASE]
-        by_reply = [slot for slot in running if rows[slot]["out"]["marks"] & BY_REPLY]
 
         def key(name: str, *fields: Any) -> bytes:
             return np.array(fields, maps[name].key).tobytes()
@@ -582,28 +582,14 @@ class Gateway:
         def mapping_key(slot: int) -> bytes:
             return key("mappings", rows[slot]["in"]["new_addr"], rows[slot]["in"]["new_port"], class_of(slot), 0)
 
-        def remote_key(slot: int) -> bytes:
-            out = rows[slot]["out"]
-            return key("remotes", rows[slot]["mapping"], out["remote_addr"], out["remote_port"], 0)
-
-        def reply_key(slot: int) -> bytes:
-            out, in_ = rows[slot]["out"], rows[slot]["in"]
-            ports = (in_["new_port"], out["remote_port"])
-            return key("replies", in_["new_addr"], out["remote_addr"], *ports, class_of(slot))
-
         mapped = {at: int(slot) for at, slot in self.entries("mappings").items()}
         assert len(set(mapped.values())) == len(mapped), "two endpoints have one port"
         assert set(mapped.values()) <= set(live), "a mapping leads to a slot that is not live"
         for at, slot in mapped.items():
             assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
-        for slot in set(running) - static - set(further) - set(by_reply):
+        for slot in set(running) - static - set(further):
             assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
-        assert {remote_key(slot): slot for slot in further} == {
-            at: int(slot) for at, slot in self.entries("remotes").items()
-        }
-        assert {reply_key(slot): slot for slot in by_reply} == {
-            at: int(slot) for at, slot in self.entries("replies").items()
-        }
+        assert Counter(self.indexed()) == Counter([*running, *running]), "two entries of the index for each session"
         counts = Counter(int(rows[slot]["mapping"]) for slot in further)
         for slot in self.slots():
             assert int(rows[slot]["life"] & datapath.LIFE_FURTHER_MASK) >> 8 == counts[slot]

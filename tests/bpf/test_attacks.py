@@ -186,7 +186,7 @@ def test_a_reset_that_ends_at_the_gateway(gateway: Gateway, ttl: int) -> None:
 def _embryos(gateway: Gateway) -> int:
     rows = gateway.tables.sessions[gateway.slots()]
     live = rows["life"] & LIFE_SESSION != 0
-    return int((live & (rows["out"]["packets"] == 0)).sum())
+    return int((live & (rows["sent"]["packets"] == 0)).sum())
 
 
 @pytest.mark.req("attacks-synflood")
@@ -224,7 +224,7 @@ def test_syn_flood(gateway: Gateway) -> None:
 
 @pytest.mark.req("attacks-synflood")
 def test_a_flood_that_shares_one_port(gateway: Gateway) -> None:
-    """Two targets, so that each session has its entry in `replies`: evicted ones leave none behind."""
+    """Two targets, so that no session is found through a mapping of its host: evicted ones leave nothing behind."""
     gateway.forward("tcp", 8080, (HOST, 80), (OTHER_HOST, 80))
     for slot in range(EMBRYOS):
         gateway.tables.maps["embryos"].set(slot, 8080)  # every newcomer meets the first

@@ -200,7 +200,7 @@ def test_super_packet_beyond_64k_has_no_length(gateway: Gateway) -> None:
     packet[10:12] = (0xFFFF - full_sum(packet[:20])).to_bytes(2, "big")
     result = gateway.outbound(IP(bytes(packet)), gso_size=500, gso_segs=6)
     assert result.ended == "slow_outbound"
-    assert gateway.session(HOST, 5000, "tcp", SERVER, 80)["out"]["bytes"] == 3040
+    assert gateway.session(HOST, 5000, "tcp", SERVER, 80)["sent"]["bytes"] == 3040
     assert gateway.outbound(IP(bytes(packet))).ended == "drop_malformed", "without GSO it is a lie"
 
 

@@ -67,7 +67,7 @@ def test_limits_in_the_kernel(gateway: Gateway, packet: Packet, key: tuple[str, 
     assert gateway.inbound(_answer(key[0], port)).ended == ("own_inbound" if key[0] == "icmp" else "drop_filtered")
     again = gateway.outbound(packet)
     assert (again.port, again.counted) == (port, {"session_reopened": 1})
-    assert (row["out"]["packets"], row["in"]["packets"]) == (1, 0), "started anew"
+    assert (row["sent"]["packets"], row["received"]["packets"]) == (1, 0), "started anew"
     assert gateway.inbound(_answer(key[0], port)).ended == "slow_inbound"
 
 
@@ -152,7 +152,7 @@ def test_a_closed_session_no_longer_flies(gateway: Gateway) -> None:
 
     assert fly(remotes[0]) == fly(remotes[1]) == ["fast_outbound", "fast_inbound"]
     gateway.reap([first], REAP_FORCED)
-    assert fly(remotes[0]) == ["up_not_armed", "up_not_armed"]
+    assert fly(remotes[0]) == ["up_no_flow", "up_no_flow"]
     assert fly(remotes[1]) == ["fast_outbound", "fast_inbound"]
     gateway.reap([further], REAP_FORCED)
     assert fly(remotes[1]) == ["up_no_flow", "up_no_flow"]
@@ -163,7 +163,7 @@ def test_a_closed_session_no_longer_flies(gateway: Gateway) -> None:
     gateway.learn(udp(*remotes[0], HOST, 5000))
     assert fly(remotes[0]) == ["fast_outbound", "fast_inbound"]
     gateway.reap([first], REAP_FORCED)
-    assert fly(remotes[0]) == ["up_no_flow", "up_not_armed"]
+    assert fly(remotes[0]) == ["up_no_flow", "up_no_flow"]
 
 
 @pytest.mark.parametrize("further", [False, True], ids=["mapping", "further session"])

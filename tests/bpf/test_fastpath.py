@@ -103,10 +103,10 @@ def test_keeps_the_books(flying: tuple[Gateway, int, int]) -> None:
     gateway, _, tcp_port = flying
     row = gateway.session(HOST, 5000, "tcp", SERVER, 80)
     age(row, 100)
-    before = {name: int(row["out"][name]) for name in ("packets", "bytes")}
+    before = {name: int(row["sent"][name]) for name in ("packets", "bytes")}
     gateway.fast_outbound(tcp(HOST, 5000, SERVER, 80, ACK, ack=777, payload=bytes(60)))
-    assert row["out"]["packets"] == before["packets"] + 1
-    assert row["out"]["bytes"] == before["bytes"] + 100
+    assert row["sent"]["packets"] == before["packets"] + 1
+    assert row["sent"]["bytes"] == before["bytes"] + 100
     assert since(int(row["out"]["last_seen"])) < TICKS
     assert int(row["out"]["last_ack"]).to_bytes(4, "little") == (777).to_bytes(4, "big")
     gateway.fast_inbound(tcp(SERVER, 80, GATEWAY, tcp_port, ACK, ack=888))

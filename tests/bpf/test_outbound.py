@@ -152,8 +152,8 @@ def test_counts_packets_and_bytes(gateway: Gateway) -> None:
     gateway.open(packet)
     gateway.inbound(udp(SERVER, 53, GATEWAY, port, bytes(172)))
     session = gateway.session(HOST, 5000, "udp", SERVER, 53)
-    assert (session["out"]["packets"], session["out"]["bytes"]) == (2, 200)
-    assert (session["in"]["packets"], session["in"]["bytes"]) == (1, 200)
+    assert (session["sent"]["packets"], session["sent"]["bytes"]) == (2, 200)
+    assert (session["received"]["packets"], session["received"]["bytes"]) == (1, 200)
 
 
 # --- what must not leave ---------------------------------------------------------------------------

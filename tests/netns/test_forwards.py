@@ -491,7 +491,7 @@ def test_settings_reach_the_programs(idle: Gateway, write: Any) -> None:
     assert [int(settings[f"host_{each}"]) for each in ("sessions", "mappings", "rate", "burst")] == [1000, 75, 10, 20]
     assert settings["pool"]["first"].tolist()[CLASS_ROOM:] == [[512, 0], [512, 0], [0, 0], [0, 0]]
     assert settings["pool"]["count"].tolist()[CLASS_ROOM:] == [[512, 0], [512, 0], [0, 0], [0, 0]]
-    assert tables.maps["remotes"].max_entries == 2048
+    assert tables.further == 2048
     free = np.unpackbits(~tables.claims.view(np.uint8), bitorder="little").astype(bool)
     for class_ in range(2):
         assert np.flatnonzero(free[class_ * PORTS : (class_ + 1) * PORTS]).tolist() == [
@@ -514,7 +514,7 @@ def mss_of(tables: Attached) -> dict[str, int]:
 
 def test_settings_by_default(gateway: Gateway) -> None:
     tables, settings = gateway.tables, gateway.tables.settings
-    further = tables.maps["remotes"].max_entries
+    further = tables.further
     assert 65536 <= further <= 1048576
     assert int(settings["host_sessions"]) == further // 4
     assert int(settings["host_mappings"]) == ports_for_one(int(settings["pool"][0]["count"].sum()))

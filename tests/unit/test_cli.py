@@ -31,9 +31,15 @@ VERBS = ("attach", "run", "detach", "status", "sessions", "doctor", "check", *RU
 ADDR = [("word", "u4", (1,))]
 FLOW = [
     *(("remote_addr", ADDR), ("new_addr", ADDR), ("remote_port", "u2"), ("new_port", "u2")),
-    *(("last_seen", "u4"), ("tcp_seen", "u1"), ("packets", "u8"), ("bytes", "u8")),
+    *(("last_seen", "u4"), ("tcp_seen", "u1")),
 ]
-SESSION = np.dtype([("out", FLOW), ("life", "u8"), ("in", FLOW), ("opened_at", "u4"), ("mapping", "u4")])
+TRAFFIC = [("packets", "u8"), ("bytes", "u8")]
+SESSION = np.dtype(
+    [
+        *(("out", FLOW), ("opened_at", "u4"), ("sent", TRAFFIC)),
+        *(("in", FLOW), ("mapping", "u4"), ("life", "u8"), ("received", TRAFFIC)),
+    ]
+)
 SETTINGS = np.dtype(
     [
         *(("external", ADDR, (1,)), ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,))),
@@ -52,7 +58,8 @@ def table() -> Any:
         for flow in (row["out"], row["in"]):
             flow["remote_addr"]["word"] = int.from_bytes(bytes([198, 51, 100, 10]), sys.byteorder)
             flow["new_addr"]["word"] = int.from_bytes(bytes([192, 168, 0, host]), sys.byteorder)
-            flow["last_seen"], flow["packets"], flow["tcp_seen"] = NOW, 1, 0x12
+            flow["last_seen"], flow["tcp_seen"] = NOW, 0x12
+        row["sent"]["packets"] = row["received"]["packets"] = 1
         row["life"], row["mapping"], row["opened_at"] = 5, slot, NOW
     return array
 

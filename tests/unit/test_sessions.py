@@ -17,7 +17,7 @@ HZ = 250
 NOW = 1_000_000
 TYPES = (Path(__file__).parents[2] / "bpf" / "types.h").read_text()
 SCALARS = {"u8": "u1", "u16": "u2", "__be16": "u2", "u32": "u4", "__be32": "u4", "u64": "u8"}
-LENGTHS = {"EXTERNALS": 1, "CLASS_ROOM": 4, "2 * CLASS_ROOM": 8}
+LENGTHS = {"EXTERNALS": 1, "CLASS_ROOM": 4, "2 * CLASS_ROOM": 8, "SEEDS": 6}
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 TCP, UDP, ICMP = range(3)
 LIVE, RESTING, SESSION, STATIC, FURTHER = 1, 2, 4, 8, 1 << 8
@@ -87,7 +87,8 @@ def put(
         flow["remote_port"] = net(int(far_port))
         flow["tcp_seen"] = seen[side]
         flow["last_seen"] = (now - int(idle[side] * HZ)) % 2**32
-        flow["packets"], flow["bytes"] = packets[side], packets[side] * 100
+    for traffic, count in zip((row["sent"], row["received"]), packets, strict=True):
+        traffic["packets"], traffic["bytes"] = count, count * 100
     row["out"]["new_addr"]["word"], row["out"]["new_port"] = word("203.0.113.1"), net(mapping % 65536)
     row["in"]["new_addr"]["word"], row["in"]["new_port"] = word(inside), net(int(inside_port))
     row["life"], row["mapping"], row["opened_at"] = life, mapping, opened_at
@@ -303,7 +304,7 @@ def test_changes() -> None:
     array["life"][2000] = RESTING
     put(array, 2002, internal="192.168.0.9:3", opened_at=6)
     put(array, 2003, internal="192.168.0.2:4")
-    array["out"]["packets"][2001] += 1
+    array["sent"]["packets"][2001] += 1
     opened, closed = sessions.changes(before, read(array))
     assert [each["internal"]["address"] for each in objects_of(opened)] == ["192.168.0.9", "192.168.0.2"]
     assert (opened.slot.tolist(), closed.slot.tolist()) == ([2002, 2003], [2000, 2002])
@@ -360,7 +361,7 @@ def test_two_hundred_thousand() -> None:
     number = np.arange(count, dtype=np.uint32)
     array["in"]["new_addr"]["word"][slots, 0] = (0x0A000000 + number // 1000).astype(">u4").view(np.uint32)
     array["in"]["new_port"][slots] = (number % 1000 + 1024).astype(">u2").view(np.uint16)
-    array["out"]["packets"][slots] = number + 1
+    array["sent"]["packets"][slots] = number + 1
     table = read(array).ordered()
 
     wanted = {
