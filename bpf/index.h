@@ -86,7 +86,7 @@ static __always_inline struct session *bucket_find(const struct bucket *bucket, 
 {
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < BUCKET_ENTRIES; i++) {
-		u32 entry = bucket->entry[i];
+		u32 entry = *(const volatile u32 *)&bucket->entry[i];
 		struct session *s;
 
 		if (entry >> SLOT_BITS != tag || (entry & SLOT_MASK) == except)
