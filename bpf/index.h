@@ -81,55 +81,64 @@ static __always_inline bool session_has(const struct session *s, const struct fl
 	       s->internal.class == key->internal.class && s->internal.wan == key->internal.wan;
 }
 
-static __always_inline struct session *bucket_find(const struct bucket *bucket, const struct flow_key *key,
-						   enum direction direction, u32 tag, u32 except)
+static __always_inline u32 bucket_find(const struct bucket *bucket, const struct flow_key *key, enum direction direction,
+				       u32 tag, u32 except, struct session **found)
 {
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < BUCKET_ENTRIES; i++) {
-		u32 entry = *(const volatile u32 *)&bucket->entry[i];
+		u32 entry = *(const volatile u32 *)&bucket->entry[i], slot = entry & SLOT_MASK;
 		struct session *s;
 
-		if (entry >> SLOT_BITS != tag || (entry & SLOT_MASK) == except)
+		if (entry >> SLOT_BITS != tag || slot == except)
 			continue;
-		s = session_at(entry & SLOT_MASK);
-		if (s && session_has(s, key, direction))
-			return s;
+		s = session_at(slot);
+		if (s && session_has(s, key, direction)) {
+			*found = s;
+			return slot;
+		}
 	}
-	return NULL;
+	return NO_SLOT;
 }
 
-/* The session to which the flow @key belongs, dead or alive, but for that in the slot @except; or NULL. Looks at the half of
+/* The slot of the session to which the flow @key belongs, dead or alive, but for @except; or NO_SLOT. Looks at the half of
  * @direction only, so that an accelerated packet stays within one cache line of it.
  */
-static __always_inline struct session *index_find(const struct settings *cfg, const struct flow_key *key,
-						  enum direction direction, u32 except)
+static __always_inline u32 index_find(const struct settings *cfg, const struct flow_key *key, enum direction direction,
+				      u32 except, struct session **found)
 {
 	u32 hash = flow_hash(cfg, key, direction), tag = entry_of(hash, 0) >> SLOT_BITS;
 
+	*found = NULL;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < BUCKET_CHOICES; i++) {
 		struct bucket *bucket = bucket_of(hash);
-		struct session *s = bucket ? bucket_find(bucket, key, direction, tag, except) : NULL;
+		u32 slot = bucket ? bucket_find(bucket, key, direction, tag, except, found) : NO_SLOT;
 
-		if (s || !bucket || !bucket->was_full)
-			return s;
+		if (*found || !bucket || !bucket->was_full)
+			return slot;
 		hash = hash_other(hash);
 	}
-	return NULL;
+	return NO_SLOT;
 }
 
 static __always_inline struct session *session_find_outbound(const struct settings *cfg, struct mapping_key internal,
 							     addr_t remote, __be16 port)
 {
 	struct flow_key key = { .internal = internal, .remote = remote, .remote_port = port };
-	return index_find(cfg, &key, OUTBOUND, NO_SLOT);
+	struct session *s;
+
+	index_find(cfg, &key, OUTBOUND, NO_SLOT, &s);
+	return s;
 }
 
 static __always_inline struct session *session_find_inbound(const struct settings *cfg, u32 mapping, addr_t remote,
 							    __be16 port)
 {
 	struct flow_key key = { .mapping = mapping, .remote = remote, .remote_port = port };
-	return index_find(cfg, &key, INBOUND, NO_SLOT);
+	struct session *s;
+
+	index_find(cfg, &key, INBOUND, NO_SLOT, &s);
+	return s;
 }
 
 /* Entries change by atomics on 64 bits, the only ones that there are, so two at a time. */
@@ -209,25 +218,23 @@ static __always_inline void index_leave(struct hashes hashes, u32 slot)
 	entry_take(hashes.in, slot);
 }
 
-static __always_inline bool is_anothers(const struct settings *cfg, const struct session *s, enum direction direction,
-					u32 slot)
+static __always_inline bool index_enter(struct hashes hashes, u32 slot)
 {
-	struct flow_key key = session_key(s);
-	struct session *other = index_find(cfg, &key, direction, slot);
-
-	return other && (other->life & LIFE_STATE) != LIFE_RESTING;
+	if (!entry_put(hashes.out, slot))
+		return false;
+	if (entry_put(hashes.in, slot))
+		return true;
+	entry_take(hashes.out, slot);
+	return false;
 }
 
-/* Enters @s in @slot, which is complete but not alive yet; else than CONTINUE it is to leave again. Whether another
- * session has one of its 5-tuples is asked when its own entries stand: of two CPUs that open the same, one at least sees
- * the other.
- */
-static __always_inline enum verdict index_enter(const struct settings *cfg, const struct session *s,
-						struct hashes hashes, u32 slot)
+/* The slot of another session than that in @slot with the same flow, or NO_SLOT. */
+static __always_inline u32 index_other(const struct settings *cfg, const struct session *s, u32 slot,
+				       enum direction direction)
 {
-	if (!entry_put(hashes.out, slot) || !entry_put(hashes.in, slot))
-		return drop(COUNT_drop_sessions_full);
-	if (is_anothers(cfg, s, OUTBOUND, slot) || is_anothers(cfg, s, INBOUND, slot))
-		return drop(COUNT_drop_reply_taken);
-	return CONTINUE;
+	struct flow_key key = session_key(s);
+	struct session *other;
+	u32 found = index_find(cfg, &key, direction, slot, &other);
+
+	return other && (other->life & LIFE_STATE) != LIFE_RESTING ? found : NO_SLOT;
 }

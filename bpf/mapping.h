@@ -415,6 +415,24 @@ static __always_inline bool session_clear(const struct settings *cfg, struct ses
 	return true;
 }
 
+/* Has another session, not expired, one of the 5-tuples of @s? That is asked when the entries of @s stand, so of two CPUs
+ * that open the same one at least sees the other.
+ */
+static __always_inline bool session_is_second(const struct settings *cfg, const struct session *s, u32 place, u32 now)
+{
+	u32 other = slot_blur(index_other(cfg, s, place, OUTBOUND));
+	struct session *first = session_at(other);
+	u64 life;
+
+	if (index_other(cfg, s, place, INBOUND) != NO_SLOT)
+		return true;
+	if (!first)
+		return false;
+	slot_reap(cfg, other, false, now);
+	life = first->life & (LIFE_STATE | LIFE_SESSION);
+	return life != LIFE_RESTING && life != LIFE_LIVE;
+}
+
 /* Opens a session with a new remote endpoint on the mapping in *@slot, which becomes its place. It comes alive last, when
  * all that leads to it is there.
  */
@@ -442,8 +460,13 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 	}
 	session_init(cfg, s, e, *slot, now);
 	hashes = session_hashes(cfg, s);
-	*verdict = index_enter(cfg, s, hashes, place);
-	if (*verdict == CONTINUE && place != *slot && !life_swap(m, life, life + LIFE_FURTHER))
+	if (!index_enter(hashes, place)) {
+		*verdict = drop(COUNT_drop_sessions_full);
+		goto undo;
+	}
+	if (session_is_second(cfg, s, place, now))
+		*verdict = drop(COUNT_drop_reply_taken);
+	else if (place != *slot && !life_swap(m, life, life + LIFE_FURTHER))
 		*verdict = drop(COUNT_drop_session_busy);
 	if (*verdict == CONTINUE) {
 		count(COUNT_session_opened);
@@ -452,6 +475,7 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		return s;
 	}
 	index_leave(hashes, place);
+undo:
 	if (place == *slot)
 		life_settle(s, 0);
 	else

@@ -588,7 +588,7 @@ class Gateway:
         for at, slot in mapped.items():
             assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
         for slot in set(running) - static - set(further):
-            assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
+            assert mapping_key(slot) in mapped, "a mapping that nobody can find"
         assert Counter(self.indexed()) == Counter([*running, *running]), "two entries of the index for each session"
         counts = Counter(int(rows[slot]["mapping"]) for slot in further)
         for slot in self.slots():
