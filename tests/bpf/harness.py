@@ -525,7 +525,7 @@ class Gateway:
 
     def session(self, host: str, port: int, class_: str, remote: str, remote_port: int = 0) -> Any:
         """The session as a writable row of the table, or None."""
-        slots = self.slots()
+        slots = self.tables.open_slots()
         rows = self.tables.sessions[slots]
         internal = (datapath.addr(IPv4Address(host)), socket_order(port), datapath.CLASSES.index(class_), 0)
         found = rows["internal"] == np.array(internal, rows["internal"].dtype)

@@ -28,6 +28,7 @@ from xdpmasq import bpf
 from xdpmasq.datapath import (
     FURTHER_BASE,
     LIFE_FURTHER_MASK,
+    LIFE_LIVE,
     LIFE_RESTING,
     LIFE_SESSION,
     LIFE_STATE,
@@ -39,6 +40,7 @@ from xdpmasq.datapath import (
 from xdpmasq.expiry import Expiry
 
 REAP_CLAIM = 3  # bpf/reaper.c
+LIFE_OPENING = 3  # bpf/types.h
 
 OUT = {
     "udp": (udp(HOST, 5000, SERVER, 53), ("udp", SERVER, 53), 300),
@@ -168,7 +170,7 @@ def test_a_closed_session_no_longer_flies(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("further", [False, True], ids=["mapping", "further session"])
 def test_the_entry_of_another_slot_is_left_alone(gateway: Gateway, further: bool) -> None:
-    """A CPU has filled a slot and not yet published it, or was second to do so: the entry is another's."""
+    """A CPU fills a slot and has not made it live yet, or was second to do so: the entries are another's."""
     remotes = [(SERVER, 53), (SERVER, 54)] if further else [(SERVER, 53)]
     (port,) = {gateway.open(udp(HOST, 5000, *remote)) for remote in remotes}
     slot = max(gateway.slots())
@@ -179,7 +181,9 @@ def test_the_entry_of_another_slot_is_left_alone(gateway: Gateway, further: bool
         sessions[gateway.slot(HOST, 5000, "udp")]["life"] += LIFE_FURTHER
     else:
         sessions[twin]["mapping"] = twin
-    assert gateway.reap([twin], REAP_FORCED) == {}, "it may be about to be published"
+    sessions[twin]["life"] |= LIFE_OPENING
+    assert gateway.reap([twin], REAP_FORCED) == {}, "it is being opened"
+    sessions[twin]["life"] = LIFE_LIVE | LIFE_SESSION
     age(sessions[twin], 301)
     assert gateway.reap([twin], REAP_EXPIRED)["session_closed"] == 1
     assert gateway.open(udp(HOST, 5000, *remotes[-1])) == port

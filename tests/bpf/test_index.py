@@ -1,0 +1,63 @@
+"""The index, from wire 5-tuples to sessions: what chance seldom brings about is made with a key that spreads nothing."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from harness import GATEWAY, HOST, SERVER, Gateway, age, udp
+
+from xdpmasq.datapath import REAP_EXPIRED, REAP_RESTED
+
+BUCKET_ENTRIES = 15
+
+
+@pytest.fixture
+def crowded(gateway: Gateway) -> Iterator[Gateway]:
+    """Every flow has the same hash: one bucket, one other, and one tag."""
+    key = gateway.tables.settings["seed"]
+    gateway.tables.set_settings(seed=np.array([5 << 32, 0, 0, 0, 0, 0], np.uint64))
+    yield gateway
+    gateway.tables.set_settings(seed=key)
+
+
+def test_full_buckets(crowded: Gateway) -> None:
+    """All that there is room for are told apart by their 5-tuples; who comes later is refused and leaves nothing."""
+    ports = {port: crowded.open(udp(HOST, port, SERVER, 53)) for port in range(5000, 5000 + BUCKET_ENTRIES)}
+    assert len(crowded.indexed()) == 2 * BUCKET_ENTRIES
+    assert crowded.outbound(udp(HOST, 4999, SERVER, 53)).ended == "drop_sessions_full"
+    assert crowded.outbound(udp(HOST, 5000, SERVER, 54)).ended == "drop_sessions_full"
+    crowded.assert_tables_agree()
+    for port, external in ports.items():
+        assert crowded.open(udp(HOST, port, SERVER, 53)) == external
+        assert crowded.inbound(udp(SERVER, 53, GATEWAY, external)).ip.dport == port
+
+
+def test_an_ended_session_makes_room(crowded: Gateway) -> None:
+    for port in range(5000, 5000 + BUCKET_ENTRIES):
+        crowded.open(udp(HOST, port, SERVER, 53))
+    age(crowded.session(HOST, 5003, "udp", SERVER, 53), 301)
+    crowded.reap(crowded.slots(), REAP_EXPIRED)
+    crowded.open(udp(HOST, 6000, SERVER, 53))
+    crowded.assert_tables_agree()
+    for slot in crowded.slots():
+        age(crowded.tables.sessions[slot], 301)
+    crowded.reap(crowded.slots(), REAP_EXPIRED)
+    assert crowded.indexed() == []
+
+
+def test_an_entry_out_of_date_leads_nowhere(gateway: Gateway) -> None:
+    """It may be read just before it goes, and its slot be another session's by then."""
+    gateway.pool(udp=((1024, 1),))
+    gateway.accelerate()
+    assert gateway.open(udp(HOST, 5000, SERVER, 53)) == 1024
+    buckets = gateway.tables.maps["buckets"].view()
+    former = buckets["entry"].copy()
+    age(gateway.session(HOST, 5000, "udp", SERVER, 53), 301)
+    for order in (REAP_EXPIRED, REAP_RESTED):
+        gateway.reap(gateway.slots(), order)
+    assert gateway.open(udp(HOST, 5001, SERVER, 54)) == 1024
+    buckets["entry"] |= former
+    assert gateway.fast_outbound(udp(HOST, 5000, SERVER, 53)).ended == "up_no_flow"
+    assert gateway.fast_inbound(udp(SERVER, 53, GATEWAY, 1024)).ended == "up_no_flow"
+    assert gateway.inbound(udp(SERVER, 53, GATEWAY, 1024)).ended == "drop_filtered"
+    assert gateway.inbound(udp(SERVER, 54, GATEWAY, 1024)).ip.dport == 5001
