@@ -133,7 +133,7 @@ class Tables:
     @property
     def further(self) -> int:
         """How many further sessions there is room for."""
-        return self.maps["sessions"].max_entries - self.further_base
+        return int(self.maps["sessions"].max_entries) - self.further_base
 
     def set_settings(self, **fields: Any) -> None:
         """Changes some fields of ``struct settings``; only the agent writes it."""

@@ -1,4 +1,4 @@
-"""The index, from wire 5-tuples to sessions: what chance seldom brings about is made with a key that spreads nothing."""
+"""The index, from wire 5-tuples to sessions: what chance seldom brings is made with a key that spreads nothing."""
 
 from collections.abc import Iterator
 
