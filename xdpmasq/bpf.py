@@ -302,29 +302,29 @@ def _object_info(fd: int, size: int, request: bytearray | None = None) -> bytes:
 class Object:
     """Compiled C: its maps, created, and its functions, ready to be loaded.
 
+    Args:
+        maps: existing ones to use in place of new ones of the same names.
+
     Attributes:
         layouts: map name → [key, value] as JSON carries them; see :func:`xdpmasq.compiler.layout`.
-        maps: map name → map; owned by this object.
+        maps: map name → map.
     """
 
-    def __init__(self, compiled: compiler.Compiled) -> None:
+    def __init__(self, compiled: compiler.Compiled, maps: Mapping[str, Map] | None = None) -> None:
         self._code = compiled.code
         self._compiled_fds = {name: plan.fd for name, plan in compiled.maps.items()}
-        self.maps = {name: _create(name, plan) for name, plan in compiled.maps.items()}
+        present = maps or {}
+        self.maps = {name: present.get(name) or _create(name, plan) for name, plan in compiled.maps.items()}
         self.layouts = {name: [plan.key, plan.value] for name, plan in compiled.maps.items()}
 
-    def load(self, function: str, kind: str, maps: Mapping[str, Map] | None = None) -> Program:
+    def load(self, function: str, kind: str) -> Program:
         """Loads a function as a ``kind`` ("tc" or "xdp") program.
-
-        Args:
-            maps: existing maps to use in place of the freshly created ones of the same names.
 
         Raises:
             DatapathError: with the end of the verifier's words.
         """
         code = bytearray(self._code[function])
-        used = {**self.maps, **(maps or {})}
-        _redirect_maps(code, {fd: used[name].fd for name, fd in self._compiled_fds.items()})
+        _redirect_maps(code, {fd: self.maps[name].fd for name, fd in self._compiled_fds.items()})
         try:
             return Program(_load(code, PROG_TYPES[kind], function))
         except OSError as error:
@@ -376,9 +376,9 @@ def _verifier_log(code: bytes | bytearray, kind: int, name: str) -> str:
     return "\n".join(lines[-40:])
 
 
-def compile(text: str, defines: Mapping[str, object] | None = None) -> Object:
-    """Compiles C (:func:`xdpmasq.compiler.compile`, which see for errors) and creates its maps."""
-    return Object(compiler.compile(text, defines))
+def compile(text: str, defines: Mapping[str, object] | None = None, maps: Mapping[str, Map] | None = None) -> Object:
+    """Compiles C (:func:`xdpmasq.compiler.compile`, which see for errors) and creates the maps that are not there."""
+    return Object(compiler.compile(text, defines), maps)
 
 
 # --- TCX -------------------------------------------------------------------------------------------

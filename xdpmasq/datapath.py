@@ -351,6 +351,15 @@ def addr(address: IPv4Address | None) -> tuple[tuple[int]]:
     return ((int.from_bytes(address.packed, "little") if address else 0,),)
 
 
+def _sizes(further: int, externals: int) -> dict[str, int]:
+    return {"EXTERNALS": externals, "FURTHER": further}
+
+
+def compile_ahead(further: int, externals: int = 1) -> None:
+    """Has the compiler's work for :class:`Programs` done, and kept, before it is wanted."""
+    compiler.compile(source.flatten(), _sizes(further, externals))
+
+
 class Programs:
     """The compiled datapath: its functions are loaded when first asked for.
 
@@ -369,26 +378,22 @@ class Programs:
         defines: Mapping[str, str] | None = None,
     ) -> None:
         self._further, self._externals, self._defines = further, externals, dict(defines or {})
+        self.maps = dict(maps or {})
         self._object = self._compile({})
+        self.maps |= self._object.maps
         self._loaded: dict[str, bpf.Program] = {}
-        self.maps = {**self._object.maps, **(maps or {})}
-        for name in self._object.maps.keys() & (maps or {}).keys():
-            self._object.maps[name].close()
         if maps is None:
             tables = Tables(self.maps)
             tables.set_settings(seed=[secrets.randbits(64) for _ in tables.settings["seed"]])
 
     def _compile(self, defines: Mapping[str, str]) -> bpf.Object:
-        sizes = {"EXTERNALS": self._externals, "FURTHER": self._further}
-        return bpf.compile(source.flatten(), {**sizes, **self._defines, **defines})
+        sizes = _sizes(self._further, self._externals)
+        return bpf.compile(source.flatten(), {**sizes, **self._defines, **defines}, self.maps)
 
     @cached_property
     def _without_ethernet(self) -> bpf.Object:
         """The functions for interfaces without Ethernet header; compiling takes its time, and few have such a one."""
-        compiled = self._compile({"L3": "1"})
-        for map_ in compiled.maps.values():
-            map_.close()
-        return compiled
+        return self._compile({"L3": "1"})
 
     @cached_property
     def last(self) -> Programs:
@@ -405,7 +410,7 @@ class Programs:
         if function not in self._loaded:
             kind = "xdp" if function.endswith("_xdp") else "tc"
             compiled = self._without_ethernet if function.endswith("_l3") else self._object
-            program = compiled.load(function, kind, self.maps)
+            program = compiled.load(function, kind)
             for map_ in self.maps.values():
                 program.bind(map_)
             self._loaded[function] = program
