@@ -1,14 +1,15 @@
 # make demo    set up, build the lab, drive real programs through the gateway
 # make test    set up, run the whole test suite
 # make bench   the benchmark table
+# make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
-# make conformance   write docs/conformance.md anew from the tests' marks
+# make conformance   write docs/conformance.md anew from the tests' marks, and docs/metrics.md from the list of metrics
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-vm bench check conformance clean
+.PHONY: setup demo test test-vm bench dashboards check conformance clean
 
 setup: $(VENV)/ready
 
@@ -28,6 +29,9 @@ test: setup
 bench: setup
 	$(RUN) bench
 
+dashboards: setup
+	$(PYTHON) tools/dashboards.py
+
 check: setup
 	$(PYTHON) -m ruff check xdpmasq tests tools
 	$(PYTHON) -m ruff format --check xdpmasq tests tools
@@ -41,6 +45,7 @@ test-vm: setup
 
 conformance: setup
 	$(PYTHON) tools/conformance.py
+	$(PYTHON) tools/metrics.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,7 @@
-"""What all tests share: their marks can be asked for, which is what the conformance table is made of."""
+"""What all tests share; and their marks can be asked for, which is what the conformance table is made of."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help='with --collect-only: writes {requirement: [["tests/unit/test_x.py", "test_y"], …]} as JSON',
     )
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cert.pem and key.pem, for localhost."""
+    folder = tmp_path_factory.mktemp("tls")
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-keyout", folder / "key.pem"]
+    made = ["openssl", "req", "-x509", "-days", "2", *names, *key, "-out", folder / "cert.pem"]
+    subprocess.run(made, check=True, capture_output=True)
+    return folder
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

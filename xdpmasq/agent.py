@@ -13,7 +13,7 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
 from typing import Any
@@ -44,6 +44,7 @@ from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
 from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
+from xdpmasq.pulse import Pulse
 from xdpmasq.punt import Punt
 from xdpmasq.punting import Punting
 from xdpmasq.sysctls import Sysctls
@@ -103,7 +104,9 @@ class Agent:
             "reaper": self._programs["masq_reap"].id,
             "agent_pid": os.getpid(),
             "version": __version__,
+            "restarts": self._manifest.get("restarts", -1) + 1,
         }
+        self.pulse = Pulse()
         self._leftover = {**self._manifest} if adopted else None
         self._manifest |= {"lans": list(config.lans), "mode": config.mode, "config": self._kept_config()}
         self._hz: int = self._manifest["hz"]
@@ -220,11 +223,18 @@ class Agent:
         self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
         accelerate = any(report["hook"] == "xdp" for report in reports)
         self._know_others(links, {link.index for link, _ in wanted})
-        self.tables.set_settings(accelerate=accelerate, wan=wan.index if wan else 0, disarmed_at=bpf.jiffies())
+        self.tables.set_settings(accelerate=accelerate, wan=wan.index if wan else 0)
+        self._disarm()
+        self.pulse.sees_wan((wan and wan.index, external))
         self._punting.keep()
         self._asking.follow(lans, addresses, external)
         self._manifest |= {"punt": self._punting.report, "pcp": self._asking.report}
         self._save()
+
+    @property
+    def shown(self) -> tuple[datapath.Tables, datapath.Programs, dict[str, Any], Pulse, Punting]:
+        """For the metrics, which only look."""
+        return self.tables, self._programs, self._manifest, self.pulse, self._punting
 
     @property
     def _hairpins_own(self) -> bool:
@@ -516,7 +526,7 @@ class Agent:
             # Further sessions first: a mapping closes with its last session.
             for each in (stale[stale >= self.tables.further_base], stale[stale < self.tables.further_base]):
                 self.tables.reap(self._programs["masq_reap"], each, datapath.REAP_FORCED)
-        self.tables.disarm()
+        self._disarm()
         if ended:
             log.info("the WAN address changed to %s: %d sessions ended", externals[0], ended)
 
@@ -568,7 +578,7 @@ class Agent:
                 self._safely(self._asking.serve)
                 now = time.monotonic()
                 if now >= next_disarm:
-                    self._safely(self.tables.disarm)
+                    self._safely(self._disarm)
                     next_disarm = now + DISARM_ALL_S
                 if now >= next_tick:
                     self._tick()
@@ -577,13 +587,19 @@ class Agent:
                     self._safely(self._sweep)
                     next_sweep = now + SWEEP_S
 
+    def _disarm(self) -> None:
+        self.pulse.disarms += 1
+        self.tables.disarm()
+
     def _tick(self) -> None:
+        self.pulse.tick()
         self._safely(self._beat)
         self._safely(self._end_expired_forwards)
         self._safely(self._forwards.run)
         if self._hairpins_own != ("lo" in self._attached) or self._redirects != self._wants_redirects:
             self._look()
-        self._safely(self._expiry.run)
+        with self.pulse.expiring():
+            self._safely(self._expiry.run)
         self._safely(self._look_after_tcx)
         self._safely(self._route)
         self._safely(self._report)
@@ -665,7 +681,7 @@ class Agent:
     def _follow_neighbours(self) -> None:
         present = self._next_hops()
         if any(present.get(key) != mac for key, mac in self._neighbours.items()):
-            self.tables.disarm()
+            self._disarm()
         self._neighbours = present
 
     def _next_hops(self) -> dict[tuple[int, str], bytes]:
@@ -684,6 +700,18 @@ def _wakeup_on_signals() -> tuple[int, int]:
     return reader, writer
 
 
+@contextlib.contextmanager
+def _showing(config: Config) -> Iterator[Callable[[Agent], None]]:
+    """Holds the place where metrics are served, and begins to serve those of an agent."""
+    if not config.metrics.enabled:
+        yield lambda agent: None
+        return
+    from xdpmasq import metrics  # noqa: PLC0415  heavy
+
+    with metrics.listening(config.metrics) as show:
+        yield lambda agent: show(metrics.Subject(*agent.shown))
+
+
 def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
     """Attaches (or adopts what is attached), then follows the machine until told to stop.
 
@@ -692,14 +720,16 @@ def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
     """
     checks.check_host()
     stop = StopSignal()
-    with presence.being_agent(config.wan):
+    with presence.being_agent(config.wan), contextlib.ExitStack() as stack:
         with presence.changing():
             checks.check_interfaces(config)
+            show = stack.enter_context(_showing(config))
             running = [each for each in datapath.find_all() if each.manifest["wan"] == config.wan]
             agent = Agent(config, running[0] if running else None)
             if stop.asked:
                 return
             agent.start()
+        show(agent)
         agent.serve(ready, stop)
         with presence.changing():
             agent.stop()

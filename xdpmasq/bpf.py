@@ -49,11 +49,12 @@ PROG_TYPES = {"tc": 3, "xdp": 6}
     _OBJ_INFO,
     _PROG_QUERY,
     _LOOKUP_BATCH,
+    _ENABLE_STATS,
     _BIND_MAP,
-) = (0, 1, 2, 3, 5, 8, 9, 10, 13, 14, 15, 16, 24, 35)
+) = (0, 1, 2, 3, 5, 8, 9, 10, 13, 14, 15, 16, 24, 32, 35)
 
 _LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
-_MAP_PERCPU_ARRAY = 6
+_MAP_HASH, _MAP_PERCPU_ARRAY, _MAP_LRU_HASH = 1, 6, 9
 UPDATE_ANY, UPDATE_NOEXIST, UPDATE_EXIST = 0, 1, 2
 TcHook = Literal["ingress", "egress"]
 # BPF_TCX_INGRESS, BPF_TCX_EGRESS and BPF_MPROG_MAX, which Debian 12's headers do not know
@@ -103,6 +104,7 @@ class _Descriptor:
             self.close()
 
 
+@functools.cache
 def possible_cpus() -> int:
     """How many values a per-CPU map holds for each key."""
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
@@ -131,6 +133,10 @@ class Map(_Descriptor):
                     f"its layout describes {dtype.itemsize}",
                     "detach and attach again: the running datapath is of another version",
                 )
+
+    @property
+    def is_hash(self) -> bool:
+        return self.type in (_MAP_HASH, _MAP_LRU_HASH)
 
     @classmethod
     def by_id(cls, number: int, key: Layout = None, value: Layout = None) -> Map:
@@ -199,6 +205,10 @@ class Map(_Descriptor):
             first, done = False, code == errno.ENOENT
             yield keys[:count].copy(), values[:count].copy()
 
+    def count(self) -> int:
+        """How many entries a hash has, found by reading them all."""
+        return sum(len(keys) for keys, _ in self.items(chunk=self.max_entries))
+
     def view(self, writable: bool = True) -> Array:
         """The values of a BPF_F_MMAPABLE array as one numpy array over the kernel's own memory."""
         stride = -(-self.value_size // 8) * 8
@@ -233,6 +243,11 @@ class Program(_Descriptor):
     @property
     def name(self) -> str:
         return _object_info(self.fd, 232)[64:80].split(b"\0")[0].decode()
+
+    def runs(self) -> tuple[int, int]:
+        """How often it ran and for how many nanoseconds, while the kernel counts that (kernel.bpf_stats_enabled)."""
+        spent_ns, runs = struct.unpack_from("<QQ", _object_info(self.fd, 232), 192)
+        return runs, spent_ns
 
     def map_ids(self) -> list[int]:
         """Ids of all maps the program holds, bound ones included."""
@@ -434,6 +449,16 @@ def _tcx_query(index: int, hook: TcHook) -> list[int]:
     attr = struct.pack("<IIIIQI36x", index, _TCX[hook], 0, 0, ids.ctypes.data, len(ids))
     _, result = _bpf(_PROG_QUERY, attr)
     return [int(number) for number in ids[: struct.unpack_from("<I", result, 24)[0]]]
+
+
+@contextlib.contextmanager
+def counting_runs() -> Iterator[None]:
+    """Inside the block the kernel counts programs' runs and their time, machine-wide (BPF_ENABLE_STATS)."""
+    fd, _ = _bpf(_ENABLE_STATS, struct.pack("<I", 0))
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 # --- the clock -------------------------------------------------------------------------------------

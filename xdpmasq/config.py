@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Any, Literal, get_args
 
 from xdpmasq import forwards, redirects, triggers
@@ -109,6 +109,39 @@ class Pcp:
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """How the agent shows itself to Prometheus.
+
+    Attributes:
+        listen: ADDR:PORT, of IPv6 [ADDR]:PORT; without ADDR on every address.
+        web_config: absolute path of a file for TLS and passwords; empty: neither.
+        top_hosts: that many internal hosts have series of their own.
+    """
+
+    enabled: bool = True
+    listen: str = "127.0.0.1:9477"
+    web_config: str = ""
+    top_hosts: int = 0
+
+    @property
+    def endpoint(self) -> tuple[str, int] | None:
+        """Address and port of ``listen``, or None where it is none."""
+        match = re.fullmatch(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[^:\[\]]*)):(?P<port>\d{1,5})", self.listen)
+        if not match or not 0 < int(match["port"]) < 65536:
+            return None
+        try:
+            address = IPv6Address(match["v6"]) if match["v6"] else IPv4Address(match["v4"] or 0)
+        except ValueError:
+            return None
+        return str(address), int(match["port"])
+
+    @property
+    def is_for_all(self) -> bool:
+        """Others than this machine's users can reach it, and need no password."""
+        return self.enabled and not self.web_config and not ip_address(self.endpoint[0]).is_loopback  # type: ignore[index]
+
+
+@dataclass(frozen=True)
 class Config:
     """One gateway.
 
@@ -126,6 +159,7 @@ class Config:
         forwards, redirects, triggers: rules to be there from the start.
         external: as whom the internal hosts appear.
         pcp: whether they may ask for mappings, and which.
+        metrics: what Prometheus is shown.
         rearm_s: an accelerated flow shows itself to the kernel this often.
     """
 
@@ -146,6 +180,7 @@ class Config:
     triggers: tuple[Trigger, ...] = ()
     external: Externals = field(default_factory=Externals)
     pcp: Pcp = field(default_factory=Pcp)
+    metrics: Metrics = field(default_factory=Metrics)
     rearm_s: int = 20
 
     @property
@@ -181,11 +216,16 @@ def validate(config: Config) -> None:
 
 def advice(config: Config) -> list[str]:
     """Sentences about settings that are allowed but fall short of an RFC."""
-    return [
+    sentences = [
         f"{key} = {value} is less than the {bound.advised} s of {bound.clause}"
         for key, bound in _BOUNDS.items()
         if (value := _number(config, key)) is not None and value < bound.advised
     ]
+    if config.metrics.is_for_all:
+        sentences.append(
+            f"metrics.listen = {config.metrics.listen} without web_config: whoever reaches it may read it"
+        )
+    return sentences
 
 
 # --- what is allowed -------------------------------------------------------------------------------
@@ -251,6 +291,7 @@ _BOUNDS = {
     "pcp.in_all": _Bound(1, forwards.RULES_MOST, _RULES),
     "pcp.first": _Bound(1, 65535, "and ports below 1024 are what services are expected at"),
     "pcp.last": _Bound(1, 65535, "and not below pcp.first"),
+    "metrics.top_hosts": _Bound(0, 1000, "as each host has several series"),
     "tcp.mss": _Bound(88, 65495, "as a segment of less does not fit, with headers, what every host takes (RFC 6691)"),
 }
 _CHOICES: dict[str, Sequence[str]] = {
@@ -338,6 +379,8 @@ def _relation_problems(config: Config) -> Iterator[Problem]:
             yield Problem(f"pcp.{high}", most, f"it may not be less than pcp.{low} = {least}")
     if isinstance(config.mss, str) and config.mss not in ("off", "auto"):
         yield Problem("tcp.mss", config.mss, "allowed is off, auto, or a number of bytes")
+    if config.metrics.endpoint is None:
+        yield Problem("metrics.listen", config.metrics.listen, "allowed is ADDR:PORT, of IPv6 [ADDR]:PORT")
 
 
 def _rule_problems(config: Config) -> Iterator[Problem]:
@@ -386,5 +429,6 @@ def from_fields(fields: dict[str, Any]) -> Config:
             **{kind: tuple(parse(**each) for each in fields[kind]) for kind, parse in _KINDS.items()},
             "external": Externals.parse(**fields["external"]),
             "pcp": Pcp(**{**fields["pcp"], "internal": tuple(map(IPv4Network, fields["pcp"]["internal"]))}),
+            "metrics": Metrics(**fields["metrics"]),
         }
     )

@@ -405,6 +405,11 @@ class Programs:
         """Map name → [key, value] as JSON can carry them; see :func:`xdpmasq.compiler.layout`."""
         return self._object.layouts
 
+    @property
+    def loaded(self) -> dict[str, bpf.Program]:
+        """Those that were asked for so far, by function."""
+        return dict(self._loaded)
+
     def __getitem__(self, function: str) -> bpf.Program:
         """The loaded program, holding every map of the datapath."""
         if function not in self._loaded:

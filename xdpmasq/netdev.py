@@ -15,7 +15,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -159,6 +159,30 @@ def links() -> list[Link]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         found = [_link(message, _driver(control, message.get_attr("IFLA_IFNAME"))) for message in messages]
     return sorted((_with_features(each, reported.get(each.index)) for each in found), key=lambda each: each.index)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What an interface has carried since it was made, as the kernel counts, and how often its carrier changed."""
+
+    rx_packets: int
+    rx_bytes: int
+    rx_dropped: int
+    tx_packets: int
+    tx_bytes: int
+    tx_dropped: int
+    carrier_changes: int
+
+
+def traffic() -> dict[int, Traffic]:
+    """Of every interface of this namespace, by index."""
+    counted = [each.name for each in fields(Traffic) if each.name != "carrier_changes"]
+    found = {}
+    for message in _dump(lambda ipr: ipr.get_links()):
+        counts = message.get_attr("IFLA_STATS64")
+        changes = message.get_attr("IFLA_CARRIER_CHANGES") or 0
+        found[int(message["index"])] = Traffic(**{name: counts[name] for name in counted}, carrier_changes=changes)
+    return found
 
 
 def link(name: str) -> Link:

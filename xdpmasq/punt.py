@@ -87,6 +87,11 @@ class Punt:
         return self._tap.fd
 
     @property
+    def held(self) -> int:
+        """Fragments that wait for their first."""
+        return len(self._orphans)
+
+    @property
     def name(self) -> str:
         return self._tap.name
 

@@ -103,13 +103,13 @@ def read(sessions: Array, settings: Any, now: int, hz: int) -> Table:
         now: jiffies.
         hz: jiffies a second.
     """
-    slots = np.flatnonzero(_in_use(sessions["life"])).astype(np.uint32)
+    slots = np.flatnonzero(in_use(sessions["life"])).astype(np.uint32)
     # Raw records copy several times faster than nested fields do.
     rows = sessions.view(f"V{sessions.itemsize}")[slots].view(sessions.dtype)
     protocol = (rows["mapping"] // _PORTS % len(PROTOCOLS)).astype(np.uint8)
     idle, deciding = _idle(rows, settings, now)
     limit = _limit(rows, protocol, settings)
-    alive = _in_use(rows["life"]) & (deciding <= limit)
+    alive = in_use(rows["life"]) & (deciding <= limit)
     table = _columns(slots, rows, protocol, idle / hz, (limit - deciding) / hz)
     return table if alive.all() else table[alive]
 
@@ -120,20 +120,28 @@ def _columns(slots: Array, rows: Array, protocol: Array, idle_s: Array, remainin
         slot=slots,
         opened_at=rows["opened_at"],
         protocol=protocol,
-        state=_states(protocol, out["tcp_seen"], in_["tcp_seen"], rows["received"]["packets"]),
+        state=states(protocol, out["tcp_seen"], in_["tcp_seen"], rows["received"]["packets"]),
         internal=_endpoints(in_["new_addr"], in_["new_port"]),
         external=_endpoints(out["new_addr"], out["new_port"]),
         remote=_endpoints(out["remote_addr"], out["remote_port"]),
-        out_packets=rows["sent"]["packets"],
-        out_bytes=rows["sent"]["bytes"],
-        in_packets=rows["received"]["packets"],
-        in_bytes=rows["received"]["bytes"],
+        **traffic(rows),
         idle_s=idle_s,
         remaining_s=remaining_s,
     )
 
 
-def _in_use(life: Array) -> Array:
+def traffic(rows: Array) -> dict[str, Array]:
+    """What sessions have carried: IP lengths, from and to the internal host."""
+    sent, received = rows["sent"], rows["received"]
+    return {
+        "out_packets": sent["packets"],
+        "out_bytes": sent["bytes"],
+        "in_packets": received["packets"],
+        "in_bytes": received["bytes"],
+    }
+
+
+def in_use(life: Array) -> Array:
     wanted = np.uint64(_LIFE_STATE | _LIFE_SESSION)
     return np.asarray(life & wanted == np.uint64(_LIFE_LIVE | _LIFE_SESSION))
 
@@ -166,7 +174,7 @@ def _limit(rows: Array, protocol: Array, settings: Any) -> Array:
     return np.where(protocol == TCP, tcp, other)
 
 
-def _states(protocol: Array, out: Array, in_: Array, replies: Array) -> Array:
+def states(protocol: Array, out: Array, in_: Array, replies: Array) -> Array:
     """State by conntrack's words, seen from the internal host as in its own `ss`.
 
     FIN_WAIT: the internal side has closed; CLOSE_WAIT: the remote has; TIME_WAIT: both have.

@@ -88,7 +88,7 @@ def manifest() -> dict[str, Any]:
         "hz": HZ,
         "attached_at": time.time() - 3725,
         "agent_pid": 4711,
-        "config": {},
+        "config": {"metrics": {"enabled": True, "listen": "127.0.0.1:9477"}},
     }
 
 
@@ -373,6 +373,7 @@ def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
     assert out.splitlines()[0].endswith("(1 h 2 min)")
     assert [" ".join(line.split()) for line in out.splitlines()[2:]] == [
         "agent running, process 4711",
+        "metrics 127.0.0.1:9477",
         "external 203.0.113.1 on eth0",
         "internal eth1, ppp*",
         "mode auto eth0 wan xdp driver ixgbe has native XDP",
@@ -435,11 +436,12 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
         *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "lans", "mode"),
-        *("interfaces", "punt", "pcp", "sessions", "ports", "packets", "drops", "counters"),
+        *("interfaces", "punt", "pcp", "metrics", "sessions", "ports", "packets", "drops", "counters"),
     ]
     assert found["working"] is True
     assert found["agent"] == {"alive": True, "pid": 4711}
     assert found["punt"] == {"name": "masq-punt0", "why_not": ""}
+    assert found["metrics"] == "127.0.0.1:9477"
     assert found["sessions"] == {"total": 2, "tcp": 1, "udp": 1, "icmp": 0}
     assert found["packets"] == {"fast": 900, "slow": 100}
     assert found["drops"] == {"drop_protocol": 7}

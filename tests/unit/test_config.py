@@ -4,7 +4,7 @@ import json
 import re
 import tomllib
 from dataclasses import fields, replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from xdpmasq.config import (
     Config,
     Filtering,
     Limits,
+    Metrics,
     Pcp,
     Ports,
     Timeouts,
@@ -65,6 +66,7 @@ def test_example_has_every_key() -> None:
         "tcp": {"mss"},
         "protocols": {"other"},
         "pcp": {each.name for each in fields(Pcp)},
+        "metrics": {each.name for each in fields(Metrics)},
     }
 
 
@@ -129,6 +131,11 @@ def test_everything_is_read(written: Any) -> None:
         mss = 1400
         [protocols]
         other = "drop"
+        [metrics]
+        enabled = false
+        listen = "[::1]:9478"
+        web_config = "/etc/web.yml"
+        top_hosts = 20
         [[forward]]
         protocol = "udp"
         ports = "5000-5010"
@@ -164,6 +171,7 @@ EVERYTHING = Config(
     inbound_refresh=False,
     mss=1400,
     other="drop",
+    metrics=Metrics(enabled=False, listen="[::1]:9478", web_config="/etc/web.yml", top_hosts=20),
     forwards=(parse("udp", "5000-5010", ["192.168.0.2:6000", "192.168.0.3*3"], "198.51.100.7"),),
     redirects=(
         redirect("udp", "53-54", 5353, "lan", source="10.20.0.0/16", not_to=["192.0.2.1", "198.51.100.0/24"]),
@@ -212,6 +220,11 @@ BAD = [
     pytest.param(
         "[timeouts]\ntcp_established_s = 100", 2, ["tcp_established_s = 100", "tcp_transitory_s = 240"], id="order"
     ),
+    pytest.param("[metrics]\ntop_hosts = 1001", 2, ["top_hosts = 1001", "0 to 1000"], id="hosts"),
+    pytest.param('[metrics]\nlisten = "9477"', 2, ['listen = "9477"', "ADDR:PORT"], id="no address"),
+    pytest.param('[metrics]\nlisten = "gate:9477"', 2, ["gate:9477", "ADDR:PORT"], id="a name"),
+    pytest.param('[metrics]\nlisten = "127.0.0.1:65536"', 2, ["65536", "ADDR:PORT"], id="beyond the last port"),
+    pytest.param("[metrics]\nlisten = 9477", 2, ["listen = 9477", "a text in quotes"], id="a number for an endpoint"),
     pytest.param("[sessions]\nfurther = 3000", 2, ["further = 3000", "2048 and 4096"], id="no power of two"),
     pytest.param("[sessions]\nfurther = 512", 2, ["further = 512", "1024 to 4194304"], id="too small"),
     pytest.param("[sessions]\nfurther = 8388608", 2, ["further = 8388608", "4194304"], id="too big"),
@@ -381,6 +394,34 @@ def test_default_times_are_those_of_the_rfcs() -> None:
     assert times.tcp_transitory_s >= 240
     assert times.icmp_s >= 60
     assert times.port_rest_s >= 120
+
+
+@pytest.mark.parametrize(
+    ("listen", "endpoint"),
+    [
+        ("127.0.0.1:9477", ("127.0.0.1", 9477)),
+        (":9477", ("0.0.0.0", 9477)),
+        ("[::1]:9100", ("::1", 9100)),
+    ],
+)
+def test_endpoints(listen: str, endpoint: tuple[str, int]) -> None:
+    assert Metrics(listen=listen).endpoint == endpoint
+
+
+@pytest.mark.req("attacks-exposed")
+def test_metrics_are_on_loopback_unless_told_otherwise() -> None:
+    endpoint = HOME.metrics.endpoint
+    assert endpoint
+    assert IPv4Address(endpoint[0]).is_loopback
+    assert advice(replace(HOME, metrics=Metrics(listen="[::1]:1"))) == []
+    (said,) = advice(replace(HOME, metrics=Metrics(listen=":9477")))
+    assert said == "metrics.listen = :9477 without web_config: whoever reaches it may read it"
+    assert advice(replace(HOME, metrics=Metrics(listen=":9477", web_config="/etc/web.yml"))) == []
+
+
+def test_the_file_for_tls_is_beside_the_configuration(written: Any, tmp_path: Path) -> None:
+    assert load(written('[metrics]\nweb_config = "web.yml"')).metrics.web_config == str(tmp_path / "web.yml")
+    assert load(written('[metrics]\nweb_config = "/etc/web.yml"')).metrics.web_config == "/etc/web.yml"
 
 
 def test_advice_names_the_rfc() -> None:

@@ -32,12 +32,12 @@ def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
 
 def describe(attached: "Attached") -> dict[str, Any]:
     """The state of a running datapath; the keys are a contract with scripts."""
-    from xdpmasq import sessions  # noqa: PLC0415  heavy
+    from xdpmasq import health, sessions  # noqa: PLC0415  heavy
 
     manifest, settings, view = attached.manifest, attached.settings, attached.sessions
     table = sessions.read(view, settings, attached.now(), attached.hz)
     counters = attached.counters()
-    why_not = _why_not(manifest)
+    why_not = health.why_not(manifest)
     return {
         "version": manifest["version"],
         "working": not why_not,
@@ -52,6 +52,7 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "interfaces": manifest["interfaces"],
         "punt": _punt(manifest, attached.agent_alive),
         "pcp": _pcp(manifest, attached.agent_alive),
+        "metrics": _metrics(manifest) if attached.agent_alive else None,
         "sessions": {"total": len(table), **table.counts()},
         "ports": sessions.port_use(view, settings),
         "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
@@ -60,18 +61,10 @@ def describe(attached: "Attached") -> dict[str, Any]:
     }
 
 
-def _why_not(manifest: Mapping[str, Any]) -> str:
-    roles = {each["role"] for each in manifest["interfaces"]}
-    refused = [each for each in manifest["interfaces"] if each["role"] == "wan" and each["hook"] == "none"]
-    if refused:
-        return f"cannot attach to {refused[0]['name']}: {refused[0]['why']}"
-    if manifest.get("trouble"):
-        return str(manifest["trouble"])
-    if "wan" not in roles:
-        return f"the WAN {manifest['wan']} is not there"
-    if not manifest["external"]:
-        return f"the WAN {manifest['wan']} has no address"
-    return "" if "lan" in roles else f"no interface is there that fits {', '.join(manifest['lans'])}"
+def _metrics(manifest: Mapping[str, Any]) -> str | None:
+    """Where Prometheus finds them."""
+    wanted = manifest["config"].get("metrics", {})
+    return str(wanted["listen"]) if wanted.get("enabled") else None
 
 
 def _punt(manifest: Mapping[str, Any], agent_alive: bool) -> dict[str, Any]:
@@ -97,6 +90,8 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str
     if fields["agent"]["alive"] and not fields["punt"]["name"]:
         lacking = "out-of-order fragments are dropped, refusals are silent"
         yield _line("", f"no punt port: {fields['punt']['why_not']}; {lacking}")
+    if fields["metrics"]:
+        yield _line("metrics", fields["metrics"])
     yield _line("external", f"{fields['external'] or 'no address yet'} on {fields['wan']}")
     yield _line("internal", ", ".join(fields["lans"]))
     yield from _labelled(f"mode {fields['mode']}", common.interface_lines(fields["interfaces"]))
