@@ -92,7 +92,7 @@ static __always_inline enum verdict fast_parse(struct xdp_md *ctx, struct fast *
 		return pass(COUNT_up_not_for_us);
 	f->total = bpf_ntohs(ip->tot_len);
 	if (ip->version_ihl != 0x45 || ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_OFFSET_UNITS) ||
-	    (void *)ip + f->total > end || f->total < sizeof(*ip) + sizeof(struct udp_header))
+	    f->total > (u64)(end - (void *)ip) || f->total < sizeof(*ip) + sizeof(struct udp_header))
 		return pass(COUNT_up_unusual_ip);
 	if (ip->ttl <= 1)
 		return pass(COUNT_up_ttl);

@@ -115,8 +115,10 @@ static __always_inline const struct pool *pool_for(const struct settings *cfg, u
 {
 	u32 i = class & CLASS_MASK;
 	u32 low = is_below(bpf_ntohs(internal_port), 1024) & is_any(cfg->pool[CLASS_ROOM + i].count[0]);
+	u32 at = CLASS_ROOM * low + i;
 
-	return &cfg->pool[(CLASS_ROOM * low + i) & (2 * CLASS_ROOM - 1)];
+	asm volatile("" : "+r"(at)); /* or LLVM drops the mask that the verifier of Linux 6.1 wants to see */
+	return &cfg->pool[at & (2 * CLASS_ROOM - 1)];
 }
 
 static __always_inline bool slot_is_of_pool(const struct settings *cfg, u32 slot)

@@ -25,9 +25,13 @@ static __always_inline bool sum_is_right(const struct packet *p, u32 offset, u64
 		len -= SUM_CHUNK;
 	}
 	__builtin_memset(words, 0, sizeof(words));
-	asm volatile("" : "+r"(len)); /* or LLVM counts in a way whose bounds the verifier does not see */
-	if (len && (len >= SUM_CHUNK || bpf_skb_load_bytes(p->skb, offset, words, len)))
-		return false;
+	if (len) {
+		/* Counted from 0: the verifier of Linux 6.1 concludes nothing from a number's not being 0. */
+		len--;
+		asm volatile("" : "+r"(len)); /* or LLVM counts in a way whose bounds the verifier does not see */
+		if (len >= SUM_CHUNK - 1 || bpf_skb_load_bytes(p->skb, offset, words, len + 1))
+			return false;
+	}
 	return csum_fold16(bpf_csum_diff(NULL, 0, words, SUM_CHUNK, sum)) == 0xffff;
 }
 
