@@ -4,7 +4,7 @@
     tools/dashboards.py                     until Ctrl-C
     tools/dashboards.py --pictures SECONDS  watches for so long, then draws docs/gateway.png and docs/host.png anew
 
-Needs Debian's prometheus, and for pictures matplotlib (pip install '.[pictures]').
+Needs Debian's prometheus, and for pictures matplotlib (pip install '.[bench]').
 """
 
 import argparse
