@@ -67,6 +67,7 @@ class Sheet:
         self.values: defaultdict[str, dict[tuple[str, ...], Any]] = defaultdict(dict)
 
     def put(self, name: str, value: Any, *labels: object) -> None:
+        assert len(labels) == len(FAMILIES[name].labels), name
         self.values[name][tuple(map(str, labels))] = value
 
 
@@ -151,7 +152,7 @@ class Metrics(Collector):
                 sheet.put("carried_packets", int(counted.carried[f"{way}_packets"][number]), protocol, direction)
                 sheet.put("carried_bytes", int(counted.carried[f"{way}_bytes"][number]), protocol, direction)
         sheet.put("further_sessions", counted.further)
-        sheet.put("further_sessions_room", len(tables.sessions) - tables.further_base)
+        sheet.put("further_sessions_room", tables.further)
         self._ports(sheet, counted)
         if self._hosts:
             self._largest(sheet, self._hosts)
