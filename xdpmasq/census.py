@@ -75,10 +75,13 @@ def take(tables: Tables, hosts: Hosts | None = None) -> Census:
         life = table["life"][slots]
         _count_ports(found, slots[slots < tables.further_base], life)
         found.further += int(np.count_nonzero(slots >= tables.further_base))
-        _count_sessions(found, raw[slots[sessions.in_use(life)]].view(table.dtype))
+        used = sessions.in_use(life)
+        rows = raw[slots[used]].view(table.dtype)
+        _count_sessions(found, rows)
         if hosts:
-            present = slots[life & LIFE_STATE != 0]
-            hosts.note(present, raw[present].view(table.dtype))
+            hosts.note(slots[used], rows)
+            ended = slots[~used & (life & LIFE_STATE != 0)]
+            hosts.note(ended, raw[ended].view(table.dtype))
     if hosts:
         hosts.settle()
     return found
