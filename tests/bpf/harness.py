@@ -587,8 +587,8 @@ class Gateway:
         assert set(mapped.values()) <= set(live), "a mapping leads to a slot that is not live"
         for at, slot in mapped.items():
             assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
-        for slot in set(running) - static - set(further):
-            assert mapping_key(slot) in mapped, "a mapping that nobody can find"
+        for slot in (slot for slot in live if rows[slot]["life"] & LIFE_COUNTED):
+            assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
         assert Counter(self.indexed()) == Counter([*running, *running]), "two entries of the index for each session"
         counts = Counter(int(rows[slot]["mapping"]) for slot in further)
         for slot in self.slots():

@@ -149,6 +149,6 @@ def _ended(lane: Lane, cpu: int) -> list[float]:
 def _in_use_now(tables: datapath.Attached, probe: Probe) -> Any:
     """Slots of sessions that a round trip touches."""
     slots = tables.live_slots()
-    before = tables.sessions["out"]["packets"][slots].copy()
+    before = tables.sessions["sent"]["packets"][slots].copy()
     probe.echo()
-    return slots[tables.sessions["out"]["packets"][slots] != before]
+    return slots[tables.sessions["sent"]["packets"][slots] != before]
