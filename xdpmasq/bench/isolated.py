@@ -47,12 +47,12 @@ class _Program:
 
 
 _PROGRAMS = (
-    _Program("masq_lan_xdp", "xdp", "lan0", "out", "host", "public"),
-    _Program("masq_wan_xdp", "xdp", "wan0", "in", "public", "host"),
+    _Program("masq_xdp", "xdp", "lan0", "out", "host", "public"),
+    _Program("masq_xdp", "xdp", "wan0", "in", "public", "host"),
     _Program("masq_lan_in", "tc", "lan0", "out", "host", "host"),
     _Program("masq_wan_out", "tc", "wan0", "out", "host", "public"),
     _Program("masq_wan_in", "tc", "wan0", "in", "public", "host"),
-    _Program("masq_lan_learn", "tc", "lan0", "in", "host", "host"),
+    _Program("masq_lan_out", "tc", "lan0", "in", "host", "host"),
 )
 
 
@@ -92,7 +92,7 @@ def _lines(lane: Lane, flows: int, rounds: int) -> Iterator[Line]:
         attached = _attached()
         for program in _PROGRAMS:
             if program.name in attached:
-                name = f"{lane.name} {program.name}"
+                name = f"{lane.name} {program.name}, {program.direction}"
                 try:
                     costs = [_cost(lane, program, attached[program.name], ends) for _ in range(rounds)]
                     yield Line(name, (figures.median(costs), figures.spread(costs)))
