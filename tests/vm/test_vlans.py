@@ -28,7 +28,7 @@ XDPMASQ = str(Path(sys.executable).with_name("xdpmasq"))
 PUBLIC, SERVER, PORT = "203.0.113.1", "203.0.113.10", 7
 HOSTS = {"one": "10.0.10.2", "two": "10.0.20.2", "three": "10.0.30.2"}
 LANS = ("eth1.10", "eth1.20", "eth1.30.40")
-PATIENCE_S = 300
+PATIENCE_S = 600
 CONFIG_FILE = Path("/run/xdpmasq-test.toml")
 
 OFF = (
