@@ -363,8 +363,10 @@ static __always_inline enum verdict slow_hairpin(const struct settings *cfg, str
 	return hairpin_go_out(cfg, p, inside);
 }
 
-/* LAN ingress: what must not be forwarded, or not simply by the kernel to the WAN. */
-static __always_inline enum verdict slow_lan(struct packet *p)
+/* LAN ingress: what must not be forwarded, or not simply by the kernel to the WAN. Without redirects the program is a
+ * shorter one, which the kernel verifies in a fifth of the time.
+ */
+static __always_inline enum verdict slow_lan(struct packet *p, bool may_redirect)
 {
 	struct interface *here = interface_at(p->skb->ifindex);
 	struct settings *cfg = settings_get();
@@ -377,13 +379,15 @@ static __always_inline enum verdict slow_lan(struct packet *p)
 	if (verdict != CONTINUE)
 		return verdict;
 	to_external = goes_to_external(cfg, p);
-	redirects = here && !addr_is_unset(here->redirect_to);
+	redirects = may_redirect && here && !addr_is_unset(here->redirect_to);
 	if (!to_external && !redirects)
 		return PASS;
 	verdict = parse(p);
 	if (verdict != CONTINUE)
 		return verdict;
-	return to_external ? slow_hairpin(cfg, p) : here ? redirect(cfg, p, here->redirect_to) : PASS;
+	if (to_external)
+		return slow_hairpin(cfg, p);
+	return redirects && here ? redirect(cfg, p, here->redirect_to) : PASS;
 }
 
 /* lo egress: the gateway itself, asking for a forward by its external address, comes in like everybody. */
@@ -476,7 +480,13 @@ int masq_wan_in_l3(struct __sk_buff *skb)
 int masq_lan_in_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_lan(&p));
+	return tc_verdict(slow_lan(&p, true));
+}
+
+int masq_lan_lean_l3(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now() };
+	return tc_verdict(slow_lan(&p, false));
 }
 
 int masq_lan_out_l3(struct __sk_buff *skb)
@@ -500,7 +510,13 @@ int masq_wan_in(struct __sk_buff *skb)
 int masq_lan_in(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_lan(&p));
+	return tc_verdict(slow_lan(&p, true));
+}
+
+int masq_lan_lean(struct __sk_buff *skb)
+{
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	return tc_verdict(slow_lan(&p, false));
 }
 
 int masq_lan_out(struct __sk_buff *skb)

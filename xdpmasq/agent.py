@@ -98,6 +98,7 @@ class Agent:
                 f"xdpmasq {adopted.manifest['version']} attached it, and lays out its tables otherwise",
                 "xdpmasq detach, then attach: running sessions start anew",
             )
+        self._programs.load(self._functions())
         self.tables = datapath.Tables(self._programs.maps)
         self._manifest = adopted.manifest if adopted else self._new_manifest()
         self._manifest |= {
@@ -151,6 +152,15 @@ class Agent:
             kept=self._forwards.slots,
         )
         self._settings()
+
+    def _functions(self) -> list[str]:
+        """The programs that the interfaces as they are will want in any mode, the longest first."""
+        links = netdev.links()
+        wan = checks.wan_of(self._config, links)
+        roles: list[tuple[Role, netdev.Link]] = [("wan", wan)] if wan else []
+        roles += [("lan", link) for link in netdev.match_links(self._config.lans, links)]
+        hooks = [datapath.hooks(role, xdp=False, ethernet=link.ethernet) for role, link in roles]
+        return list(dict.fromkeys([each.function for some in hooks for each in some] + ["masq_reap"]))
 
     def _new_manifest(self) -> dict[str, Any]:
         config = self._config

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
@@ -82,7 +84,7 @@ def hooks(role: Role, *, xdp: bool, ethernet: bool, redirects: bool = False) -> 
     elif role == "lo":
         found += [Hook("egress", "masq_lo_out")]
     else:
-        found += [Hook("ingress", f"masq_lan_in{suffix}")]
+        found += [Hook("ingress", f"masq_lan_{'in' if redirects else 'lean'}{suffix}")]
         found += [Hook("egress", f"masq_lan_out{suffix}")] * (xdp or redirects)
     if xdp:
         found += [XDP_HOOK]
@@ -409,6 +411,11 @@ class Programs:
     def loaded(self) -> dict[str, bpf.Program]:
         """Those that were asked for so far, by function."""
         return dict(self._loaded)
+
+    def load(self, functions: Iterable[str]) -> None:
+        """Loads several at once, each on a CPU of its own: the kernel takes up to a second to verify one."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.__getitem__, functions))
 
     def __getitem__(self, function: str) -> bpf.Program:
         """The loaded program, holding every map of the datapath."""

@@ -51,6 +51,7 @@ TC_VERDICTS = {2: "drop", 7: "redirect", 0xFFFFFFFF: "pass"}
 AHEAD = {
     "masq_lan_out": ("pass",),
     "masq_lan_in": ("pass", "redirect"),
+    "masq_lan_lean": ("pass", "redirect"),
     "masq_wan_out": ("redirect",),
     "masq_lo_out": ("pass", "redirect"),
 }
@@ -416,7 +417,9 @@ class Gateway:
     def lan_in(self, packet: Packet | bytes, **context: int) -> Result:
         """At the LAN's ingress, where hairpins are found; and on, at the WAN's egress, where they are translated."""
         frame = packet if isinstance(packet, bytes) else _frame(packet, LAN_MAC, HOST_MAC)
-        found = self._tc("masq_lan_in", frame, {"ingress_ifindex": self.lan, "ifindex": self.lan, **context})
+        redirects = self.tables.maps["interfaces"].get(self.lan)["redirect_to"]["word"].any()
+        function = "masq_lan_in" if redirects else "masq_lan_lean"
+        found = self._tc(function, frame, {"ingress_ifindex": self.lan, "ifindex": self.lan, **context})
         if found.verdict == "pass" or found.ended:
             return found
         return self._tc("masq_wan_out", frame, {"ingress_ifindex": self.lan, "ifindex": self.wan, "mark": found.mark})
@@ -490,7 +493,7 @@ class Gateway:
         punted = None
         if verdict == "redirect" and (kind == "drop" or ended == "punt_fragment"):
             punted = after[1]
-            told = {"masq_lan_in": self.lan}.get(function, self.wan)
+            told = {"masq_lan_in": self.lan, "masq_lan_lean": self.lan}.get(function, self.wan)
             assert after[:6] == bytes([2, punted]) + told.to_bytes(4, "big")
             assert after[12:] == before[12:], "the agent is to get the packet as it was"
             assert punted in {"punt_fragment": (PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT), "drop_ttl": (PUNT_TTL,)}.get(

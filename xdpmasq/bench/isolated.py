@@ -49,7 +49,7 @@ class _Program:
 _PROGRAMS = (
     _Program("masq_xdp", "xdp", "lan0", "out", "host", "public"),
     _Program("masq_xdp", "xdp", "wan0", "in", "public", "host"),
-    _Program("masq_lan_in", "tc", "lan0", "out", "host", "host"),
+    _Program("masq_lan_lean", "tc", "lan0", "out", "host", "host"),
     _Program("masq_wan_out", "tc", "wan0", "out", "host", "public"),
     _Program("masq_wan_in", "tc", "wan0", "in", "public", "host"),
     _Program("masq_lan_out", "tc", "lan0", "in", "host", "host"),
