@@ -46,7 +46,8 @@ static __always_inline bool quote_load(const struct packet *p, u32 offset, void 
  */
 static __always_inline bool quote_parse(const struct packet *p, struct quote *q)
 {
-	u32 l3 = p->l4 + sizeof(struct icmp_header), header, check;
+	u32 l3 = p->l4 + sizeof(struct icmp_header), header;
+	u16 check = 0; /* not read into *@q, which would then have to be in memory as a whole: the stack is small */
 	struct ip_header ip;
 	union {
 		struct port_header port;
@@ -84,8 +85,8 @@ static __always_inline bool quote_parse(const struct packet *p, struct quote *q)
 		q->inner.src_port = l4.port.src;
 		q->inner.dst_port = l4.port.dst;
 	}
-	check = q->inner.l4 + l4_check_offset(ip.proto);
-	q->has_check = quote_load(p, check, &q->check, sizeof(q->check));
+	q->has_check = quote_load(p, q->inner.l4 + l4_check_offset(ip.proto), &check, sizeof(check));
+	q->check = check;
 	return true;
 }
 
