@@ -20,6 +20,7 @@
 	X(slow_hairpin_own, "between the gateway itself and a forward of its own, translated")     \
 	X(slow_redirected, "packets from a LAN to somebody outside, redirected to the gateway itself") \
 	X(slow_redirected_answer, "the gateway's answers to them, as if from whoever was called")   \
+	X(exit_other_wan, "sent on to the WAN by which the session was opened, translated there")  \
 	X(punt_fragment, "later fragments before their first, handed to the agent to wait")        \
 	X(punt_return, "fragments that have waited, put back where they came from")                \
 	X(up_not_ip, "XDP passed up: not IP, or a truncated header")                               \
@@ -75,6 +76,7 @@
 	X(drop_redirects_full, "dropped: no room for another redirected connection")               \
 	X(drop_hairpin_route, "dropped: a hairpinned packet whose way leads to no LAN")            \
 	X(drop_ttl, "dropped: a hairpinned packet whose time ends here")                           \
+	X(drop_exit_route, "dropped: has to leave by another WAN, which is not there or has no route") \
 	X(drop_punt_stray, "dropped: at the punt port, but not ours to put back")                  \
 	X(drop_no_external, "dropped: the WAN has no address to masquerade as")                    \
 	X(drop_ports_exhausted, "dropped: no free external port")                                  \

@@ -113,11 +113,28 @@ static __always_inline enum verdict fast_parse(struct xdp_md *ctx, struct fast *
 	return CONTINUE;
 }
 
+/* Of the sessions that an internal endpoint has by several WANs, the one that the kernel's choice has armed. */
+static __always_inline struct session *fast_session_outbound(const struct settings *cfg, const struct fast *f, u32 now)
+{
+	struct session *found = NULL;
+
+#pragma clang loop unroll(full)
+	for (u32 wan = 0; wan < WANS; wan++) {
+		struct session *s = session_find_outbound(cfg, endpoint(f->ip->src, f->ports->src, f->class, wan), f->ip->dst,
+							  f->ports->dst);
+
+		found = s ?: found;
+		if (WANS > 1 && s && flow_is_armed(cfg, &s->out, now))
+			break;
+	}
+	return found;
+}
+
 static __always_inline struct session *fast_session(const struct settings *cfg, const struct fast *f,
-						    enum direction direction)
+						    enum direction direction, u32 now)
 {
 	if (direction == OUTBOUND)
-		return session_find_outbound(cfg, endpoint(f->ip->src, f->ports->src, f->class), f->ip->dst, f->ports->dst);
+		return fast_session_outbound(cfg, f, now);
 	return session_find_inbound(cfg, slot_of_external(cfg, f->ip->dst, f->class, f->ports->dst), f->ip->src,
 				    f->ports->src);
 }
@@ -176,7 +193,7 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, struct fast *f
 
 	if (!cfg)
 		return PASS;
-	s = fast_session(cfg, f, direction);
+	s = fast_session(cfg, f, direction, now);
 	if (!s)
 		return pass(COUNT_up_no_flow);
 	flow = session_flow(s, direction);

@@ -30,6 +30,16 @@ static __always_inline __be16 slot_port(u32 slot)
 	return bpf_htons(slot % PORTS);
 }
 
+static __always_inline u32 slot_wan(const struct settings *cfg, u32 slot)
+{
+	u64 external = slot / PORTS / CLASSES;
+
+	if (WANS == 1)
+		return 0;
+	asm volatile("" : "+r"(external)); /* as in slot_addr() */
+	return cfg->external_wan[external & EXTERNAL_MASK];
+}
+
 /* The index of an external address, or NO_EXTERNAL. Of several not by comparing with each: the verifier would follow every
  * one of them through all that comes after.
  */
@@ -54,18 +64,18 @@ static __always_inline u32 addr_hash(addr_t addr)
 	return hash ^ hash >> 13;
 }
 
-/* Which external address an internal host appears as: always the same of those it may have. */
-static __always_inline u32 external_for(addr_t internal)
+/* Which external address of a WAN an internal host appears as: always the same of those it may have. */
+static __always_inline u32 external_for(addr_t internal, u32 wan)
 {
 #if EXTERNALS == 1
 	return 0;
 #else
-	struct prefix_key key = { .bits = ADDR_BITS, .addr = internal };
+	struct choice_key key = { .bits = CHOICE_ADDR_AT + ADDR_BITS, .wan = wan, .addr = internal };
 	struct choice *choice = choices.lookup(&key);
 	u64 nth;
 
 	if (!choice)
-		return 0;
+		return wan < WANS ? wan : 0;
 	nth = (u64)addr_hash(internal) * choice->count >> 32;
 	asm volatile("" : "+r"(nth)); /* or LLVM drops the mask that the verifier wants to see */
 	return choice->external[nth & (CHOICE_MAX - 1)];
@@ -80,9 +90,8 @@ static __always_inline u32 slot_of_external(const struct settings *cfg, addr_t a
 	return external == NO_EXTERNAL ? NO_SLOT : slot_of(external, class, port);
 }
 
-static __always_inline u32 slot_of_internal(addr_t addr, u32 class, __be16 port)
+static __always_inline u32 slot_of_internal(struct mapping_key key)
 {
-	struct mapping_key key = endpoint(addr, port, class);
 	u32 *slot = mappings.lookup(&key);
 	return slot ? *slot : NO_SLOT;
 }
@@ -158,6 +167,27 @@ static __always_inline bool session_is_alive(const struct settings *cfg, const s
 	return life_is_session(s->life) && !session_is_expired(cfg, s, now);
 }
 
+/* The live session of @internal with this remote by whichever WAN, if the remote opened it, or @whoever did; by the WAN
+ * named rather than by another. The loop only finds, and what it found is blurred, as what follows is long.
+ */
+static __always_inline struct session *session_by_any(const struct settings *cfg, struct mapping_key internal, addr_t remote,
+						      __be16 port, bool whoever, u32 now)
+{
+	u32 first = internal.wan, found = NO_WAN;
+
+#pragma clang loop unroll(disable)
+	for (u32 i = 1; i <= WANS; i++) {
+		struct session *s;
+
+		internal.wan = (first + i) % WANS;
+		s = session_find_outbound(cfg, internal, remote, port);
+		if (s && session_is_alive(cfg, s, now) && (whoever || s->out.marks & SESSION_FROM_OUTSIDE))
+			found = internal.wan;
+	}
+	internal.wan = number_blur(found, now);
+	return internal.wan < WANS ? session_find_outbound(cfg, internal, remote, port) : NULL;
+}
+
 static __always_inline bool flow_is_armed(const struct settings *cfg, const struct flow *flow, u32 now)
 {
 	return !idle_longer(now, flow->armed_at, cfg->rearm) && (s32)(flow->armed_at - cfg->disarmed_at) > 0;
@@ -172,6 +202,13 @@ static __always_inline void session_disarm(const struct settings *cfg, struct se
 {
 	flow_disarm(cfg, &s->out);
 	flow_disarm(cfg, &s->in);
+}
+
+/* Idle for long enough to be absent. */
+static __always_inline void session_expire(const struct settings *cfg, struct session *s, u32 now)
+{
+	s->out.last_seen = s->in.last_seen = now - session_idle_limit(cfg, s) - 1;
+	session_disarm(cfg, s);
 }
 
 static __always_inline void flow_touch(struct session *s, enum direction direction, u32 now, u32 bytes)

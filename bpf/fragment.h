@@ -68,10 +68,12 @@ static __always_inline enum verdict fragment_begin(const struct settings *cfg, c
 
 	if (known) {
 		known->new_addr[side] = new_addr;
+		known->wan = p->wan;
 		return fragment_fits(known, p) ? CONTINUE : drop(COUNT_drop_fragment_overlap);
 	}
 	if (first) {
 		first->new_addr[side] = new_addr;
+		first->wan = p->wan;
 		first->spans = 1;
 		first->covered = p->l4_len;
 		first->span[0] = span_of(p);

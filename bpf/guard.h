@@ -4,11 +4,15 @@
  */
 #define NO_SUCH_DEVICE (-19) /* ENODEV */
 
-static __always_inline bool wan_is_there(const struct settings *cfg, const struct packet *p)
+static __always_inline bool wans_are_there(const struct settings *cfg, const struct packet *p)
 {
 	u32 mtu = 0;
 
-	return cfg->wan && bpf_check_mtu(p->skb, cfg->wan, &mtu, 0, 0) != NO_SUCH_DEVICE;
+#pragma clang loop unroll(full)
+	for (u32 wan = 0; wan < WANS; wan++)
+		if (!cfg->exit[wan] || bpf_check_mtu(p->skb, cfg->exit[wan], &mtu, 0, 0) == NO_SUCH_DEVICE)
+			return false;
+	return true;
 }
 
 /* From an internal host or claiming to be from elsewhere (BCP 38), to an internal host: no WAN will look at it. */
@@ -23,7 +27,7 @@ static __always_inline enum verdict guard(const struct settings *cfg, const stru
 
 	if (source_is_foreign(p))
 		return drop(COUNT_drop_source_foreign);
-	if (wan_is_there(cfg, p))
+	if (wans_are_there(cfg, p))
 		return CONTINUE;
 	to = interface_at(route_to(p, p->dst));
 	return to && to->role == ROLE_NONE ? drop(COUNT_drop_unguarded) : CONTINUE;

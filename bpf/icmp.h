@@ -31,31 +31,41 @@ static __always_inline bool icmp_error_is_plausible(const struct packet *p, cons
 	return bpf_ntohl(seq) - bpf_ntohl(s->in.last_ack) + SEQ_WINDOW < 2 * SEQ_WINDOW;
 }
 
-static __always_inline enum verdict portless_error_outbound(const struct settings *cfg, const struct packet *p,
+static __always_inline enum verdict portless_error_outbound(const struct settings *cfg, struct packet *p,
 							    const struct quote *q, bool own)
 {
 	const struct packet *inner = &q->inner;
 	struct binding_key key = { .remote_addr = inner->src,
 				   .remote_port = inner->src_port,
 				   .port = inner->dst_port,
-				   .proto = inner->proto,
-				   .external = external_for(inner->dst) };
-	addr_t external = slot_addr(cfg, slot_of(key.external, 0, 0));
-	struct binding *b = binding_find(cfg, &key, p->now);
+				   .proto = inner->proto };
+	struct binding *b = NULL;
+	addr_t external;
 
-	if (!b || !addr_equal(b->internal, inner->dst))
+	/* The kernel's WAN first: what the error is about may have come by another. */
+	for (u32 i = 0; i < (WANS > 1 ? WANS + 1 : 1) && !b; i++) {
+		key.external = external_for(inner->dst, i ? i - 1 : p->wan);
+		b = binding_find(cfg, &key, p->now);
+		if (b && !addr_equal(b->internal, inner->dst))
+			b = NULL;
+	}
+	if (!b)
 		return own && prefix_role(inner->dst) < PREFIX_INTERNAL ? pass(COUNT_own_outbound) :
 		       own					       ? drop(COUNT_drop_icmp_error_leak) :
 									 drop(COUNT_drop_icmp_error_no_session);
+	external = slot_addr(cfg, slot_of(key.external, 0, 0));
+	if (!own && choose_wan(p, slot_wan(cfg, slot_of(key.external, 0, 0)), external) != CONTINUE)
+		return ELSEWHERE;
 	if (rewrite_addr(inner, DESTINATION, external) || (!own && rewrite_addr(p, SOURCE, external)))
 		return drop(COUNT_drop_rewrite);
 	return translated(p, COUNT_slow_icmp_error_outbound);
 }
 
-static __always_inline enum verdict icmp_error_outbound(const struct settings *cfg, const struct packet *p, bool own)
+static __always_inline enum verdict icmp_error_outbound(const struct settings *cfg, struct packet *p, bool own)
 {
 	struct quote q = {};
 	struct session *s = NULL;
+	struct mapping_key internal;
 	addr_t twin;
 
 	if (quote_parse(p, &q)) {
@@ -63,8 +73,10 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 			return drop(COUNT_drop_icmp_checksum);
 		if (q.inner.class == CLASS_NONE)
 			return portless_error_outbound(cfg, p, &q, own);
-		s = session_find_outbound(cfg, endpoint(q.inner.dst, q.inner.dst_port, q.inner.class), q.inner.src,
-					  q.inner.src_port);
+		packet_blur(p);
+		internal = endpoint(q.inner.dst, q.inner.dst_port, q.inner.class, p->wan);
+		s = WANS == 1 ? session_find_outbound(cfg, internal, q.inner.src, q.inner.src_port) :
+				session_by_any(cfg, internal, q.inner.src, q.inner.src_port, true, p->now);
 	}
 	if (!s || !session_is_alive(cfg, s, p->now)) {
 		if (is_exempt(p, p->dst, 0))
@@ -78,6 +90,8 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 		return prefix_role(q.inner.dst) >= PREFIX_INTERNAL ? drop(COUNT_drop_icmp_error_leak) :
 								      pass(COUNT_own_outbound);
 	}
+	if (!own && choose_wan(p, s->internal.wan, s->out.new_addr) != CONTINUE)
+		return ELSEWHERE;
 	if (quote_rewrite(p, &q, DESTINATION, s->out.new_addr, s->out.new_port))
 		return drop(COUNT_drop_rewrite);
 	if (!own && rewrite_addr(p, SOURCE, s->out.new_addr))

@@ -157,7 +157,7 @@ static __always_inline bool filter_admits(const struct settings *cfg, const stru
 		return false;
 	e->internal = m->in.new_addr;
 	e->internal_port = m->in.new_port;
-	if (slot_of_internal(e->internal, p->class, e->internal_port) != slot)
+	if (slot_of_internal(endpoint(e->internal, e->internal_port, p->class, slot_wan(cfg, slot))) != slot)
 		return false;
 	return filtering == FILTER_NONE || is_on_same_lan(p, e->internal) ||
 	       (filtering == FILTER_ADDRESS && contact_is_known(cfg, p, slot, m));
@@ -166,7 +166,7 @@ static __always_inline bool filter_admits(const struct settings *cfg, const stru
 /* A port for the default host: no mapping has it, so it becomes one here. Its rest is none, nobody else wants it. */
 static __always_inline bool slot_adopt(const struct settings *cfg, u32 slot, const struct ends *e, u32 now)
 {
-	struct mapping_key key = endpoint(e->internal, e->internal_port, slot_class(slot));
+	struct mapping_key key = endpoint(e->internal, e->internal_port, slot_class(slot), slot_wan(cfg, slot));
 	struct session *s = session_at(slot);
 	u64 life;
 
@@ -232,6 +232,22 @@ static __always_inline enum verdict stranger_inbound(const struct packet *p, u32
 	return drop(COUNT_drop_filtered);
 }
 
+/* May the remote of @p open what it may have opened by another WAN already? Datagrams come by either, and are answered by
+ * the WAN of the latest; TCP's host knows one connection, which nobody is to end from outside.
+ */
+static __always_inline bool may_change_wan(const struct settings *cfg, const struct packet *p, const struct ends *e, u32 wan)
+{
+	struct session *s = session_by_any(cfg, endpoint(e->internal, e->internal_port, p->class, wan), e->remote,
+					   e->remote_port, p->class == CLASS_TCP, p->now);
+
+	if (!s || s->internal.wan == wan)
+		return true;
+	if (p->class == CLASS_TCP)
+		return false;
+	session_expire(cfg, s, p->now);
+	return true;
+}
+
 /* The session that @p opens from outside, or NULL with the verdict. @s is the expired one over the same endpoints. */
 static __always_inline struct session *session_admit(const struct settings *cfg, struct packet *p, u32 slot,
 						     struct session *s, enum verdict *verdict)
@@ -254,6 +270,10 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 	*verdict = may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
+	if (WANS > 1 && !may_change_wan(cfg, p, &e, slot_wan(cfg, slot))) {
+		*verdict = drop(COUNT_drop_reply_taken);
+		return NULL;
+	}
 	if (s && session_reopen(cfg, s, &e, p->now))
 		return s;
 	if (f && !slot_adopt(cfg, slot, &e, p->now)) {

@@ -21,9 +21,9 @@ struct flow_key {
 
 _Static_assert(SLOTS <= 1 << SLOT_BITS, "a slot fits an entry");
 
-static __always_inline struct mapping_key endpoint(addr_t addr, __be16 port, u32 class)
+static __always_inline struct mapping_key endpoint(addr_t addr, __be16 port, u32 class, u32 wan)
 {
-	struct mapping_key key = { .addr = addr, .port = port, .class = class };
+	struct mapping_key key = { .addr = addr, .port = port, .class = class, .wan = wan };
 	return key;
 }
 

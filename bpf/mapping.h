@@ -161,7 +161,7 @@ static __always_inline void session_init(const struct settings *cfg, struct sess
 
 	in.new_addr = e->internal;
 	in.new_port = e->internal_port;
-	s->internal = endpoint(e->internal, e->internal_port, slot_class(mapping));
+	s->internal = endpoint(e->internal, e->internal_port, slot_class(mapping), slot_wan(cfg, mapping));
 	s->out = out;
 	s->in = in;
 	s->sent = none;
@@ -190,7 +190,7 @@ static __always_inline struct ending *session_ending(const struct settings *cfg,
 		return NULL;
 	ending = &scratch->ending;
 	ending->hashes = session_hashes(cfg, s);
-	ending->owner = endpoint(s->in.new_addr, s->in.new_port, slot_class(s->mapping));
+	ending->owner = endpoint(s->in.new_addr, s->in.new_port, slot_class(s->mapping), slot_wan(cfg, s->mapping));
 	ending->mapping = s->mapping;
 	ending->internal = s->internal.addr;
 	ending->marks = s->out.marks;
@@ -368,7 +368,7 @@ static __always_inline void mapping_init(const struct settings *cfg, struct sess
 static __always_inline u32 mapping_open(const struct settings *cfg, const struct packet *p, const struct ends *e,
 					u32 external, struct host *host)
 {
-	struct mapping_key key = endpoint(e->internal, e->internal_port, p->class);
+	struct mapping_key key = endpoint(e->internal, e->internal_port, p->class, p->wan);
 	u32 slot = slot_blur(slot_for_mapping(cfg, p, external));
 	struct session *s = session_at(slot);
 
@@ -386,7 +386,7 @@ static __always_inline u32 mapping_open(const struct settings *cfg, const struct
 		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], -1);
 	s->life = 0;
 	slot_release(slot);
-	return slot_of_internal(e->internal, p->class, e->internal_port);
+	return slot_of_internal(key);
 }
 
 /* A place for a session of the mapping @m in @slot: the mapping's own when that is free or its session expired, else

@@ -20,7 +20,7 @@ BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
 BPF_TABLE("array", u32, struct budget, budgets, PUNT_REASONS);
 BPF_F_TABLE("lpm_trie", struct prefix_key, u32, prefixes, 1024, BPF_F_NO_PREALLOC); /* → prefix_role */
 BPF_TABLE("hash", addr_t, u32, externals, 2 * EXTERNALS); /* address → its index, where there are several */
-BPF_F_TABLE("lpm_trie", struct prefix_key, struct choice, choices, 256, BPF_F_NO_PREALLOC); /* by internal prefix */
+BPF_F_TABLE("lpm_trie", struct choice_key, struct choice, choices, 256 * WANS, BPF_F_NO_PREALLOC); /* by internal prefix */
 BPF_F_TABLE("lpm_trie", struct prefix_key, struct counterpart, counterparts, 512, BPF_F_NO_PREALLOC); /* both ways */
 BPF_F_TABLE("lpm_trie", struct prefix_key, struct exempt, exempts, 256, BPF_F_NO_PREALLOC); /* by remote prefix */
 BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interface index */
@@ -83,6 +83,14 @@ static __always_inline u32 slot_blur(u32 slot)
 	scratch->blurred.l3 = slot;
 	asm volatile("" : : "r"(scratch) : "memory");
 	return scratch->blurred.l3;
+}
+
+/* The same for a number, by one that the verifier does not know: what follows is then walked once for all values. */
+static __always_inline u32 number_blur(u32 number, u32 unknown)
+{
+	number ^= unknown;
+	asm volatile("" : "+r"(number));
+	return number ^ unknown;
 }
 
 static __always_inline u32 prefix_role(addr_t addr)

@@ -58,10 +58,13 @@ static __always_inline u32 route_to(const struct packet *p, addr_t dst)
 static long (*redirect_neigh)(u32 ifindex, void *params, int length, u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
 /* A hairpinned packet is turned round by way of the WAN's ingress hook. Until then its mark, which is nobody else's
- * before it has passed netfilter, tells so, and by which interface it came.
+ * before it has passed netfilter, tells so, of which WAN it is a matter, and by which interface it came.
  */
-#define HAIRPIN_MARK 0x4d510000
-#define HAIRPIN_MARKED 0xffff0000
+#define HAIRPIN_MARK 0x4d500000
+#define HAIRPIN_MARKED 0xfff00000
+#define HAIRPIN_WAN_AT 16
+#define HAIRPIN_WAN 0xf
+#define HAIRPIN_CAME_BY 0xffff
 #define HAIRPIN_OWN 0xffff /* in place of an interface: the answer to a packet of the gateway's own */
 
 static __always_inline bool hairpin_is_marked(const struct __sk_buff *skb)
@@ -71,16 +74,27 @@ static __always_inline bool hairpin_is_marked(const struct __sk_buff *skb)
 
 static __always_inline u32 hairpin_came_by(const struct packet *p)
 {
-	return p->skb->mark & ~HAIRPIN_MARKED;
+	return p->skb->mark & HAIRPIN_CAME_BY;
+}
+
+static __always_inline u32 hairpin_wan(const struct packet *p)
+{
+	return p->skb->mark >> HAIRPIN_WAN_AT & HAIRPIN_WAN;
+}
+
+/* Redirects take packets with an Ethernet header; one where there is none yet. */
+static __always_inline bool ethernet_put(const struct packet *p)
+{
+	struct ethernet_header eth = { .proto = bpf_htons(ETH_P_IP) };
+
+	return p->l3 || !(bpf_skb_change_head(p->skb, sizeof(eth), 0) ||
+			  bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0));
 }
 
 /* To one of the WAN's hooks, with what they need to know. */
 static __always_inline enum verdict hairpin_redirect(const struct settings *cfg, const struct packet *p, u32 mark, u64 hook)
 {
-	struct ethernet_header eth = { .proto = bpf_htons(ETH_P_IP) };
-
-	if (!p->l3 && (bpf_skb_change_head(p->skb, sizeof(eth), 0) ||
-		       bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0)))
+	if (!ethernet_put(p))
 		return drop(COUNT_drop_rewrite);
 	p->skb->mark = mark;
 	return bpf_redirect(cfg->wan, hook) == TC_ACT_REDIRECT ? REDIRECT : drop(COUNT_drop_hairpin_route);
@@ -89,9 +103,9 @@ static __always_inline enum verdict hairpin_redirect(const struct settings *cfg,
 /* From the LAN to the WAN's egress hook. @inside: on to another host, else to the gateway itself. */
 static __always_inline enum verdict hairpin_go_out(const struct settings *cfg, const struct packet *p, bool inside)
 {
-	u32 came_by = p->skb->ifindex & ~HAIRPIN_MARKED;
+	u32 came_by = inside ? p->skb->ifindex & HAIRPIN_CAME_BY : HAIRPIN_OWN;
 
-	return hairpin_redirect(cfg, p, inside ? HAIRPIN_MARK | came_by : HAIRPIN_MARK | HAIRPIN_OWN, 0);
+	return hairpin_redirect(cfg, p, HAIRPIN_MARK | (p->wan & HAIRPIN_WAN) << HAIRPIN_WAN_AT | came_by, 0);
 }
 
 /* From lo to the WAN's ingress hook: what the gateway asks needs no translation on its way out. */
@@ -121,7 +135,7 @@ static __always_inline enum verdict hairpin_send(const struct packet *p)
 	ip->ttl--;
 	ip->check = csum_apply(ip->check, CSUM_DELTA_TTL);
 	p->skb->mark = 0;
-	if (redirect_neigh(ifindex, NULL, 0, 0) != TC_ACT_REDIRECT)
+	if (!ethernet_put(p) || redirect_neigh(ifindex, NULL, 0, 0) != TC_ACT_REDIRECT)
 		return drop(COUNT_drop_hairpin_route);
 	count(own ? COUNT_slow_hairpin_own : COUNT_slow_hairpin);
 	return REDIRECT;

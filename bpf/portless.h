@@ -36,7 +36,7 @@ static __always_inline struct binding *binding_get(const struct settings *cfg, c
 
 static __always_inline enum verdict portless_outbound(const struct settings *cfg, const struct packet *p)
 {
-	u32 external = external_for(p->src);
+	u32 external = external_for(p->src, p->wan);
 	addr_t external_addr = slot_addr(cfg, slot_of(external, 0, 0));
 	struct binding_key key = { .remote_addr = p->dst,
 				   .remote_port = p->dst_port,

@@ -41,6 +41,19 @@ static __always_inline bool quote_load(const struct packet *p, u32 offset, void 
 	return offset + len <= p->l4 + p->l4_len && !bpf_skb_load_bytes(p->skb, offset, to, len);
 }
 
+/* As packet_blur(): what follows need not be walked for each kind of quote. */
+static __always_inline void quote_blur(struct quote *q)
+{
+	u32 unknown = q->inner.now;
+
+	q->has_check = number_blur(q->has_check, unknown);
+	q->check = number_blur(q->check, unknown);
+	q->inner.class = number_blur(q->inner.class, unknown);
+	q->inner.proto = number_blur(q->inner.proto, unknown);
+	q->inner.src_port = number_blur(q->inner.src_port, unknown);
+	q->inner.dst_port = number_blur(q->inner.dst_port, unknown);
+}
+
 /* False for what cannot be of a session: no quote, one of a later fragment, or of other ICMP than queries. 8 bytes of
  * its transport are enough. The addresses are set even then, when there are any.
  */
@@ -87,6 +100,7 @@ static __always_inline bool quote_parse(const struct packet *p, struct quote *q)
 	}
 	q->has_check = quote_load(p, q->inner.l4 + l4_check_offset(ip.proto), &check, sizeof(check));
 	q->check = check;
+	quote_blur(q);
 	return true;
 }
 

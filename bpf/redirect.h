@@ -158,9 +158,10 @@ static __always_inline struct forward *redirect_for(const struct packet *p, u32 
  */
 static __always_inline bool runs_already(const struct settings *cfg, const struct packet *p)
 {
-	struct session *s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
+	struct session *s = session_by_any(cfg, endpoint(p->src, p->src_port, p->class, NO_WAN), p->dst, p->dst_port, true,
+					   p->now);
 
-	if (!s || !session_is_alive(cfg, s, p->now))
+	if (!s)
 		return false;
 	if (s->out.marks & SESSION_FROM_OUTSIDE ||
 	    (p->class == CLASS_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN))

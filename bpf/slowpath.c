@@ -44,7 +44,7 @@ static __always_inline bool own_needs_translation(const struct settings *cfg, co
 	if (s && session_is_alive(cfg, s, p->now))
 		return true;
 	/* Once translated it stays so, when the other session ends too: the remote must not see its port change. */
-	s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
+	s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class, p->wan), p->dst, p->dst_port);
 	return s && session_is_alive(cfg, s, p->now);
 }
 
@@ -73,14 +73,14 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	if (*verdict != CONTINUE)
 		return NULL;
 	e.marks = p->own ? 0 : trigger_mark(p);
-	external = slot_blur(p->own ? external_of(cfg, p->src) : external_for(p->src));
+	external = slot_blur(p->own ? external_of(cfg, p->src) : external_for(p->src, p->wan));
 	if (addr_is_unset(slot_addr(cfg, slot_of(external, 0, 0)))) {
 		*verdict = refuse(COUNT_drop_no_external);
 		return NULL;
 	}
 	if (s && session_reopen(cfg, s, &e, p->now))
 		return s;
-	slot = slot_of_internal(p->src, p->class, p->src_port);
+	slot = slot_of_internal(endpoint(p->src, p->src_port, p->class, p->wan));
 	if (!p->own)
 		host = host_get(cfg, p->src, p->now);
 	if (host)
@@ -110,10 +110,17 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 /* The session is looked for first: of an established flow nothing else needs to be asked. */
 static __always_inline enum verdict translate_outbound(const struct settings *cfg, struct packet *p)
 {
-	struct session *s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
+	struct mapping_key internal = endpoint(p->src, p->src_port, p->class, p->wan);
+	struct session *s = session_find_outbound(cfg, internal, p->dst, p->dst_port), *answered;
 	enum verdict verdict;
 
 	if (!s || !session_is_alive(cfg, s, p->now)) {
+		/* Its remote may have come by another WAN than the kernel chooses now. */
+		answered = WANS > 1 && !p->own && !p->hairpin ?
+				   session_by_any(cfg, internal, p->dst, p->dst_port, false, p->now) :
+				   NULL;
+		if (answered)
+			return choose_wan(p, answered->internal.wan, answered->out.new_addr);
 		s = session_open(cfg, p, s, &verdict);
 		if (!s)
 			return refusal_send(cfg, p, verdict);
@@ -135,7 +142,7 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 	return rewrite(p, SOURCE, s->out.new_addr, s->out.new_port, COUNT_slow_outbound);
 }
 
-static __always_inline enum verdict fragment_outbound(const struct settings *cfg, const struct packet *p)
+static __always_inline enum verdict fragment_outbound(const struct settings *cfg, struct packet *p)
 {
 	struct fragment *first = fragment_recall(cfg, p);
 	enum verdict verdict;
@@ -144,6 +151,10 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 		return pass(COUNT_own_exempt);
 	if (first && addr_is_unset(first->new_addr[SOURCE])) /* redirected, while this one was on its way */
 		return drop(COUNT_drop_fragment_orphan);
+	/* The gateway's own keep their address, and leave where the kernel sends them. */
+	if (first && !addr_equal(p->src, first->new_addr[SOURCE]) &&
+	    choose_wan(p, first->wan, first->new_addr[SOURCE]) != CONTINUE)
+		return ELSEWHERE;
 	if (first)
 		return fragment_rewrite(p, first, COUNT_slow_fragment_outbound);
 	verdict = source_policy(p);
@@ -157,7 +168,7 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 }
 
 /* What has no endpoint of its own, from whoever it is. */
-static __always_inline enum verdict other_outbound(const struct settings *cfg, const struct packet *p)
+static __always_inline enum verdict other_outbound(const struct settings *cfg, struct packet *p)
 {
 	u32 role = prefix_role(p->src);
 	/* Redirects quote a packet too; of those only the gateway's own may leave. */
@@ -178,14 +189,18 @@ static __always_inline enum verdict other_outbound(const struct settings *cfg, c
 static __always_inline enum verdict walk_outbound(const struct settings *cfg, struct packet *p)
 {
 	addr_t twin;
+	u32 external;
 
 	if (cfg->basic && counterpart_of(p->src, &twin))
-		return basic_translate(p, SOURCE, twin, COUNT_slow_basic_outbound);
+		return choose_wan(p, counterpart_wan(p->src), twin) ?: basic_translate(p, SOURCE, twin, COUNT_slow_basic_outbound);
 	if (packet_follows_first(p))
 		return fragment_outbound(cfg, p);
 	if (p->class == CLASS_NONE || (p->class == CLASS_ICMP && p->icmp_type != ICMP_ECHO))
 		return other_outbound(cfg, p);
-	p->own = external_of(cfg, p->src) != NO_EXTERNAL;
+	external = external_of(cfg, p->src);
+	p->own = external != NO_EXTERNAL;
+	if (p->own)
+		p->wan = external_wan(cfg, external);
 	if (p->own && !own_needs_translation(cfg, p))
 		return pass(COUNT_own_outbound);
 	return translate_outbound(cfg, p);
@@ -199,7 +214,10 @@ static __always_inline enum verdict slow_outbound(struct packet *p)
 	if (verdict != CONTINUE || !cfg)
 		return verdict;
 	p->hairpin = hairpin_is_marked(p->skb);
+	p->wan = packet_wan(p);
 	verdict = walk_outbound(cfg, p);
+	if (verdict == ELSEWHERE)
+		return leave_elsewhere(cfg, p);
 	return verdict == PASS && p->hairpin ? hairpin_turn(cfg, p) : verdict;
 }
 
@@ -317,15 +335,17 @@ static __always_inline bool leads_inside(const struct settings *cfg, const struc
 	return forward ? !(forward->flags & FORWARD_TO_GATEWAY) : mapping_is_live(slot);
 }
 
-/* Is @p the answer of a forward's host to the gateway itself? */
-static __always_inline bool answers_gateway(const struct settings *cfg, const struct packet *p)
+/* Is @p the answer of a forward's host to the gateway itself? It may have asked from one WAN's address for another's. */
+static __always_inline bool answers_gateway(const struct settings *cfg, struct packet *p)
 {
 	struct session *s;
 
 	if (p->class >= CLASS_ICMP || packet_is_later_fragment(p))
 		return false;
-	s = session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class), p->dst, p->dst_port);
-	return s && session_is_alive(cfg, s, p->now);
+	s = session_by_any(cfg, endpoint(p->src, p->src_port, p->class, NO_WAN), p->dst, p->dst_port, true, p->now);
+	if (s)
+		p->wan = s->internal.wan;
+	return s;
 }
 
 /* Source and destination before parse(): of most packets nothing else is asked. False: not IP. */
@@ -360,6 +380,8 @@ static __always_inline enum verdict slow_hairpin(const struct settings *cfg, str
 		return PASS;
 	if (p->ttl <= 1)
 		return drop(COUNT_drop_ttl) == DROP && punt(cfg, p, PUNT_TTL) ? REDIRECT : DROP;
+	if (inside)
+		p->wan = addr_wan(cfg, p->dst);
 	return hairpin_go_out(cfg, p, inside);
 }
 
@@ -442,7 +464,7 @@ static __always_inline void learn_inbound(const struct settings *cfg, const stru
 
 	if (!from || from->role != ROLE_WAN || packet_is_later_fragment(p) || p->class == CLASS_NONE)
 		return;
-	s = session_find_outbound(cfg, endpoint(p->dst, p->dst_port, p->class), p->src, p->src_port);
+	s = session_find_outbound(cfg, endpoint(p->dst, p->dst_port, p->class, from->wan), p->src, p->src_port);
 	/* From an external address is a hairpin's; at the WAN's XDP hook nothing tells that from a forgery. */
 	if (s && session_is_alive(cfg, s, p->now) && session_may_fly(cfg, s) &&
 	    external_of(cfg, p->src) == NO_EXTERNAL)

@@ -31,6 +31,14 @@ enum proto_class { CLASS_TCP, CLASS_UDP, CLASS_ICMP, CLASSES, CLASS_NONE = CLASS
 #define SLOTS (FURTHER_BASE + FURTHER)
 #define NO_SLOT (~0U)
 #define NO_EXTERNAL (~0U)
+#define EXTERNAL_ROOM 64 /* of an array indexed by external & EXTERNAL_MASK: a comparison would be one way more */
+#define EXTERNAL_MASK (EXTERNAL_ROOM - 1)
+
+/* WANs, external addresses and mappings are numbered; the first WANS addresses are one of each WAN. */
+#ifndef WANS
+#define WANS 1
+#endif
+#define NO_WAN 0xff
 
 /* One direction of a session as seen on the wire. */
 struct flow {
@@ -215,7 +223,7 @@ struct fragment {
 	u16 covered; /* bytes that have come */
 	u16 total; /* bytes in all, once the last fragment has come */
 	u8 bad; /* fragments overlapped: the rest is dropped */
-	u8 pad;
+	u8 wan; /* by which it left */
 	struct span span[FRAGMENT_SPANS];
 };
 
@@ -273,8 +281,18 @@ struct prefix_key {
 	addr_t addr;
 };
 
-/* Which external addresses the hosts of an internal prefix may have; each host keeps one of them (RFC 4787 REQ-2). */
+/* Which external addresses of a WAN the hosts of an internal prefix may have; each host keeps one of them (RFC 4787
+ * REQ-2).
+ */
 #define CHOICE_MAX 64
+
+struct choice_key {
+	u32 bits; /* CHOICE_ADDR_AT and those of the address */
+	u32 wan;
+	addr_t addr;
+};
+
+#define CHOICE_ADDR_AT 32 /* bits before the address */
 
 struct choice {
 	u32 count;
@@ -285,6 +303,7 @@ struct choice {
 struct counterpart {
 	addr_t network; /* the other prefix */
 	addr_t mask;
+	u32 wan; /* the external one's */
 };
 
 /* A destination that is not translated for: everything there, or some ports. */
@@ -347,6 +366,8 @@ enum filtering { FILTER_ADDRESS_AND_PORT, FILTER_ADDRESS, FILTER_NONE }; /* RFC 
 struct settings { /* times in jiffies */
 	u64 seed[SEEDS]; /* of the index; as long as its entries */
 	addr_t external[EXTERNALS]; /* zero: none */
+	u8 external_wan[EXTERNAL_ROOM]; /* the WAN that each belongs to */
+	u32 exit[WANS]; /* interface index of each WAN; 0: not there */
 	struct pool pool[2 * CLASS_ROOM]; /* by class; upper half: for internal ports below 1024 (RFC 4787 REQ-3a), if any */
 	u32 tcp_established;
 	u32 tcp_transitory;
@@ -369,7 +390,7 @@ struct settings { /* times in jiffies */
 	u32 host_mappings; /* per protocol */
 	u32 host_rate; /* new sessions a second */
 	u32 host_burst;
-	u32 wan; /* interface index: hairpinned packets are turned round there */
+	u32 wan; /* interface index: hairpinned packets are turned round there, whichever WAN's address they go to */
 	u32 punt; /* the punt port's; 0: none */
 	u32 heartbeat; /* jiffies at the agent's last tick */
 };
@@ -406,8 +427,10 @@ struct packet {
 	bool options;
 	bool hairpin; /* one of two translations in one place */
 	bool own; /* from one of the gateway's external addresses */
+	u8 wan; /* whose mappings it is a matter of */
 	u8 ttl;
 	u32 fragment_id;
+	addr_t elsewhere; /* the external address as which it leaves by another WAN */
 };
 
 struct hashes { /* of both flows of a session */

@@ -7,6 +7,7 @@ enum verdict {
 	DROP,
 	REFUSE, /* dropped, but the sender is to be told */
 	REDIRECT,
+	ELSEWHERE, /* not by this WAN, see wan.h */
 };
 
 static __always_inline void count(u32 reason)

@@ -37,6 +37,7 @@ from xdpmasq import (
     sockets,
     source,
     vlans,
+    wans,
 )
 from xdpmasq import config as configuration
 from xdpmasq.asking import Asking
@@ -44,10 +45,12 @@ from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
 from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
+from xdpmasq.externals import Place
 from xdpmasq.pulse import Pulse
 from xdpmasq.punt import Punt
 from xdpmasq.punting import Punting
 from xdpmasq.sysctls import Sysctls
+from xdpmasq.wans import Wan
 
 log = logging.getLogger("xdpmasq")
 
@@ -84,14 +87,14 @@ class Agent:
     def __init__(self, config: Config, adopted: datapath.Attached | None = None) -> None:
         self._config = config
         further = adopted.further if adopted else settings.further_sessions(config)
-        externals = len(config.external.listed(None))
+        externals = config.external.room(len(config.wans))
         if adopted and adopted.externals != externals:
             raise DatapathError(
                 "the running datapath has another number of external addresses",
                 f"it has {adopted.externals}, the configuration names {externals}",
                 "xdpmasq detach, then attach: running sessions start anew",
             )
-        self._programs = datapath.Programs(further, adopted.maps if adopted else None, externals)
+        self._programs = datapath.Programs(further, adopted.maps if adopted else None, externals, len(config.wans))
         if adopted and adopted.manifest["layouts"] != self._programs.layouts:
             raise DatapathError(
                 "the running datapath is of another version",
@@ -116,7 +119,11 @@ class Agent:
         self._attached: dict[str, tuple[netdev.Link, tuple[Hook, ...]]] = {}
         self._refused: dict[netdev.Link, str] = {}  # what XDP does not work on, and why
         self._troubled = False
-        self._served: list[IPv4Address | None] = []  # the addresses that all sessions are of
+        self._served: list[Place] = []  # the addresses that all sessions are of
+        self._owners = {
+            IPv4Network(place.address): place.wan for place in (adopted.places if adopted else ()) if place.address
+        }
+        self._clash = ""  # what is wrong with the WANs' networks
         self._others: set[int] = set()  # interfaces that are neither LAN nor WAN
         self._sysctls = Sysctls(self._manifest, self._save)
         self._serving = False
@@ -156,8 +163,7 @@ class Agent:
     def _functions(self) -> list[str]:
         """The programs that the interfaces as they are will want in any mode, the longest first."""
         links = netdev.links()
-        wan = checks.wan_of(self._config, links)
-        roles: list[tuple[Role, netdev.Link]] = [("wan", wan)] if wan else []
+        roles: list[tuple[Role, netdev.Link]] = [("wan", link) for link in checks.wans_of(self._config, links) if link]
         roles += [("lan", link) for link in netdev.match_links(self._config.lans, links)]
         hooks = [datapath.hooks(role, xdp=False, ethernet=link.ethernet) for role, link in roles]
         return list(dict.fromkeys([each.function for some in hooks for each in some] + ["masq_reap"]))
@@ -166,10 +172,12 @@ class Agent:
         config = self._config
         return {
             "wan": config.wan,
+            "wans": list(config.wans),
             "lans": list(config.lans),
             "mode": config.mode,
             "interfaces": [],
             "external": None,
+            "externals": [],
             "hz": bpf.tick_rate(),
             "attached_at": time.time(),
             "config": self._kept_config(),
@@ -193,9 +201,7 @@ class Agent:
     def _settings(self) -> None:
         fields = settings.fields(self._config, self._hz, self.tables.further)
         self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0)
-        external = self._config.external
-        self.tables.set_counterparts((each.internal, each.external) for each in external.one_to_one)
-        self.tables.set_exempts(external.exempt)
+        self.tables.set_exempts(self._config.external.exempt)
 
     def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:
         """The bitmap of slots outside the pool; claims them when the tables are new."""
@@ -213,31 +219,35 @@ class Agent:
     def reconcile(self) -> None:
         """Brings programs, tables and external address in step with the interfaces as they are now."""
         links = self._links = netdev.links()
-        wan = checks.wan_of(self._config, links)
-        lans = [link for link in netdev.match_links(self._config.lans, links) if link != wan]
-        wanted: list[tuple[netdev.Link, Role]] = [(link, "lan") for link in lans]
-        if wan:
-            wanted.insert(0, (wan, "wan"))
+        addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
+        outside = wans.present(self._config, links, addresses)
+        uplinks = [wan.link for wan in outside if wan.link]
+        lans = [link for link in netdev.match_links(self._config.lans, links) if link not in uplinks]
+        wanted: list[tuple[netdev.Link, Role]] = [
+            *((link, "wan") for link in uplinks),
+            *((link, "lan") for link in lans),
+        ]
         if self._hairpins_own:
             wanted += [(link, "lo") for link in links if link.name == "lo"]
         self._leave_unwanted([link for link, _ in wanted], links)
-        addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
-        external = self._follow_addresses(wan, lans, addresses)
+        externals = self._follow_addresses(outside, lans, addresses)
         self._put_rules(lans, {each.index for each in addresses})
         self._redirects = self._wants_redirects
         redirecting.spare(self.tables, redirecting.EVERY_RULE, [IPv4Network(each.ip.ip) for each in addresses])
         self._troubled, self._flying = False, set()
-        chosen = [(link, role, *self._bring_in(link, role, wan)) for link, role in wanted]
+        chosen = [(link, role, *self._bring_in(link, role, uplinks)) for link, role in wanted]
         self._ground([self._device(link) for link, _ in wanted])
-        reports = self._tell(chosen, addresses)
-        self._manifest |= {"interfaces": reports, "external": str(external) if external else None}
+        reports = self._tell(chosen, outside, addresses)
+        named = [str(each) if each else None for each in externals]
+        self._manifest |= {"interfaces": reports, "external": named[0], "externals": named}
         accelerate = any(report["hook"] == "xdp" for report in reports)
         self._know_others(links, {link.index for link, _ in wanted})
-        self.tables.set_settings(accelerate=accelerate, wan=wan.index if wan else 0)
+        turn = min(uplinks, key=lambda link: not link.up).index if uplinks else 0
+        self.tables.set_settings(accelerate=accelerate, wan=turn)
         self._disarm()
-        self.pulse.sees_wan((wan and wan.index, external))
+        self.pulse.sees_wan(([link.index for link in uplinks], externals))
         self._punting.keep()
-        self._asking.follow(lans, addresses, external)
+        self._asking.follow(lans, addresses, externals[0])
         self._manifest |= {"punt": self._punting.report, "pcp": self._asking.report}
         self._save()
 
@@ -279,7 +289,7 @@ class Agent:
                     raise
                 log.warning("not in place: %s", error)
 
-    def _bring_in(self, link: netdev.Link, role: Role, wan: netdev.Link | None) -> tuple[str, str]:
+    def _bring_in(self, link: netdev.Link, role: Role, uplinks: list[netdev.Link]) -> tuple[str, str]:
         """Attaches to a link.
 
         In service, one that refuses XDP is left on TC until anything about it changes, and one that refuses that
@@ -291,7 +301,7 @@ class Agent:
         hook, why = "tc", self._refused.get(link, "")
         try:
             if not why:
-                hook, why = self._choose(link, wan)
+                hook, why = self._choose(link, uplinks)
             self._attach(link, role, hook)
         except InterfaceError as error:
             if not self._serving:
@@ -302,10 +312,10 @@ class Agent:
                 return "none", str(error)
             others = {known: words for known, words in self._refused.items() if known.index != link.index}
             self._refused = {**others, link: str(error)}
-            return self._bring_in(link, role, wan)
+            return self._bring_in(link, role, uplinks)
         return hook, why
 
-    def _choose(self, link: netdev.Link, wan: netdev.Link | None) -> tuple[str, str]:
+    def _choose(self, link: netdev.Link, uplinks: list[netdev.Link]) -> tuple[str, str]:
         """The hook for a link, "xdp" or "tc", and why."""
         mode = self._config.mode
         if link.name == "lo":
@@ -321,8 +331,9 @@ class Agent:
                 )
             return "xdp", "--mode xdp"
         hook, why = drivers.auto(link, self._links)
-        if hook == "xdp" and wan and drivers.auto(wan, self._links)[0] == "tc":
-            return "tc", f"{wan.name}, the WAN, is on TC, so nothing could be redirected to it"
+        if hook == "xdp" and uplinks and all(drivers.auto(each, self._links)[0] == "tc" for each in uplinks):
+            names = " and ".join(each.name for each in uplinks)
+            return "tc", f"{names}, the WAN, is on TC, so nothing could be redirected to it"
         return hook, why
 
     def _attach(self, link: netdev.Link, role: Role, hook: str) -> None:
@@ -377,7 +388,7 @@ class Agent:
         return all((hook.kind, self._programs[hook.function].id) in present for hook in hooks)
 
     def _tell(
-        self, chosen: list[tuple[netdev.Link, Role, str, str]], addresses: list[netdev.Address]
+        self, chosen: list[tuple[netdev.Link, Role, str, str]], outside: list[Wan], addresses: list[netdev.Address]
     ) -> list[dict[str, Any]]:
         """Writes the interfaces' rows, by the links' features as they are with our programs attached.
 
@@ -387,6 +398,8 @@ class Agent:
         present = netdev.links()
         fresh = {link.index: link for link in present}
         routes = netdev.routes(4) if self._config.mss != "off" else []
+        numbers = {wan.link.index: number for number, wan in enumerate(outside) if wan.link}
+        self.tables.set_settings(exit=[wan.link.index if wan.link else 0 for wan in outside])
         reports, on_xdp = [], {}
         for attached, role, hook, reason in chosen:
             link, why = fresh.get(attached.index, attached), reason
@@ -396,7 +409,14 @@ class Agent:
                 mss = settings.mss(self._config, link, routes) if role == "wan" else 0
                 there = _primary(link, addresses) if role == "lan" and self._redirects and hook != "none" else None
                 self.tables.set_interface(
-                    link, role, xdp_from=xdp, xdp_to=xdp and takes, mss=mss, wire=wire, redirect_to=there
+                    link,
+                    role,
+                    xdp_from=xdp,
+                    xdp_to=xdp and takes,
+                    mss=mss,
+                    wan=numbers.get(link.index, 0),
+                    wire=wire,
+                    redirect_to=there,
                 )
             if xdp and wire.tags:
                 on_xdp[wire] = link.index
@@ -442,71 +462,93 @@ class Agent:
         self._manifest["qdiscs"] = [index for index in self._manifest["qdiscs"] if index in there]
 
     def _follow_addresses(
-        self, wan: netdev.Link | None, lans: list[netdev.Link], addresses: list[netdev.Address]
-    ) -> IPv4Address | None:
-        """Makes the tables know the addresses; returns the one to masquerade as."""
-        own = [each for each in addresses if wan and each.index == wan.index]
-        external = _primary(wan, own) if wan else None
-        externals = self._config.external.listed(external)
-        if wan and self._overlaps(wan, lans, addresses):
-            externals = [None] * len(externals)
-            self.tables.set_externals(externals, {})
-            self._served = externals
-        self._own_externals(wan, own)
-        self.tables.set_prefixes(self._prefixes(own, lans, addresses))
-        # While there is none, the last address stays: it often comes back, and in the moment before we see that,
+        self, outside: list[Wan], lans: list[netdev.Link], addresses: list[netdev.Address]
+    ) -> list[IPv4Address | None]:
+        """Makes the tables know the addresses; returns for each WAN the one that it has for its hosts."""
+        external = self._config.external
+        default = 0 if external.answer_arp else None
+        self._owners = wans.owners(external.named(), outside, self._owners, default=default)
+        self._own_externals(outside)
+        self.tables.set_prefixes(self._prefixes(outside, lans, addresses))
+        self.tables.set_counterparts(
+            (each.internal, each.external, self._owners.get(each.external, 0)) for each in external.one_to_one
+        )
+        clashing = self._clashing(outside, lans, addresses)
+        places, choices = external.places(wans.primaries(outside), self._owners)
+        places = [Place(None, place.wan) if place.wan in clashing else place for place in places]
+        now = [place.address for place in places[: len(outside)]]
+        # While a WAN has none, its last address stays: it often comes back, and in the moment before we see that,
         # our own stack would answer its sessions with resets.
-        if all(externals) and externals != self._served:
-            self.tables.set_externals(externals, self._choices(externals))
-            self._end_stale(externals)
-            self._served = externals
-            log.info("external addresses: %s", ", ".join(map(str, externals)))
-        return externals[0]
+        before = self._served or self.tables.places
+        places = [
+            place if place.address or place.wan != old.wan or place.wan in clashing else old
+            for place, old in zip(places, before, strict=True)
+        ]
+        if places != self._served:
+            self._serve(places, before, choices)
+        return now
 
-    def _overlaps(self, wan: netdev.Link, lans: list[netdev.Link], addresses: list[netdev.Address]) -> bool:
-        """A lease that came after the start may share addresses with a LAN: then nothing is masqueraded, in words."""
-        error = checks.overlap(wan, lans, addresses)
-        trouble = str(error) if error else ""
-        if trouble and trouble != self._manifest.get("trouble"):
-            log.error("nothing is masqueraded: %s", trouble)
-        self._manifest["trouble"] = trouble
-        return bool(error)
-
-    def _choices(self, externals: list[IPv4Address | None]) -> dict[IPv4Network, list[int]]:
-        """By internal prefix, the indices of the addresses that its hosts may have."""
-        pool = self._config.external.addresses
-        chosen = {
-            each.internal: [externals.index(one) for one in each.addresses] for each in self._config.external.choices
+    def _clashing(self, outside: list[Wan], lans: list[netdev.Link], addresses: list[netdev.Address]) -> set[int]:
+        """WANs, by number, with a lease that came after the start and shares addresses with a LAN: then nothing is
+        masqueraded there, in words.
+        """
+        errors = {
+            number: error
+            for number, wan in enumerate(outside)
+            if wan.link and (error := checks.overlap(wan.link, lans, addresses))
         }
-        return {IPv4Network("0.0.0.0/0"): [externals.index(one) for one in pool] or [0], **chosen}
+        clash = "; ".join(map(str, errors.values()))
+        if clash and clash != self._clash:
+            log.error("nothing is masqueraded there: %s", clash)
+        self._clash = clash
+        self._manifest["trouble"] = clash if len(errors) == sum(bool(wan.own) for wan in outside) else ""
+        return set(errors)
 
-    def _own_externals(self, wan: netdev.Link | None, own: list[netdev.Address]) -> None:
+    def _serve(
+        self, places: list[Place], before: list[Place], choices: dict[tuple[int, IPv4Network], list[int]]
+    ) -> None:
+        """Masquerades as these from now on, in place of those before."""
+        if any(place.wan != old.wan for place, old in zip(places, before, strict=True)):
+            # The tables name a session by its WAN, so none may outlive that.
+            kept = [
+                place if place.wan == old.wan else Place(None, old.wan)
+                for place, old in zip(places, before, strict=True)
+            ]
+            self.tables.set_externals(kept, choices)
+            self._end_stale(kept)
+        self.tables.set_externals(places, choices)
+        self._end_stale(places)
+        self._served = places
+        log.info("external addresses: %s", ", ".join(str(each.address) for each in places if each.address) or "none")
+
+    def _own_externals(self, outside: list[Wan]) -> None:
         """Sees to it that packets to the named external addresses come here.
 
         Raises:
-            InterfaceError: the WAN does not have one of them, and is not to answer for it.
+            InterfaceError: no WAN has one of them, and none is to answer for it.
         """
-        if not wan:
-            return
-        has = {each.ip.ip for each in own}
-        lacking = [each for each in self._config.external.named() if each.num_addresses > 1 or each[0] not in has]
+        named = self._config.external.named()
+        lacking = [each for each in named if not any(wan.has(each) for wan in outside)]
         if lacking and not self._config.external.answer_arp:
-            if self._serving:
-                log.warning("%s does not have %s", wan.name, ", ".join(map(str, lacking)))
+            names = " and ".join(wan.name for wan in outside)
+            if self._serving or not all(wan.primary for wan in outside):
+                log.warning("%s does not have %s", names, ", ".join(map(str, lacking)))
                 return
+            has = ", ".join(sorted(str(each.ip.ip) for wan in outside for each in wan.own))
             raise InterfaceError(
-                f"{lacking[0]} is no address of {wan.name}",
-                f"it has {', '.join(sorted(map(str, has))) or 'none'}",
-                f"`ip addr add {lacking[0]} dev {wan.name}`, or answer_arp = true in [external] for the gateway to "
-                "answer for it (also where the provider routes it here)",
+                f"{lacking[0]} is no address of {names}",
+                f"it has {has}",
+                f"`ip addr add {lacking[0]} dev {outside[-1].name}`, or answer_arp = true in [external] for the "
+                "gateway to answer for it (also where the provider routes it here)",
             )
         for network in lacking:
-            if netdev.local_route_add(network, wan.index):
+            link = outside[self._owners[network]].link
+            if link and netdev.local_route_add(network, link.index):
                 self._manifest["local_routes"] = sorted({*self._manifest["local_routes"], str(network)})
                 self._save()
 
     def _prefixes(
-        self, own: list[netdev.Address], lans: list[netdev.Link], addresses: list[netdev.Address]
+        self, outside: list[Wan], lans: list[netdev.Link], addresses: list[netdev.Address]
     ) -> dict[IPv4Network, int]:
         """Roles of source prefixes, the more specific winning: private, internal, the WAN's own addresses."""
         inside = {link.index for link in lans}
@@ -515,16 +557,13 @@ class Agent:
         connected = [each.network for each in addresses if each.index in inside]
         networks = map(IPv4Network, (*routed, *connected, *self._config.internal))
         roles |= dict.fromkeys(collapse_addresses(networks), datapath.PREFIX_INTERNAL)
-        for named in self._config.external.listed(None):
-            if named:
-                roles[IPv4Network(named)] = datapath.PREFIX_OWN
-        for each in own:
-            roles[IPv4Network(each.ip.ip)] = datapath.PREFIX_OWN
+        own = [each.ip.ip for wan in outside for each in wan.own]
+        roles |= dict.fromkeys(map(IPv4Network, (*self._config.external.shared, *own)), datapath.PREFIX_OWN)
         return roles
 
-    def _end_stale(self, externals: list[IPv4Address | None]) -> None:
+    def _end_stale(self, places: list[Place]) -> None:
         """Ends the sessions and mappings of external addresses that are no longer ours."""
-        ours, ended = np.array([datapath.addr(each)[0][0] for each in externals], np.uint32), 0
+        ours, ended = np.array([datapath.addr(each.address)[0][0] for each in places], np.uint32), 0
         for _ in range(10):  # packets may join a stale mapping until it is closed
             slots = self.tables.open_slots()
             self._forwards.readdress()
@@ -538,12 +577,14 @@ class Agent:
                 self.tables.reap(self._programs["masq_reap"], each, datapath.REAP_FORCED)
         self._disarm()
         if ended:
-            log.info("the WAN address changed to %s: %d sessions ended", externals[0], ended)
+            log.info("external addresses changed: %d sessions ended", ended)
 
     def _route(self) -> None:
         """Makes the host a router."""
         accelerated = any(each["hook"] == "xdp" for each in self._manifest["interfaces"])
-        self._sysctls.apply(accelerated=accelerated, hairpins_own="lo" in self._attached)
+        uplinks = [each for each in self._manifest["interfaces"] if each["role"] == "wan"]
+        several = {each["index"]: each["name"] for each in uplinks} if len(self._config.wans) > 1 else {}
+        self._sysctls.apply(accelerated=accelerated, hairpins_own="lo" in self._attached, loose=several)
 
     # --- life
 
@@ -636,7 +677,7 @@ class Agent:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
         self._punting.drop()
         self._asking.drop()
-        if not any(each.manifest["wan"] == self._config.wan for each in datapath.find_all()):
+        if not any(each.wan_names == list(self._config.wans) for each in datapath.find_all()):
             attachment.take_down(self._manifest)
 
     def _safely(self, step: Callable[[], None]) -> bool:
@@ -730,11 +771,11 @@ def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
     """
     checks.check_host()
     stop = StopSignal()
-    with presence.being_agent(config.wan), contextlib.ExitStack() as stack:
+    with presence.being_agent(config.wans), contextlib.ExitStack() as stack:
         with presence.changing():
             checks.check_interfaces(config)
             show = stack.enter_context(_showing(config))
-            running = [each for each in datapath.find_all() if each.manifest["wan"] == config.wan]
+            running = [each for each in datapath.find_all() if each.wan_names == list(config.wans)]
             agent = Agent(config, running[0] if running else None)
             if stop.asked:
                 return

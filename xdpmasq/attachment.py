@@ -133,8 +133,9 @@ def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     links = netdev.links()
     for device in devices(manifest, links):
         clear_device(device, manifest)
-    # The WAN's translation goes last.
-    for link in sorted(links, key=lambda link: bool(netdev.match_links([manifest["wan"]], [link]))):
+    # The WANs' translation goes last.
+    outside = datapath.wan_names(manifest)
+    for link in sorted(links, key=lambda link: bool(netdev.match_links(outside, [link]))):
         if belongs(link, manifest) and leave(link, manifest):
             cleared.append(link.name)
     return cleared, put_back
@@ -159,4 +160,4 @@ def devices(manifest: dict[str, Any], links: Sequence[netdev.Link]) -> list[netd
 
 def belongs(link: netdev.Link, manifest: dict[str, Any]) -> bool:
     mine = {entry["index"] for entry in manifest["interfaces"]} | set(manifest["qdiscs"])
-    return link.index in mine or bool(netdev.match_links([manifest["wan"], *manifest["lans"]], [link]))
+    return link.index in mine or bool(netdev.match_links([*datapath.wan_names(manifest), *manifest["lans"]], [link]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from xdpmasq import datapath, netdev
 from xdpmasq.config import Config
@@ -27,26 +28,28 @@ def check_host() -> None:
 def check_interfaces(config: Config) -> None:
     """Raises InterfaceError when the interfaces cannot serve as the configuration says."""
     links = netdev.links()
-    wan = wan_of(config, links)
-    if wan is None:
+    wans = wans_of(config, links)
+    if not any(wans):  # another may be a provider's line that comes later
         raise netdev.no_such_interface(config.wan, links)
     for pattern in config.lans:
         matched = netdev.match_links([pattern], links)
         if not matched and not set(pattern) & set("*?["):
             raise netdev.no_such_interface(pattern, links)
     lans = netdev.match_links(config.lans, links)
-    if any(link.name == LOOPBACK for link in (wan, *lans)):
+    outside = [wan for wan in wans if wan]
+    if any(link.name == LOOPBACK for link in (*outside, *lans)):
         raise InterfaceError(
             f"{LOOPBACK} is no network", "nothing enters or leaves the machine there", "name another"
         )
-    if wan in lans:
-        raise InterfaceError(
-            f"{wan.name} is both WAN and LAN",
-            "one-armed masquerading on a single interface is not supported",
-            "give the internal network an interface of its own",
-        )
-    _check_addresses(wan, lans)
-    _check_unused(config.wan, [wan, *lans])
+    for wan in outside:
+        if wan in lans:
+            raise InterfaceError(
+                f"{wan.name} is both WAN and LAN",
+                "one-armed masquerading on a single interface is not supported",
+                "give the internal network an interface of its own",
+            )
+    _check_addresses(outside, lans)
+    _check_unused(config.wans, [*outside, *lans])
 
 
 def overlap(wan: netdev.Link, lans: list[netdev.Link], addresses: list[netdev.Address]) -> InterfaceError | None:
@@ -63,26 +66,37 @@ def overlap(wan: netdev.Link, lans: list[netdev.Link], addresses: list[netdev.Ad
     return None
 
 
-def _check_addresses(wan: netdev.Link, lans: list[netdev.Link]) -> None:
+def _check_addresses(wans: list[netdev.Link], lans: list[netdev.Link]) -> None:
+    """One WAN with an address is enough: the others' may be a provider's that is out of order."""
     addresses = netdev.addresses(4)
-    if not any(each.index == wan.index for each in addresses):
+    names = {link.index: link.name for link in wans}
+    outside = [each for each in addresses if each.index in names]
+    if not outside:
         raise InterfaceError(
-            f"{wan.name} has no IPv4 address",
+            f"{' and '.join(names.values())} {'has' if len(wans) == 1 else 'have'} no IPv4 address",
             "there is no public address to share",
-            f"configure one (ip address add … dev {wan.name}, or a DHCP client) and try again",
+            f"configure one (ip address add … dev {wans[0].name}, or a DHCP client) and try again",
         )
-    if error := overlap(wan, lans, addresses):
-        raise error
+    for nth, one in enumerate(outside):
+        for other in outside[:nth]:
+            if one.ip.ip == other.ip.ip and one.index != other.index:
+                raise InterfaceError(
+                    f"{names[other.index]} and {names[one.index]} both have {one.ip.ip}",
+                    "what comes back to it could be of either",
+                    "give each WAN an address of its own",
+                )
+    for wan in wans:
+        if error := overlap(wan, lans, addresses):
+            raise error
 
 
-def _check_unused(wan: str, links: list[netdev.Link]) -> None:
+def _check_unused(wans: Sequence[str], links: list[netdev.Link]) -> None:
     for each in datapath.find_all():
-        manifest = each.manifest
-        if manifest["wan"] == wan:
+        if each.wan_names == list(wans):
             continue
-        taken = {entry["name"] for entry in manifest["interfaces"]} & {link.name for link in links}
+        taken = {entry["name"] for entry in each.manifest["interfaces"]} & {link.name for link in links}
         if taken:
-            raise in_use(", ".join(sorted(taken)), manifest["wan"])
+            raise in_use(", ".join(sorted(taken)), each.manifest["wan"])
 
 
 def in_use(what: str, wan: str) -> InterfaceError:
@@ -90,7 +104,7 @@ def in_use(what: str, wan: str) -> InterfaceError:
     return InterfaceError(f"{what} is in use", f"by the xdpmasq of WAN {wan}", f"xdpmasq detach --wan {wan}")
 
 
-def wan_of(config: Config, links: list[netdev.Link]) -> netdev.Link | None:
-    """The WAN: of several that match a wildcard, the first that is up."""
-    matching = netdev.match_links([config.wan], links)
-    return min(matching, key=lambda link: (not link.up, link.index), default=None)
+def wans_of(config: Config, links: list[netdev.Link]) -> list[netdev.Link | None]:
+    """The WANs by number: of several that match a wildcard, the first that is up."""
+    matching = [netdev.match_links([name], links) for name in config.wans]
+    return [min(some, key=lambda link: (not link.up, link.index), default=None) for some in matching]

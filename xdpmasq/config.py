@@ -27,6 +27,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
 REFUSALS = ("prohibited", "host-unreachable")
 OTHERS = ("address-only", "drop")
+WANS_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ class Config:
     """One gateway.
 
     Attributes:
-        wan: the interface whose address is shared, or a wildcard of which the first that is up counts; empty
-            while neither file nor options have named it.
+        wans: the interfaces towards the Internet, by number; of a wildcard the first that is up counts. None while
+            neither file nor options have named one.
         lans: interfaces of internal networks; shell wildcards allowed (``lan*``, ``ppp*``).
         mode: where established flows are translated.
         internal: prefixes behind the LANs that no route tells of.
@@ -163,7 +164,7 @@ class Config:
         rearm_s: an accelerated flow shows itself to the kernel this often.
     """
 
-    wan: str
+    wans: tuple[str, ...]
     lans: tuple[str, ...]
     mode: Mode = "auto"
     internal: tuple[IPv4Network, ...] = ()
@@ -187,8 +188,13 @@ class Config:
     def rules(self) -> tuple[Rule, ...]:
         return (*self.forwards, *self.redirects, *self.triggers)
 
+    @property
+    def wan(self) -> str:
+        """The name that the gateway goes by: its first WAN's."""
+        return self.wans[0]
 
-def from_options(wan: str | None, lans: Sequence[str], mode: str | None, base: Config | None) -> Config:
+
+def from_options(wans: Sequence[str], lans: Sequence[str], mode: str | None, base: Config | None) -> Config:
     """What file and command line want together: an option given replaces what the file says.
 
     Raises:
@@ -197,10 +203,10 @@ def from_options(wan: str | None, lans: Sequence[str], mode: str | None, base: C
     """
     if mode and mode not in MODES:
         raise UsageError(f"there is no mode {mode}", "", f"give one of {', '.join(MODES)}")
-    base = base or Config(wan="", lans=())
+    base = base or Config(wans=(), lans=())
     chosen: Mode = mode if mode else base.mode
-    config = replace(base, wan=wan or base.wan, lans=tuple(lans) or base.lans, mode=chosen)
-    if not config.wan:
+    config = replace(base, wans=tuple(wans) or base.wans, lans=tuple(lans) or base.lans, mode=chosen)
+    if not config.wans:
         raise UsageError("no WAN interface named", "", "give --wan NAME, or wan in [interfaces] of --config FILE")
     if not config.lans:
         raise UsageError("no LAN interface named", "", "give --lan NAME, or lan in [interfaces] of --config FILE")
@@ -342,17 +348,28 @@ def problems(config: Config) -> Iterator[Problem]:
 
 
 def _interface_problems(config: Config) -> Iterator[Problem]:
-    if config.wan:
-        yield from _name_problems("interfaces.wan", config.wan)
+    if len(config.wans) > WANS_MOST:
+        yield Problem("interfaces.wan", list(config.wans), f"there is room for {WANS_MOST}")
+    for nth, name in enumerate(config.wans):
+        yield from _name_problems("interfaces.wan", name)
+        for other in config.wans[:nth]:
+            if _may_be_one(name, other):
+                why = f"it fits the WAN {other} as well; each has a number and addresses of its own"
+                yield Problem("interfaces.wan", name, why, "name each interface once")
     for pattern in config.lans:
         yield from _name_problems("interfaces.lan", pattern)
-        # either may be a wildcard, and a pattern fits narrower patterns, too
-        if fnmatch.fnmatchcase(config.wan, pattern) or fnmatch.fnmatchcase(pattern, config.wan):
-            why = f"it fits the WAN {config.wan} as well; LAN and WAN on one interface (one-armed) do not work"
-            yield Problem("interfaces.lan", pattern, why, "name interfaces other than the WAN")
+        for wan in config.wans:
+            if _may_be_one(wan, pattern):
+                why = f"it fits the WAN {wan} as well; LAN and WAN on one interface (one-armed) do not work"
+                yield Problem("interfaces.lan", pattern, why, "name interfaces other than the WAN")
     for network in config.internal:
         if network.prefixlen == 0:
             yield Problem("interfaces.internal", str(network), "then every address would be internal")
+
+
+def _may_be_one(name: str, other: str) -> bool:
+    """Either may be a wildcard, and a pattern fits narrower patterns, too."""
+    return fnmatch.fnmatchcase(name, other) or fnmatch.fnmatchcase(other, name)
 
 
 def _name_problems(key: str, name: str) -> Iterator[Problem]:
@@ -420,6 +437,7 @@ def from_fields(fields: dict[str, Any]) -> Config:
     return Config(
         **{
             **fields,
+            "wans": tuple(fields["wans"]),
             "lans": tuple(fields["lans"]),
             "internal": tuple(map(IPv4Network, fields["internal"])),
             "timeouts": Timeouts(**fields["timeouts"]),

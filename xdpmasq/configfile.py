@@ -32,7 +32,7 @@ def load(path: Path) -> Config:
     document.refuse_unknown()
     get = document.get
     config = Config(
-        wan=get("interfaces.wan", ""),
+        wans=document.names("interfaces.wan"),
         lans=tuple(get("interfaces.lan", [])),
         mode=get("interfaces.mode", "auto"),
         internal=document.prefixes("interfaces.internal"),
@@ -61,7 +61,7 @@ _AUTO = '"auto"'
 _AUTO_OR_NUMBER = f"{_AUTO} or {_NUMBER}"
 _SWITCHES = ("preserve", "parity", "low_ports", "overload")
 _KEYS: dict[str, dict[str, str]] = {
-    "interfaces": {"wan": _TEXT, "lan": _TEXTS, "mode": _TEXT, "internal": _TEXTS},
+    "interfaces": {"wan": f"{_TEXT} or {_TEXTS}", "lan": _TEXTS, "mode": _TEXT, "internal": _TEXTS},
     "timeouts": {each.name: _NUMBER for each in fields(Timeouts)},
     "ports": {"first": _NUMBER, "last": _NUMBER, **dict.fromkeys(_SWITCHES, _SWITCH)},
     "filtering": {"tcp": _TEXT, "udp": _TEXT},
@@ -176,6 +176,11 @@ class _Document:
         """The value of ``table.name``, of the right type."""
         table, name = key.split(".")
         return self._value(table, name, self.tables.get(table, {}).get(name, default), 0)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of texts, or the only one of them."""
+        given = self.get(key, [])
+        return (given,) if isinstance(given, str) else tuple(given)
 
     def table(self, name: str) -> dict[str, Any]:
         """Those values of a table that are given, and are not automatic."""

@@ -117,9 +117,10 @@ def detach(wan: str | None = None) -> dict[str, Any]:
 
 def _agent_without_interfaces(wan: str | None) -> str | None:
     """The WAN of an agent that waits for its interfaces to come back, and so has no programs to be found by."""
-    attached = {each.manifest["wan"] for each in datapath.find_all()}
+    attached = {name for each in datapath.find_all() for name in each.wan_names}
     waiting = [each for each in presence.agents() if each not in attached and wan in (None, each)]
-    return waiting[0] if len(waiting) == 1 and (wan or not attached) else None
+    agents = {presence.agent_pid(each) for each in waiting}  # one has several WANs
+    return waiting[0] if len(agents) == 1 and (wan or not attached) else None
 
 
 def _end_agent(wan: str, patience_s: float = 10) -> None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from xdpmasq import bpf, compiler, netdev, presence, source
 from xdpmasq.errors import DatapathError, NotAttachedError
-from xdpmasq.externals import PROTOCOLS, Exempt
+from xdpmasq.externals import PROTOCOLS, Exempt, Place
 from xdpmasq.vlans import TAGS, Wire
 
 Slots = npt.NDArray[np.uint32]
@@ -47,7 +47,7 @@ PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
 LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
 REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_KEEP, REAP_YIELD, REAP_HOLD, REAP_TAKE = 0, 1, 2, 4, 5, 6, 7
 REAP_MAX = 64
-CHOICE_MAX = 64
+CHOICE_MAX, CHOICE_ADDR_AT, EXTERNAL_ROOM = 64, 32, 64
 
 # Never routed on the Internet, so never to leave with such a source (RFC 6890).
 PRIVATE = tuple(
@@ -126,6 +126,11 @@ class Tables:
     def externals(self) -> int:
         """How many external addresses there is room for."""
         return len(self.settings["external"])
+
+    @cached_property
+    def wans(self) -> int:
+        """How many WANs there may be."""
+        return len(self.settings["exit"])
 
     @property
     def further_base(self) -> int:
@@ -230,29 +235,43 @@ class Tables:
                 found.append(IPv4Network((key["addr"]["word"][:1].tobytes(), int(key["bits"]))))
         return sorted(found)
 
+    @property
+    def places(self) -> list[Place]:
+        """The addresses to masquerade as, by index."""
+        settings = self.settings
+        words, wans = settings["external"]["word"][:, 0], settings["external_wan"][: self.externals]
+        addresses = [IPv4Address(word.tobytes()) if word else None for word in words]
+        return [Place(address, int(wan)) for address, wan in zip(addresses, wans, strict=True)]
+
     def set_externals(
-        self, addresses: Sequence[IPv4Address | None], choices: Mapping[IPv4Network, Sequence[int]]
+        self, places: Sequence[Place], choices: Mapping[tuple[int, IPv4Network], Sequence[int]]
     ) -> None:
-        """The addresses to masquerade as, and which of them (by index) the hosts of an internal prefix may have."""
-        self.set_settings(external=[addr(each) for each in addresses])
-        _replace(self.maps["externals"], {addr(each): nth for nth, each in enumerate(addresses) if each})
-        fields = {_prefix_key(network): (len(some), _padded(some, CHOICE_MAX)) for network, some in choices.items()}
+        """The addresses to masquerade as; and by WAN and internal prefix which of them, by index, hosts may have."""
+        self.set_settings(
+            external=[addr(each.address) for each in places],
+            external_wan=_padded([each.wan for each in places], EXTERNAL_ROOM),
+        )
+        index = {addr(each.address): nth for nth, each in reversed([*enumerate(places)]) if each.address}
+        _replace(self.maps["externals"], index)
+        fields = {}
+        for (wan, network), some in choices.items():
+            fields[_choice_key(wan, network)] = (len(some), _padded(some, CHOICE_MAX))
         _replace(self.maps["choices"], fields)
 
     def external_of(self, host: IPv4Address) -> int:
-        """The index of the address as which an internal host appears; ``external_for`` of bpf/flow.h."""
+        """The index of the address as which a host appears by the first WAN; ``external_for`` of bpf/flow.h."""
         if self.externals == 1:
             return 0
-        choice = self.maps["choices"].get(_prefix_key(IPv4Network(host)))
+        choice = self.maps["choices"].get(_choice_key(0, IPv4Network(host)))
         return 0 if choice is None else int(choice["external"][_addr_hash(host) * int(choice["count"]) >> 32])
 
-    def set_counterparts(self, pairs: Iterable[tuple[IPv4Network, IPv4Network]]) -> None:
-        """Prefixes that are translated one to one."""
+    def set_counterparts(self, pairs: Iterable[tuple[IPv4Network, IPv4Network, int]]) -> None:
+        """Prefixes that are translated one to one: internal, external, and the WAN of that."""
         fields = {}
-        for internal, external in pairs:
+        for internal, external, wan in pairs:
             mask = addr(internal.netmask)
-            fields[_prefix_key(internal)] = (addr(external.network_address), mask)
-            fields[_prefix_key(external)] = (addr(internal.network_address), mask)
+            fields[_prefix_key(internal)] = (addr(external.network_address), mask, wan)
+            fields[_prefix_key(external)] = (addr(internal.network_address), mask, wan)
         _replace(self.maps["counterparts"], fields)
         self.set_settings(basic=bool(fields))
 
@@ -337,6 +356,10 @@ def _padded(numbers: Sequence[int], length: int) -> list[int]:
     return [*numbers, *[0] * (length - len(numbers))]
 
 
+def _choice_key(wan: int, network: IPv4Network) -> tuple[int, int, tuple[tuple[int]]]:
+    return (CHOICE_ADDR_AT + network.prefixlen, wan, addr(network.network_address))
+
+
 def _prefix_key(network: IPv4Network) -> tuple[int, tuple[tuple[int]]]:
     return (network.prefixlen, addr(network.network_address))
 
@@ -353,13 +376,13 @@ def addr(address: IPv4Address | None) -> tuple[tuple[int]]:
     return ((int.from_bytes(address.packed, "little") if address else 0,),)
 
 
-def _sizes(further: int, externals: int) -> dict[str, int]:
-    return {"EXTERNALS": externals, "FURTHER": further}
+def _sizes(further: int, externals: int, wans: int) -> dict[str, int]:
+    return {"EXTERNALS": externals, "FURTHER": further, "WANS": wans}
 
 
-def compile_ahead(further: int, externals: int = 1) -> None:
+def compile_ahead(further: int, externals: int = 1, wans: int = 1) -> None:
     """Has the compiler's work for :class:`Programs` done, and kept, before it is wanted."""
-    compiler.compile(source.flatten(), _sizes(further, externals))
+    compiler.compile(source.flatten(), _sizes(further, externals, wans))
 
 
 class Programs:
@@ -369,6 +392,7 @@ class Programs:
         further: how many slots for further sessions.
         maps: existing maps to use.
         externals: how many external addresses.
+        wans: how many WANs.
         defines: for the compiler, beside the sizes.
     """
 
@@ -377,9 +401,11 @@ class Programs:
         further: int,
         maps: Mapping[str, bpf.Map] | None = None,
         externals: int = 1,
+        wans: int = 1,
         defines: Mapping[str, str] | None = None,
     ) -> None:
-        self._further, self._externals, self._defines = further, externals, dict(defines or {})
+        self._dimensions = (further, externals, wans)
+        self._defines = dict(defines or {})
         self.maps = dict(maps or {})
         self._object = self._compile({})
         self.maps |= self._object.maps
@@ -389,7 +415,7 @@ class Programs:
             tables.set_settings(seed=[secrets.randbits(64) for _ in tables.settings["seed"]])
 
     def _compile(self, defines: Mapping[str, str]) -> bpf.Object:
-        sizes = _sizes(self._further, self._externals)
+        sizes = _sizes(*self._dimensions)
         return bpf.compile(source.flatten(), {**sizes, **self._defines, **defines}, self.maps)
 
     @cached_property
@@ -400,7 +426,8 @@ class Programs:
     @cached_property
     def last(self) -> Programs:
         """The same, except that a packet let through by one of its TC programs meets no other on that hook."""
-        return Programs(self._further, self.maps, self._externals, {"TC_GOES_ON": "TC_ACT_OK"})
+        further, externals, wans = self._dimensions
+        return Programs(further, self.maps, externals, wans, {"TC_GOES_ON": "TC_ACT_OK"})
 
     @property
     def layouts(self) -> dict[str, list[Any]]:
@@ -437,6 +464,11 @@ class Attached(Tables):
     @property
     def agent_alive(self) -> bool:
         return self.agent_pid is not None
+
+    @property
+    def wan_names(self) -> list[str]:
+        """Its WANs by number, as they were named."""
+        return wan_names(self.manifest)
 
     @property
     def hz(self) -> int:
@@ -478,7 +510,12 @@ class Attached(Tables):
         """The agent's own, or, when it is dead, one compiled for the occasion."""
         if self.agent_alive:
             return bpf.Program.by_id(self.manifest["reaper"])
-        return Programs(self.further, self.maps, self.externals)["masq_reap"]
+        return Programs(self.further, self.maps, self.externals, self.wans)["masq_reap"]
+
+
+def wan_names(manifest: Mapping[str, Any]) -> list[str]:
+    """The WANs of a datapath by number, as they were named; of a former version's the only one."""
+    return list(manifest.get("wans") or [manifest["wan"]])
 
 
 def _with_layout(map_: bpf.Map, key: Any, value: Any) -> bpf.Map:
@@ -527,15 +564,15 @@ def find_all() -> list[Attached]:
 
 
 def find(wan: str | None = None) -> Attached:
-    """The running datapath, of ``wan`` when there are several.
+    """The running datapath, the one with this WAN when there are several.
 
     Raises:
         NotAttachedError: there is none, or no telling which is meant.
     """
     running = find_all()
-    found = [each for each in running if wan in (None, each.manifest["wan"])]
+    found = [each for each in running if wan is None or wan in each.wan_names]
     if running and not found:
-        others = ", ".join(each.manifest["wan"] for each in running)
+        others = ", ".join(name for each in running for name in each.wan_names)
         raise NotAttachedError(f"xdpmasq is not attached to {wan}", f"here it runs on {others}", f"--wan {others}")
     if not found:
         why = "no program of ours is on an interface here"

@@ -8,6 +8,7 @@ import contextlib
 import fnmatch
 import importlib
 import ipaddress
+import itertools
 import json
 import os
 import shutil
@@ -46,14 +47,14 @@ class Host:
     """The gateway as the checks see it."""
 
     present: tuple[netdev.Link, ...]
-    wan: netdev.Link | None
+    wans: tuple[netdev.Link, ...]
     lans: tuple[netdev.Link, ...]
     mode: Mode
     ours: Collection[int]  # ids of xdpmasq's own programs
 
     @property
     def ports(self) -> tuple[netdev.Link, ...]:
-        return (*([self.wan] if self.wan else []), *self.lans)
+        return (*self.wans, *self.lans)
 
     @cached_property
     def addresses(self) -> list[netdev.Address]:
@@ -79,25 +80,25 @@ class Host:
         return Ruleset.read()
 
 
-def run(wan: str | None, lans: Sequence[str], mode: Mode = "auto", ours: Collection[int] = ()) -> list[Finding]:
+def run(wans: Sequence[str], lans: Sequence[str], mode: Mode = "auto", ours: Collection[int] = ()) -> list[Finding]:
     """All findings for this machine and, where named, its interfaces.
 
     Args:
-        wan: the interface towards the Internet, if one is meant already.
+        wans: names or patterns of the interfaces towards the Internet, if any is meant already.
         lans: names or patterns (``lan*``) of the interfaces towards the hosts.
         mode: what `attach` would be told.
         ours: ids of xdpmasq's programs, which are no strangers on the XDP hook.
     """
-    missing, host = _host(wan, lans, mode, ours)
+    missing, host = _host(wans, lans, mode, ours)
     return [*missing, *(finding for check in CHECKS for finding in check(host))]
 
 
-def _host(wan: str | None, lans: Sequence[str], mode: Mode, ours: Collection[int]) -> tuple[list[Finding], Host]:
+def _host(wans: Sequence[str], lans: Sequence[str], mode: Mode, ours: Collection[int]) -> tuple[list[Finding], Host]:
     present = netdev.links()
-    missing = [name for name in (wan, *lans) if name and not netdev.match_links([name], present)]
+    missing = [name for name in (*wans, *lans) if not netdev.match_links([name], present)]
     found = Host(
         present=tuple(present),
-        wan=next(iter(netdev.match_links([wan], present)), None) if wan else None,
+        wans=tuple(link for name in wans for link in netdev.match_links([name], present)[:1]),
         lans=tuple(netdev.match_links(lans, present)),
         mode=mode,
         ours=ours,
@@ -206,30 +207,31 @@ def check_roles(host: Host) -> Iterator[Finding]:
         if master and master.kind != "vrf":
             message = f"{link.name} is a port of {master.name}, where the addresses and routes are"
             yield Finding("interface", "block", message, f"name {master.name} instead")
-    if host.wan and host.wan in host.lans:
-        message = f"{host.wan.name} is both WAN and LAN: one-armed NAT is not supported"
+    for wan in set(host.wans) & set(host.lans):
+        message = f"{wan.name} is both WAN and LAN: one-armed NAT is not supported"
         yield Finding("interface", "block", message, "name two interfaces")
 
 
 def check_addresses(host: Host) -> Iterator[Finding]:
+    none_outside = not any(map(host.networks, host.wans))
     for link in host.ports:
         if host.networks(link):
             continue
-        level: Level = "block" if link is host.wan else "warn"
-        message = f"{link.name} has no IPv4 address" + (" to translate to" if link is host.wan else "")
+        outside = link in host.wans
+        level: Level = "block" if outside and none_outside else "warn"
+        message = f"{link.name} has no IPv4 address" + (" to translate to" if outside else "")
         yield Finding("address", level, message, f"ip addr add … dev {link.name}, or start its DHCP client")
-    if host.wan and not any(each.check == "address" for each in _overlaps(host)):
+    if host.wans and not any(each.check == "address" for each in _overlaps(host)):
         yield Finding("address", "ok", "LAN and WAN prefixes do not overlap")
     yield from _overlaps(host)
 
 
 def _overlaps(host: Host) -> Iterator[Finding]:
-    outside = host.networks(host.wan) if host.wan else []
-    for lan in host.lans:
-        for inner in host.networks(lan) if lan is not host.wan else []:
-            for outer in outside:
+    for lan, wan in itertools.product(host.lans, host.wans):
+        if lan is not wan:
+            for inner, outer in itertools.product(host.networks(lan), host.networks(wan)):
                 if inner.overlaps(outer):
-                    message = f"{lan.name}'s {inner} overlaps the WAN's {outer}"
+                    message = f"{lan.name}'s {inner} overlaps {wan.name}'s {outer}"
                     yield Finding("address", "block", message, "renumber one of them")
 
 
@@ -316,16 +318,21 @@ def check_rp_filter(host: Host) -> Iterator[Finding]:
         own = int(netdev.sysctl_get(("net", "ipv4", "conf", link.name, "rp_filter")) or 0)
         if max(everywhere, own) == 1:
             strict.append(link.name)
-    wan, out = host.wan, _default_route()
-    if wan and wan.name in strict and out is not None and out != wan.index:
-        message = f"rp_filter is strict on {wan.name}, but the default route leaves elsewhere: replies are dropped"
-        yield Finding("rp_filter", "warn", message, f"sysctl -w net/ipv4/conf/{wan.name}/rp_filter=2")
+    out = _default_route()
+    wrong = [wan for wan in host.wans if wan.name in strict and out is not None and out != wan.index]
+    if wrong and len(host.wans) == 1:
+        name = wrong[0].name
+        message = f"rp_filter is strict on {name}, but the default route leaves elsewhere: replies are dropped"
+        yield Finding("rp_filter", "warn", message, f"sysctl -w net/ipv4/conf/{name}/rp_filter=2")
+    elif wrong:
+        names = ", ".join(wan.name for wan in host.wans if wan.name in strict)
+        yield Finding("rp_filter", "ok", f"rp_filter is strict on {names}; attach makes it loose, detach restores it")
     else:
         where = f"strict on {', '.join(strict)}, where replies must use the way back" if strict else "not strict"
         yield Finding("rp_filter", "ok", f"rp_filter is {where}")
-    if wan and out is None:
+    if host.wans and out is None:
         message = "there is no default route: only directly known prefixes are reached"
-        yield Finding("route", "warn", message, f"ip route add default via … dev {wan.name}")
+        yield Finding("route", "warn", message, f"ip route add default via … dev {host.wans[0].name}")
 
 
 def _default_route() -> int | None:
@@ -407,10 +414,10 @@ def _legacy_iptables() -> list[NatRule]:
 
 
 def check_nat(host: Host) -> Iterator[Finding]:
-    if not host.wan:
+    if not host.wans:
         return
     inside = [prefix for lan in host.lans for prefix in host.networks(lan)]
-    rules = [rule for rule in host.ruleset.nat if rule.concerns(host.wan.name, inside)]
+    rules = [rule for rule in host.ruleset.nat if any(rule.concerns(wan.name, inside) for wan in host.wans)]
     for rule in rules:
         message = f"{rule.where} also translates sources: its packets stay on the kernel's NAT"
         yield Finding("nat", "warn", message, rule.remove)

@@ -10,7 +10,7 @@ Everything here is written and read as text, the same in the configuration and o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, summarize_address_range
 from typing import Self
@@ -21,6 +21,7 @@ ADDRESSES_MOST = 32  # each has 25 MB of tables
 EXEMPT_PORTS = 4  # for one destination
 PROTOCOLS = {"tcp": 6, "udp": 17}
 PORT_LAST = 65535
+_EVERYBODY = IPv4Network("0.0.0.0/0")
 _ADDRESSES = "write 203.0.113.4, or 203.0.113.4-203.0.113.7"
 _PREFIX = "write it as 192.168.1.0/24, or 192.168.1.9"
 
@@ -98,12 +99,21 @@ class Exempt:
 
 
 @dataclass(frozen=True)
+class Place:
+    """One of the external addresses in the tables, and the number of the WAN that it belongs to."""
+
+    address: IPv4Address | None
+    wan: int
+
+
+@dataclass(frozen=True)
 class Externals:
     """As whom the internal hosts appear.
 
     Attributes:
-        addresses: the pool; none: the WAN's first address, whatever it is at the moment.
-        answer_arp: the gateway answers for those that the WAN does not have.
+        addresses: the pool, of each WAN those that belong to it; none: the WAN's first address, whatever it is at the
+            moment.
+        answer_arp: the gateway answers for those that no WAN has.
     """
 
     addresses: tuple[IPv4Address, ...] = ()
@@ -144,28 +154,63 @@ class Externals:
             "answer_arp": self.answer_arp,
         }
 
-    def listed(self, primary: IPv4Address | None) -> list[IPv4Address | None]:
-        """Every address to masquerade as, each once: the pool (or ``primary``), then those of the choices."""
-        own: Sequence[IPv4Address | None] = self.addresses or [primary]
-        return list(dict.fromkeys((*own, *(address for each in self.choices for address in each.addresses))))
+    @property
+    def shared(self) -> list[IPv4Address]:
+        """Every address that is named to masquerade as, each once: the pool, then those of the choices."""
+        return list(dict.fromkeys((*self.addresses, *(one for each in self.choices for one in each.addresses))))
+
+    def room(self, wans: int = 1) -> int:
+        """How many addresses to masquerade as there can be at once."""
+        return len(self.shared) + wans - bool(self.addresses)
+
+    def places(
+        self, primaries: Sequence[IPv4Address | None], owners: Mapping[IPv4Network, int]
+    ) -> tuple[list[Place], dict[tuple[int, IPv4Network], list[int]]]:
+        """The addresses to masquerade as.
+
+        Args:
+            primaries: each WAN's first address.
+            owners: the WAN of each :meth:`named` address.
+
+        Returns:
+            The addresses by index, one of each WAN first; and by WAN and internal prefix the indices of those that
+            its hosts may have.
+        """
+        pools = [self._pool(wan, primary, owners) for wan, primary in enumerate(primaries)]
+        places = [Place(pool[0], wan) for wan, pool in enumerate(pools)]
+        firsts = {place.address for place in places}
+        wan_of = {each: owners[IPv4Network(each)] for each in self.shared if IPv4Network(each) in owners}
+        places += [Place(each, wan) for each, wan in wan_of.items() if each not in firsts]
+        index = {place.address: nth for nth, place in reversed([*enumerate(places)])}
+        chosen = {(wan, _EVERYBODY): [index[one] for one in pool if one] for wan, pool in enumerate(pools)}
+        for each in self.choices:
+            for one in each.addresses:
+                if one in wan_of:
+                    chosen.setdefault((wan_of[one], each.internal), []).append(index[one])
+        places += [Place(None, 0)] * (self.room(len(primaries)) - len(places))
+        return places, {key: some for key, some in chosen.items() if some}
+
+    def _pool(
+        self, wan: int, primary: IPv4Address | None, owners: Mapping[IPv4Network, int]
+    ) -> Sequence[IPv4Address | None]:
+        return [each for each in self.addresses if owners.get(IPv4Network(each)) == wan] or [primary]
 
     def named(self) -> list[IPv4Network]:
         """Every external address that is named, 1:1 ones included."""
-        named = [IPv4Network(each) for each in self.listed(None) if each]
-        return named + [each.external for each in self.one_to_one]
+        return [*map(IPv4Network, self.shared), *(each.external for each in self.one_to_one)]
 
     def contradictions(self) -> Iterator[tuple[str, object, str]]:
         """(key, value, why) of whatever cannot be."""
         if len(set(self.addresses)) < len(self.addresses):
             yield "addresses", [str(each) for each in self.addresses], "an address is named twice"
-        if len(self.listed(None)) > ADDRESSES_MOST:
-            yield "addresses", len(self.listed(None)), f"at most {ADDRESSES_MOST} addresses fit, choices included"
+        if self.room() > ADDRESSES_MOST:
+            yield "addresses", self.room(), f"at most {ADDRESSES_MOST} addresses fit, choices included"
         yield from _overlaps("choices", [(each, each.internal) for each in self.choices])
         yield from _overlaps("one_to_one", [(each, each.internal) for each in self.one_to_one])
         yield from _overlaps("one_to_one", [(each, each.external) for each in self.one_to_one])
         for each in self.one_to_one:
-            for address in self.listed(None):
-                if address and address in each.external:
+            for address in self.shared:
+                if address in each.external:
                     yield "one_to_one", str(each), f"{address} is shared by others (addresses, choices)"
         for exempt in self.exempt:
             if exempt.destination.prefixlen == 0 and not exempt.protocol:

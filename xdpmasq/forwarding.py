@@ -209,13 +209,22 @@ def _slots_of_all(rules: Sequence[Rule], externals: int) -> Slots:
     return np.unique(np.concatenate([NONE, *(slots_of(rule, externals) for rule in rules)]))
 
 
-def _endpoints(rule: Rule, externals: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Slot and ``struct mapping_key`` of the internal endpoint that may use it, where there is just one."""
+def _endpoints(rule: Rule, wans: Sequence[int]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Slot and ``struct mapping_key`` of the internal endpoint that may use it, where there is just one.
+
+    Args:
+        wans: of each external address. Of a WAN's several, an endpoint gets its port at the first.
+    """
     if rule.is_reversible:
         target = rule.targets[0]
-        for slot in slots_of(rule, externals).tolist():
-            port = target.port + slot % PORTS - rule.first
-            yield slot, (datapath.addr(target.address), socket.htons(port), _class(rule), 0)
+        for slot in slots_of(rule, len(wans)).tolist():
+            port, wan = target.port + slot % PORTS - rule.first, wans[slot // EXTERNAL_SLOTS]
+            yield slot, (datapath.addr(target.address), socket.htons(port), _class(rule), wan)
+
+
+def _wans(tables: Tables) -> list[int]:
+    """The WAN of each external address."""
+    return [place.wan for place in tables.places]
 
 
 # --- what is possible ------------------------------------------------------------------------------
@@ -325,7 +334,7 @@ def take(tables: Tables, reaper: bpf.Program, *placed: Placed) -> None:
     others = [each.rule for each in read(tables)]
     leased = set(_slots_of_all([rule for rule in others if rule.lease], tables.externals).tolist())
     for each in placed:
-        for slot, endpoint in _endpoints(each.rule, tables.externals):
+        for slot, endpoint in _endpoints(each.rule, _wans(tables)):
             if slot not in leased:  # of a lease for several remotes, another rule is left
                 withdraw(tables, slot, endpoint)
     slots = _slots_of_all([each.rule for each in placed], tables.externals)
@@ -353,7 +362,7 @@ def _keep(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
     _close(tables, reaper, fresh)
     inscribe(tables, rule, slots[_is_idle(sessions["life"][slots])])
     tables.reap(reaper, slots, REAP_KEEP)
-    for slot, endpoint in _endpoints(rule, tables.externals):
+    for slot, endpoint in _endpoints(rule, _wans(tables)):
         publish(tables, slot, endpoint)
 
 
@@ -457,7 +466,7 @@ class Upkeep:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
-        self._seen = b""
+        self._seen: tuple[bytes, list[int]] = b"", []
         self._kept, self._former = NONE, NONE
         self._has_default = False
         self._endpoints: list[tuple[int, tuple[Any, ...]]] = []
@@ -496,17 +505,18 @@ class Upkeep:
         return np.flatnonzero(self._tables.sessions["life"][: self._tables.further_base]).astype(np.uint32)
 
     def _follow(self) -> None:
-        records = self._tables.rules.copy()
+        records, wans = self._tables.rules.copy(), _wans(self._tables)
         records["opened"] = records["expires"] = 0
         records["target"]["addr"]["word"][records["flags"] & FLAG_TRIGGERED != 0] = 0
-        if records.tobytes() == self._seen:
+        seen = records.tobytes(), wans
+        if seen == self._seen:
             return
-        self._seen = records.tobytes()
+        self._seen = seen
         rules = [each.rule for each in at(self._tables, np.flatnonzero(records["targets"]))]
         self._has_default = any(rule.is_default for rule in rules)
         before, self._kept = self._kept, _slots_of_all(rules, self._tables.externals)
         self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
-        endpoints = [each for rule in rules for each in _endpoints(rule, self._tables.externals)]
+        endpoints = [each for rule in rules for each in _endpoints(rule, wans)]
         present = {slot: endpoint for slot, endpoint in endpoints}
         self._withdrawn += [each for each in self._endpoints if present.get(each[0]) != each[1]]
         self._endpoints = endpoints

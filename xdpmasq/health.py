@@ -4,6 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def wans_of(manifest: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """Each WAN's name and address; a former version's manifest has one."""
+    if not manifest.get("externals"):
+        return [(manifest["wan"], manifest.get("external"))]
+    return [*zip(manifest["wans"], manifest["externals"], strict=True)]
+
+
 def why_not(manifest: Mapping[str, Any]) -> str:
     """What keeps the gateway from masquerading, in words; empty when it works."""
     roles = {each["role"] for each in manifest["interfaces"]}
@@ -12,8 +19,9 @@ def why_not(manifest: Mapping[str, Any]) -> str:
         return f"cannot attach to {refused[0]['name']}: {refused[0]['why']}"
     if manifest.get("trouble"):
         return str(manifest["trouble"])
+    names = " and ".join(name for name, _ in wans_of(manifest))
     if "wan" not in roles:
-        return f"the WAN {manifest['wan']} is not there"
-    if not manifest["external"]:
-        return f"the WAN {manifest['wan']} has no address"
+        return f"the WAN {names} is not there"
+    if not any(address for _, address in wans_of(manifest)):
+        return f"the WAN {names} has no address"
     return "" if "lan" in roles else f"no interface is there that fits {', '.join(manifest['lans'])}"

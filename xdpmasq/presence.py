@@ -1,4 +1,4 @@
-"""Who is at work: one command at a time changes a namespace, one agent runs for a WAN.
+"""Who is at work: one command at a time changes a namespace, one agent runs for each WAN.
 
 Both are files under /run that are locked while their process lives; the kernel lets go of a lock when
 its holder dies, however it dies. They are root's alone, so nobody else can pretend or hold us up.
@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xdpmasq.errors import BusyError, MasqError
@@ -71,12 +71,20 @@ def changing(patience_s: float = 20) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def being_agent(wan: str) -> Iterator[None]:
-    """Held by the agent of ``wan`` for all its life.
+def being_agent(wans: Sequence[str]) -> Iterator[None]:
+    """Held by the agent of these WANs for all its life.
 
     Raises:
-        MasqError: there is one already.
+        MasqError: one of them has one already.
     """
+    with contextlib.ExitStack() as held:
+        for wan in wans:
+            held.enter_context(_being_agent_of(wan))
+        yield
+
+
+@contextlib.contextmanager
+def _being_agent_of(wan: str) -> Iterator[None]:
     path = _path(f"agent-{wan}")
     fd = _try_lock(path)
     for _ in range(5):  # others only ask, by a shared lock of a moment: see agent_pid()

@@ -29,7 +29,7 @@ def further_sessions(config: Config) -> int:
 
 def compile_ahead() -> None:
     """What a gateway with one external address needs on this machine; after an installation."""
-    datapath.compile_ahead(further_sessions(Config("", ())))
+    datapath.compile_ahead(further_sessions(Config((), ())))
 
 
 def further_for(ram_bytes: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from xdpmasq import netdev
@@ -11,7 +11,8 @@ from xdpmasq.errors import HostError
 
 FORWARDING, LIBERAL = "net.ipv4.ip_forward", "net.netfilter.nf_conntrack_tcp_be_liberal"
 ACCEPT_LOCAL = "net.ipv4.conf.lo.accept_local"
-SET = "1"  # what all of them are set to
+RP_FILTER = "net/ipv4/conf/{}/rp_filter"
+STRICT, LOOSE = 1, "2"  # its values
 
 
 class Sysctls:
@@ -25,11 +26,15 @@ class Sysctls:
     def __init__(self, manifest: dict[str, Any], save: Callable[[], None]) -> None:
         self._manifest, self._save = manifest, save
         self._done: set[str] = set()
+        self._loose: set[int] = set()
 
-    def apply(self, *, accelerated: bool, hairpins_own: bool) -> None:
+    def apply(self, *, accelerated: bool, hairpins_own: bool, loose: Mapping[int, str]) -> None:
         """Turns the host into a router; what it was before goes to the manifest first.
 
         Each is set once, as soon as it is there (conntrack may be loaded later): what is made of it then stays.
+
+        Args:
+            loose: interfaces, by index, where packets come from remotes to which the way leads elsewhere.
         """
         wanted = {FORWARDING}
         if accelerated:
@@ -43,13 +48,26 @@ class Sysctls:
             if before is None:
                 continue
             self._done.add(name)
-            if before == SET:
-                continue
-            self._manifest["sysctls"].setdefault(name, before)
-            if name == FORWARDING:
-                self._manifest["side_effects"] = _side_effects()
-            self._save()
-            netdev.sysctl_set(name, SET)
+            self._set(name, before)
+        for index in loose.keys() - self._loose:
+            self._loose.add(index)
+            name = RP_FILTER.format(loose[index])
+            before = netdev.sysctl_get(name)
+            if before and max(int(before), int(netdev.sysctl_get(RP_FILTER.format("all")) or 0)) == STRICT:
+                self._set(name, before)
+
+    def _set(self, name: str, before: str) -> None:
+        if before == _wanted(name):
+            return
+        self._manifest["sysctls"].setdefault(name, before)
+        if name == FORWARDING:
+            self._manifest["side_effects"] = _side_effects()
+        self._save()
+        netdev.sysctl_set(name, _wanted(name))
+
+
+def _wanted(name: str) -> str:
+    return LOOSE if name.endswith("rp_filter") else "1"
 
 
 def _side_effects() -> dict[str, str]:
@@ -63,7 +81,7 @@ def _side_effects() -> dict[str, str]:
 
 def restore(manifest: dict[str, Any]) -> dict[str, str]:
     """Puts back what is still as we set it; what somebody has changed since is theirs."""
-    ours = {name: value for name, value in manifest["sysctls"].items() if netdev.sysctl_get(name) == SET}
+    ours = {name: value for name, value in manifest["sysctls"].items() if netdev.sysctl_get(name) == _wanted(name)}
     for name, value in {**ours, **(manifest.get("side_effects", {}) if FORWARDING in ours else {})}.items():
         with contextlib.suppress(HostError):  # gone with its interface
             netdev.sysctl_set(name, value)

@@ -25,6 +25,7 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
 from xdpmasq import bpf, datapath, forwarding, netdev, source
+from xdpmasq.externals import Place
 from xdpmasq.forwards import Rule, Target
 
 GATEWAY = "203.0.113.1"
@@ -45,7 +46,7 @@ EVERY_IDENTIFIER = ((0, 65536), (0, 0))
 LIFE_FURTHER = 1 << 8
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
 
-ENDINGS = ("fast", "slow", "punt", "up", "own", "drop")
+ENDINGS = ("fast", "slow", "exit", "punt", "up", "own", "drop")
 TC_VERDICTS = {2: "drop", 7: "redirect", 0xFFFFFFFF: "pass"}
 # Where a packet may go on uncounted: nothing was done to it, or a hairpin is turned round, which ends elsewhere.
 AHEAD = {
@@ -59,7 +60,7 @@ XDP_VERDICTS = {2: "pass", 4: "redirect"}
 PROTOCOLS = {1: ICMP, 6: TCP, 17: UDP}
 CHECK_AT = {1: 2, 6: 16, 17: 6}  # the checksum within the transport header
 ICMP_ERRORS = (3, 11, 12)
-HAIRPIN_MARK = 0x4D510000
+HAIRPIN_MARK = 0x4D500000
 LOOPBACK = 1
 PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT, PUNT_REFUSED, PUNT_TTL = range(4)
 COUNTED, FROM_OUTSIDE = 2, 4  # SESSION_*
@@ -190,10 +191,15 @@ PREFIXES = {
 
 
 class Bench:
-    """The programs, compiled once, and their tables. To be made, and used, inside the bench's namespace."""
+    """The programs, compiled once, and their tables. To be made, and used, inside the bench's namespace.
 
-    def __init__(self) -> None:
-        self.programs = datapath.Programs(FURTHER, defines={"REDIRECTED": "256"})
+    Args:
+        addresses: of each WAN, the external one.
+    """
+
+    def __init__(self, addresses: Sequence[str] = (GATEWAY,)) -> None:
+        self._places = [Place(IPv4Address(each), number) for number, each in enumerate(addresses)]
+        self.programs = datapath.Programs(FURTHER, None, len(addresses), len(addresses), {"REDIRECTED": "256"})
         self.tables = datapath.Tables(self.programs.maps)
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.
@@ -241,7 +247,6 @@ class Bench:
         for reason in range(4):
             tables.maps["budgets"].set(reason, (0, 0))
         tables.set_settings(
-            external=[datapath.addr(IPv4Address(GATEWAY))],
             pool=np.zeros_like(tables.settings["pool"]),
             tcp_established=7440 * TICKS,
             tcp_transitory=240 * TICKS,
@@ -263,10 +268,12 @@ class Bench:
             host_rate=1 << 20,
             host_burst=1 << 20,
             wan=self.wan.index,
+            exit=[self.wan.index] * len(self._places),
             punt=0,
             heartbeat=0,
         )
-        tables.set_prefixes(PREFIXES)
+        tables.set_externals(self._places, {})
+        tables.set_prefixes(PREFIXES | {IPv4Network(str(each.address)): datapath.PREFIX_OWN for each in self._places})
         tables.set_interface(self.lan, "lan", xdp_from=True, xdp_to=True)
         tables.set_interface(self.wan, "wan", xdp_from=True, xdp_to=True)
 
@@ -328,12 +335,13 @@ class Gateway:
             taken = np.ones(datapath.PORTS, np.uint8)
             for first, count in two:
                 taken[first : first + count] = 0
-            word = class_ * datapath.PORTS // 64
             bits = np.packbits(taken, bitorder="little").view(np.uint64)
-            self.tables.claims[word : word + len(bits)] = bits
+            for external in range(self.tables.externals):
+                word = (external * datapath.EXTERNAL_SLOTS + class_ * datapath.PORTS) // 64
+                self.tables.claims[word : word + len(bits)] = bits
             first, count = zip(*(*two, (0, 0)), strict=True)
             pools[class_] = (first[:2], count[:2])
-        self.tables.claims[datapath.FURTHER_BASE // 64 :] = 0
+        self.tables.claims[self.tables.further_base // 64 :] = 0
         self.tables.set_settings(pool=pools)
 
     def accelerate(self) -> None:
@@ -500,10 +508,10 @@ class Gateway:
                 ended, (PUNT_REFUSED,)
             )
         else:
-            sent_on = kind in ("fast", "punt") or ended.startswith("slow_hairpin")
+            sent_on = kind in ("fast", "punt", "exit") or ended.startswith("slow_hairpin")
             expected = "redirect" if sent_on else "drop" if kind == "drop" else "pass"
             assert verdict == expected, f"{ended}, but {verdict}"
-        if verdict == "pass" and kind in ("own", "up"):
+        if kind == "exit" or (verdict == "pass" and kind in ("own", "up")):
             assert after == before, f"{ended}, but modified"
         elif ended == "punt_return":
             assert after[6:] == before[6:]
@@ -514,6 +522,7 @@ class Gateway:
         leaves = ended == "fast_outbound" or (
             function == "masq_wan_out" and (verdict == "redirect" or kind in ("own", "slow"))
         )
+        leaves &= kind != "exit"
         if (leaves and punted is None) or ended.startswith("slow_hairpin"):
             _assert_nothing_internal(untagged(after) if kind == "fast" else after)
         return Result(verdict, after, ended, counted, punted=punted)
@@ -574,7 +583,7 @@ class Gateway:
         live = [slot for slot in self.slots() if rows[slot]["life"] & datapath.LIFE_STATE == datapath.LIFE_LIVE]
         running = [slot for slot in live if rows[slot]["life"] & datapath.LIFE_SESSION]
         static = {slot for slot in live if rows[slot]["life"] & datapath.LIFE_STATIC}
-        further = [slot for slot in live if slot >= datapath.FURTHER_BASE]
+        further = [slot for slot in live if slot >= self.tables.further_base]
 
         def key(name: str, *fields: Any) -> bytes:
             return np.array(fields, maps[name].key).tobytes()
@@ -582,8 +591,12 @@ class Gateway:
         def class_of(slot: int) -> int:
             return int(rows[slot]["mapping"]) // datapath.PORTS % len(datapath.CLASSES)
 
+        def wan_of(slot: int) -> int:
+            return self.tables.places[int(rows[slot]["mapping"]) // datapath.EXTERNAL_SLOTS].wan
+
         def mapping_key(slot: int) -> bytes:
-            return key("mappings", rows[slot]["in"]["new_addr"], rows[slot]["in"]["new_port"], class_of(slot), 0)
+            in_ = rows[slot]["in"]
+            return key("mappings", in_["new_addr"], in_["new_port"], class_of(slot), wan_of(slot))
 
         mapped = {at: int(slot) for at, slot in self.entries("mappings").items()}
         assert len(set(mapped.values())) == len(mapped), "two endpoints have one port"

@@ -31,7 +31,7 @@ def test_nothing_to_mind(gateway: Gateway, source: str, destination: str) -> Non
 @pytest.mark.parametrize(("known", "ended"), [(False, "drop_unguarded"), (True, "")], ids=["unknown", "a VPN"])
 def test_the_wan_is_gone(gateway: Gateway, wan: int, known: bool, ended: str) -> None:
     """The interface to which the route leads now is the WAN, made anew, or another that the agent knew."""
-    gateway.tables.set_settings(wan=wan)
+    gateway.tables.set_settings(exit=[wan])
     if known:
         gateway.tables.set_interface(gateway.bench.wan, "other", xdp_from=False, xdp_to=False)
     else:

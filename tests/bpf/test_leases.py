@@ -38,7 +38,7 @@ def book(gateway: Gateway) -> Book:
 
 
 def book_of(gateway: Gateway, ports: Ports | None = None, **pcp: int) -> Book:
-    config = Config("wan0", ("lan0",), ports=ports or Ports(), pcp=Pcp(**pcp))  # type: ignore[arg-type]
+    config = Config(("wan0",), ("lan0",), ports=ports or Ports(), pcp=Pcp(**pcp))  # type: ignore[arg-type]
     return Book(gateway.tables, gateway.bench.programs["masq_reap"], config, TICKS)
 
 

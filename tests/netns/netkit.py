@@ -90,13 +90,15 @@ class Gateway:
     def attach(self, *options: str, lans: Sequence[str] | None = None, check: bool = True) -> str:
         """``xdpmasq attach``; returns what it said, on stderr where it failed."""
         wanted = [word for lan in lans or self.lab.topology.lan_interfaces for word in ("--lan", lan)]
+        wanted += [word for wan in self.lab.topology.wan_interfaces for word in ("--wan", wan)]
         mode = () if "--mode" in options else ("--mode", self.mode)
-        done = self.masq("attach", "--wan", "wan0", *wanted, *mode, *options, check=check)
+        done = self.masq("attach", *wanted, *mode, *options, check=check)
         return done.stdout or done.stderr
 
     def attach_with(self, **settings: Any) -> None:
         """Attach with settings that no option and no file can name, as ``rearm_s``."""
-        config = Config("wan0", self.lab.topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
+        topology = self.lab.topology
+        config = Config(topology.wan_interfaces, topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
         start = "control.start_background(config.from_fields(json.load(sys.stdin)))"
         program = f"import json, sys; from xdpmasq import config, control; {start}"
         fields = json.dumps(as_fields(config))
@@ -315,7 +317,7 @@ def step(*args, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **named)
 {step} = step
-agent.run(Config("wan0", ("lan0",), mode="{mode}"))
+agent.run(Config(("wan0",), ("lan0",), mode="{mode}"))
 """
 
 
@@ -540,15 +542,17 @@ _SUSPECT = "net 10.0.0.0/8 or net 172.16.0.0/12 or net 192.168.0.0/16 or icmp"
 
 
 class Wire:
-    """A watch over the public wire; :meth:`check` raises when a private address was on it."""
+    """A watch over the public wires; :meth:`check` raises when a private address was on one."""
 
     def __init__(self, lab: Lab) -> None:
-        self._capture: Capture = lab.capture(*lab.topology.wan_wire, _SUSPECT)
-        self._ethernet = lab.topology.wan == "veth"
+        self._captures: list[tuple[Capture, bool]] = [
+            (lab.capture(role, interface, _SUSPECT), interface != "ppp0")
+            for role, interface in lab.topology.wan_wires
+        ]
 
     def check(self) -> None:
-        frames = self._capture.stop()
-        leaking = [frame.hex(" ") for frame in frames if leaks(frame, self._ethernet)]
+        frames = [(frame, ethernet) for capture, ethernet in self._captures for frame in capture.stop()]
+        leaking = [frame.hex(" ") for frame, ethernet in frames if leaks(frame, ethernet)]
         assert not leaking, f"{len(leaking)} frames with private addresses: {leaking[0]}"
 
 

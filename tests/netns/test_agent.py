@@ -239,7 +239,7 @@ from xdpmasq.config import Config
 def fail(*args, **named):
     raise {error}
 netdev.{step} = fail
-agent.run(Config("wan0", ("lan0",), mode="xdp"))
+agent.run(Config(("wan0",), ("lan0",), mode="xdp"))
 """
 
 
@@ -322,7 +322,7 @@ def follow(*args):
         raise OSError(22, "unthought of")
     return real(*args)
 agent.Agent._follow_addresses = follow
-agent.run(Config("wan0", ("lan0",), mode="tc"))
+agent.run(Config(("wan0",), ("lan0",), mode="tc"))
 """
 
 

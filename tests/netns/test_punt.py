@@ -136,7 +136,7 @@ _NO_DEVICE = """
 from xdpmasq import agent, netdev
 from xdpmasq.config import Config
 netdev.TUN = "/dev/net/none"
-agent.run(Config("wan0", ("lan0",), mode="tc"))
+agent.run(Config(("wan0",), ("lan0",), mode="tc"))
 """
 
 

@@ -92,11 +92,15 @@ def manifest() -> dict[str, Any]:
     }
 
 
+TWO_WANS = {"wans": ["eth0", "eth9"]}
+
+
 @dataclass
 class Running:
     """Stands for datapath.Attached."""
 
     manifest: dict[str, Any] = field(default_factory=manifest)
+    wan_names: tuple[str, ...] = ("eth0",)
     sessions: Any = field(default_factory=table)
     settings: Any = field(default_factory=settings)
     hz: int = HZ
@@ -311,7 +315,7 @@ def test_lab_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_attach(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
     assert run("attach", "--wan", "eth0", "--lan", "eth1", "--lan", "ppp*", "--mode", "tc") == 0
-    assert asked == [Config(wan="eth0", lans=("eth1", "ppp*"), mode="tc")]
+    assert asked == [Config(wans=("eth0",), lans=("eth1", "ppp*"), mode="tc")]
     assert capsys.readouterr().out == (
         "masquerading eth1, ppp* out of eth0 as 203.0.113.1\n"
         "  eth0  wan  xdp  driver ixgbe has native XDP\n"
@@ -321,13 +325,13 @@ def test_attach(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
 
 def test_attach_json(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
     assert run("attach", "--config", EXAMPLE, "--json") == 0
-    assert asked == [Config(wan="eth0", lans=("eth1",))]
+    assert asked == [Config(wans=("eth0",), lans=("eth1",))]
     assert json.loads(capsys.readouterr().out)["external"] == "203.0.113.1"
 
 
 def test_run_with_a_file_and_an_option(asked: list[Any]) -> None:
     assert run("run", "--config", EXAMPLE, "--lan", "br0") == 0
-    assert asked == [Config(wan="eth0", lans=("br0",))]
+    assert asked == [Config(wans=("eth0",), lans=("br0",))]
 
 
 def test_nothing_is_started_with_a_bad_file(
@@ -391,6 +395,12 @@ def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
     ("changed", "said"),
     [
         pytest.param({"external": None}, "not working: the WAN eth0 has no address", id="no address"),
+        pytest.param({**TWO_WANS, "externals": [None, "192.0.2.1"]}, "no address yet on eth0", id="one of two"),
+        pytest.param(
+            {**TWO_WANS, "externals": [None, None]},
+            "not working: the WAN eth0 and eth9 has no address",
+            id="none of two",
+        ),
         pytest.param({"interfaces": []}, "not working: the WAN eth0 is not there", id="no WAN"),
         pytest.param(
             {"interfaces": manifest()["interfaces"][:1]},
@@ -435,10 +445,23 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     assert run("status", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
-        *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "lans", "mode"),
-        *("interfaces", "punt", "pcp", "metrics", "sessions", "ports", "packets", "drops", "counters"),
+        *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "wans"),
+        *(
+            "lans",
+            "mode",
+            "interfaces",
+            "punt",
+            "pcp",
+            "metrics",
+            "sessions",
+            "ports",
+            "packets",
+            "drops",
+            "counters",
+        ),
     ]
     assert found["working"] is True
+    assert found["wans"] == [{"name": "eth0", "external": "203.0.113.1"}]
     assert found["agent"] == {"alive": True, "pid": 4711}
     assert found["punt"] == {"name": "masq-punt0", "why_not": ""}
     assert found["metrics"] == "127.0.0.1:9477"
@@ -582,8 +605,8 @@ def doctor(replace_module: Replace) -> SimpleNamespace:
     """A doctor that notes what it was called with; ``findings`` can be set."""
     module = replace_module("doctor", findings=[Finding("jit", "ok", "on")], calls=[])
 
-    def examine(wan: str | None, lans: Any, mode: str, ours: Any) -> list[Finding]:
-        module.calls.append((wan, tuple(lans), mode, set(ours)))
+    def examine(wans: Any, lans: Any, mode: str, ours: Any) -> list[Finding]:
+        module.calls.append((tuple(wans), tuple(lans), mode, set(ours)))
         return list(module.findings)
 
     module.run = examine
@@ -612,9 +635,11 @@ def doctor(replace_module: Replace) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("args", "call"),
     [
-        pytest.param(["--wan", "eth0", "--lan", "a", "--lan", "b"], ("eth0", ("a", "b"), "auto", {1}), id="options"),
-        pytest.param(["--config", EXAMPLE, "--mode", "xdp"], ("eth0", ("eth1",), "xdp", {1}), id="file"),
-        pytest.param([], ("eth0", ("eth1", "ppp*"), "auto", {1}), id="what runs"),
+        pytest.param(
+            ["--wan", "eth0", "--lan", "a", "--lan", "b"], (("eth0",), ("a", "b"), "auto", {1}), id="options"
+        ),
+        pytest.param(["--config", EXAMPLE, "--mode", "xdp"], (("eth0",), ("eth1",), "xdp", {1}), id="file"),
+        pytest.param([], (("eth0",), ("eth1", "ppp*"), "auto", {1}), id="what runs"),
     ],
 )
 def test_doctor_looks_at(doctor: SimpleNamespace, args: list[str], call: tuple[Any, ...]) -> None:
@@ -628,7 +653,7 @@ def test_doctor_without_anything_running(doctor: SimpleNamespace, monkeypatch: p
 
     monkeypatch.setattr(sys.modules["xdpmasq.datapath"], "find", find)
     assert run("doctor") == 0
-    assert doctor.calls == [(None, (), "auto", {1})]
+    assert doctor.calls == [((), (), "auto", {1})]
 
 
 def test_doctor_says_what_to_do(capsys: pytest.CaptureFixture[str], doctor: SimpleNamespace) -> None:

@@ -32,7 +32,7 @@ from xdpmasq.redirects import parse as redirect
 from xdpmasq.triggers import parse as trigger
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "config.example.toml"
-HOME = Config(wan="eth0", lans=("eth1",))
+HOME = Config(wans=("eth0",), lans=("eth1",))
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_everything_is_read(written: Any) -> None:
 
 
 EVERYTHING = Config(
-    wan="wan0",
+    wans=("wan0",),
     lans=("lan*", "ppp?"),
     mode="tc",
     internal=(IPv4Network("10.20.0.0/16"), IPv4Network("10.30.1.0/24")),
@@ -188,12 +188,13 @@ def test_a_configuration_travels_as_json(config: Config) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        pytest.param("", Config(wan="", lans=()), id="empty"),
-        pytest.param("[timeouts]\nudp_s = 60", Config("", (), timeouts=Timeouts(udp_s=60)), id="lowest"),
-        pytest.param("timeouts.udp_s = 90", Config("", (), timeouts=Timeouts(udp_s=90)), id="dotted"),
-        pytest.param('[interfaces]\nwan = "ppp*"', Config("ppp*", ()), id="wildcard WAN"),
-        pytest.param('[sessions]\nfurther = "auto"', Config("", ()), id="automatic"),
-        pytest.param('[tcp]\nmss = "auto"', Config("", (), mss="auto"), id="mss by the MTU"),
+        pytest.param("", Config(wans=(), lans=()), id="empty"),
+        pytest.param("[timeouts]\nudp_s = 60", Config((), (), timeouts=Timeouts(udp_s=60)), id="lowest"),
+        pytest.param("timeouts.udp_s = 90", Config((), (), timeouts=Timeouts(udp_s=90)), id="dotted"),
+        pytest.param('[interfaces]\nwan = ["a", "b"]', Config(("a", "b"), ()), id="two WANs"),
+        pytest.param('[interfaces]\nwan = "ppp*"', Config(("ppp*",), ()), id="wildcard WAN"),
+        pytest.param('[sessions]\nfurther = "auto"', Config((), ()), id="automatic"),
+        pytest.param('[tcp]\nmss = "auto"', Config((), (), mss="auto"), id="mss by the MTU"),
     ],
 )
 def test_parts_may_be_missing(written: Any, text: str, wanted: Config) -> None:
@@ -241,6 +242,17 @@ BAD = [
     pytest.param('[interfaces]\nlan = ["eth1", ""]', 2, ['lan = ""', "15 bytes"], id="empty name"),
     pytest.param(
         '[interfaces]\nwan = "eth0"\nlan = [\n "eth1",\n "eth0",\n]', 5, ['lan = "eth0"', "one-armed"], id="one-armed"
+    ),
+    pytest.param('[interfaces]\nwan = ["eth0", "eth0"]', 2, ["each has a number"], id="a WAN twice"),
+    pytest.param('[interfaces]\nwan = ["eth1", "eth*"]', 2, ['wan = "eth*"', "fits the WAN eth1"], id="WANs overlap"),
+    pytest.param(
+        '[interfaces]\nwan = ["eth0", "eth1"]\nlan = ["eth1"]',
+        3,
+        ["fits the WAN eth1", "one-armed"],
+        id="second WAN is LAN",
+    ),
+    pytest.param(
+        f"[interfaces]\nwan = {[f'eth{n}' for n in range(5)]}", 2, ["there is room for 4"], id="too many WANs"
     ),
     pytest.param('[interfaces]\nwan = "eth0"\nlan = ["eth*"]', 3, ["eth*", "one-armed"], id="by wildcard"),
     pytest.param('[interfaces]\nwan = "ppp*"\nlan = ["ppp1"]', 3, ["ppp1", "one-armed"], id="by the WAN's wildcard"),
@@ -340,40 +352,41 @@ def test_unreadable(written: Any, tmp_path: Path, content: bytes | None, why: st
     assert why in caught.value.why
 
 
-BASE = Config(wan="ppp0", lans=("br0", "br1"), mode="tc", ports=Ports(2000, 3000))
+BASE = Config(wans=("ppp0",), lans=("br0", "br1"), mode="tc", ports=Ports(2000, 3000))
 
 
 @pytest.mark.parametrize(
-    ("wan", "lans", "mode", "base", "wanted"),
+    ("wans", "lans", "mode", "base", "wanted"),
     [
-        pytest.param("eth0", ["eth1"], None, None, HOME, id="options only"),
-        pytest.param(None, [], None, BASE, BASE, id="file only"),
-        pytest.param("eth0", [], None, BASE, replace(BASE, wan="eth0"), id="other WAN"),
-        pytest.param(None, ["lan*"], None, BASE, replace(BASE, lans=("lan*",)), id="other LANs"),
-        pytest.param(None, [], "xdp", BASE, replace(BASE, mode="xdp"), id="other mode"),
+        pytest.param(["eth0"], ["eth1"], None, None, HOME, id="options only"),
+        pytest.param([], [], None, BASE, BASE, id="file only"),
+        pytest.param(["eth0"], [], None, BASE, replace(BASE, wans=("eth0",)), id="other WAN"),
+        pytest.param(["a", "b"], [], None, BASE, replace(BASE, wans=("a", "b")), id="two WANs"),
+        pytest.param([], ["lan*"], None, BASE, replace(BASE, lans=("lan*",)), id="other LANs"),
+        pytest.param([], [], "xdp", BASE, replace(BASE, mode="xdp"), id="other mode"),
     ],
 )
 def test_options_win_over_the_file(
-    wan: str | None, lans: list[str], mode: str | None, base: Config | None, wanted: Config
+    wans: list[str], lans: list[str], mode: str | None, base: Config | None, wanted: Config
 ) -> None:
-    assert from_options(wan, lans, mode, base) == wanted
+    assert from_options(wans, lans, mode, base) == wanted
 
 
 @pytest.mark.parametrize(
-    ("wan", "lans", "mode", "kind", "words"),
+    ("wans", "lans", "mode", "kind", "words"),
     [
-        pytest.param(None, ["eth1"], None, UsageError, "--wan", id="no WAN"),
-        pytest.param("eth0", [], None, UsageError, "--lan", id="no LAN"),
-        pytest.param("eth0", ["eth1"], "fast", UsageError, "auto, xdp, tc", id="no mode"),
-        pytest.param("eth0", ["eth1", "eth0"], None, ConfigError, "one-armed", id="one-armed"),
-        pytest.param("eth0", ["*"], None, ConfigError, "one-armed", id="any interface"),
+        pytest.param([], ["eth1"], None, UsageError, "--wan", id="no WAN"),
+        pytest.param(["eth0"], [], None, UsageError, "--lan", id="no LAN"),
+        pytest.param(["eth0"], ["eth1"], "fast", UsageError, "auto, xdp, tc", id="no mode"),
+        pytest.param(["eth0"], ["eth1", "eth0"], None, ConfigError, "one-armed", id="one-armed"),
+        pytest.param(["eth0"], ["*"], None, ConfigError, "one-armed", id="any interface"),
     ],
 )
 def test_options_refused(
-    wan: str | None, lans: list[str], mode: str | None, kind: type[ConfigError], words: str
+    wans: list[str], lans: list[str], mode: str | None, kind: type[ConfigError], words: str
 ) -> None:
     with pytest.raises(kind, match=re.escape(words)) as caught:
-        from_options(wan, lans, mode, None)
+        from_options(wans, lans, mode, None)
     assert caught.value.exit_code == 2
 
 

@@ -115,7 +115,7 @@ def make_host(
     mode: doctor.Mode = "auto",
     others: tuple[Link, ...] = (),
 ) -> doctor.Host:
-    host = doctor.Host(present=(wan, lan, *others), wan=wan, lans=(lan,), mode=mode, ours={42})
+    host = doctor.Host(present=(wan, lan, *others), wans=(wan,), lans=(lan,), mode=mode, ours={42})
     own = [Address(index, ipaddress.ip_interface(ip), False, None) for index, ip in addresses]
     object.__setattr__(host, "addresses", own)
     return host

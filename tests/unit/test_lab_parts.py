@@ -12,7 +12,10 @@ from xdpmasq.lab.snapshot import differences
 from xdpmasq.lab.topology import Topology
 
 PCAP_HEADER = struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1)
-VARIANTS = [Topology(), Topology(lans=2), Topology(wan="tun"), Topology(lans=2, wan="tun", far_mtu=1400)]
+VARIANTS = [
+    *(Topology(), Topology(lans=2), Topology(wan="tun"), Topology(lans=2, wan="tun", far_mtu=1400)),
+    *(Topology(wans=2), Topology(wan="tun", wans=2)),
+]
 
 
 def frame(content: bytes) -> bytes:

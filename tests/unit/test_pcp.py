@@ -93,7 +93,7 @@ class Shelf:
 
 def served(shelf: Shelf | None = None, **settings: Any) -> tuple[Server, Shelf]:
     shelf = shelf or Shelf()
-    server = Server(Config("wan0", ("lan0",), **settings), shelf, lambda: EPOCH)
+    server = Server(Config(("wan0",), ("lan0",), **settings), shelf, lambda: EPOCH)
     server.external_known = True
     return server, shelf
 

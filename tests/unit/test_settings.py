@@ -13,7 +13,7 @@ from xdpmasq.config import Config, Limits, Ports
 from xdpmasq.datapath import FURTHER_BASE, PORTS
 from xdpmasq.errors import HostError
 
-HOME = Config("wan0", ("lan0",))
+HOME = Config(("wan0",), ("lan0",))
 GIB = 2**30
 
 

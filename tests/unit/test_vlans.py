@@ -79,7 +79,7 @@ def test_a_device_that_takes_tags_off_is_left_to_tc(
 def test_doctor(monkeypatch: pytest.MonkeyPatch, mode: doctor.Mode, levels: list[str]) -> None:
     monkeypatch.setattr(netdev, "offloads", lambda name: frozenset({"rx-vlan-hw-parse"}))
     monkeypatch.setattr(drivers, "kernel_release", lambda: (6, 1))
-    host = doctor.Host(present=LINKS, wan=LINKS[1], lans=(LINKS[3],), mode=mode, ours=())
+    host = doctor.Host(present=LINKS, wans=(LINKS[1],), lans=(LINKS[3],), mode=mode, ours=())
     assert [each.level for each in doctor.check_vlans(host)] == levels
 
 

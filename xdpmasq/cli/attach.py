@@ -5,7 +5,7 @@ from xdpmasq.cli import common
 
 def attach(
     *,
-    wan: str = common.WAN,
+    wan: list[str] = common.WAN,
     lan: list[str] = common.LAN,
     mode: str = common.MODE,
     config: str = common.CONFIG,
@@ -20,6 +20,7 @@ def attach(
     Examples:
       xdpmasq attach --wan eth0 --lan eth1
       xdpmasq attach --wan eth0 --lan eth1 --lan 'ppp*' --mode xdp
+      xdpmasq attach --wan eth0 --wan eth1 --lan eth2
       xdpmasq attach --config /etc/xdpmasq.toml
     """
     common.require_root("attach")

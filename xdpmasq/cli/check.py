@@ -19,7 +19,7 @@ def check(file: str = FILE) -> None:
     Example:
       xdpmasq check /etc/xdpmasq.toml
     """
-    config = from_options(None, [], None, load(Path(file)))
+    config = from_options([], [], None, load(Path(file)))
     print(f"{file}: OK")
     for sentence in advice(config):
         print(f"  note: {sentence}")

@@ -17,8 +17,12 @@ import typer
 from xdpmasq.config import MODES, Config, from_options
 from xdpmasq.configfile import load
 from xdpmasq.errors import HostError
+from xdpmasq.health import wans_of
 
-WAN = typer.Option("", "--wan", metavar="NAME", help="Interface towards the Internet.", show_default=False)
+WAN = typer.Option(
+    [], "--wan", metavar="NAME", show_default=False,
+    help="Interface towards the Internet; repeatable, the kernel's routing chooses among several.",
+)  # fmt: skip
 LAN = typer.Option(
     [], "--lan", metavar="NAME", show_default=False,
     help="Interface towards an internal network; repeatable, wildcards in quotes.",
@@ -38,9 +42,9 @@ def require_root(verb: str) -> None:
                         "run it with sudo")  # fmt: skip
 
 
-def configuration(wan: str, lans: Sequence[str], mode: str, file: str) -> Config:
+def configuration(wans: Sequence[str], lans: Sequence[str], mode: str, file: str) -> Config:
     """What the options and the file they name want together."""
-    return from_options(wan or None, lans, mode or None, load(Path(file)) if file else None)
+    return from_options(wans, lans, mode or None, load(Path(file)) if file else None)
 
 
 def print_json(value: object) -> None:
@@ -81,10 +85,14 @@ def interface_lines(interfaces: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{each['name']:{width}}  {each['role']:3}  {each['hook']:3}  {each['why']}" for each in interfaces]
 
 
+def as_whom(wan: tuple[str, str | None]) -> str:
+    name, address = wan
+    return f"{name} as {address}" if address else f"{name} once it has an address"
+
+
 def summary_lines(status: Mapping[str, Any]) -> list[str]:
     """What attach did, in a few lines."""
-    as_whom = f"as {status['external']}" if status.get("external") else "once the WAN has an address"
-    first = f"masquerading {', '.join(status['lans'])} out of {status['wan']} {as_whom}"
+    first = f"masquerading {', '.join(status['lans'])} out of {', '.join(map(as_whom, wans_of(status)))}"
     interfaces = status.get("interfaces", ())
     lines = [first, *(f"  {line}" for line in interface_lines(interfaces))]
     if not any(each["role"] == "lan" for each in interfaces):

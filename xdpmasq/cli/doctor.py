@@ -20,7 +20,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "block": "red"}
 
 def doctor(
     *,
-    wan: str = common.WAN,
+    wan: list[str] = common.WAN,
     lan: list[str] = common.LAN,
     mode: str = common.MODE,
     config: str = common.CONFIG,
@@ -36,10 +36,10 @@ def doctor(
       xdpmasq doctor
       xdpmasq doctor --wan eth0 --lan eth1
     """
-    wan, lans, chosen = _wanted(wan, lan, mode, config)
+    wans, lans, chosen = _wanted(wan, lan, mode, config)
     from xdpmasq import doctor as checks  # noqa: PLC0415  heavy
 
-    findings = checks.run(wan or None, lans, chosen, _own_programs())
+    findings = checks.run(wans, lans, chosen, _own_programs())
     if json:
         common.print_json([asdict(each) for each in findings])
     else:
@@ -48,27 +48,29 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _wanted(wan: str, lans: Sequence[str], mode: str, file: str) -> tuple[str, Sequence[str], Mode]:
+def _wanted(
+    wans: Sequence[str], lans: Sequence[str], mode: str, file: str
+) -> tuple[Sequence[str], Sequence[str], Mode]:
     """Options, else the file, else what runs."""
     if mode and mode not in MODES:
         raise UsageError(f"there is no mode {mode}", "", f"give one of {', '.join(MODES)}")
     if file:
         config = load(Path(file))
-        return wan or config.wan, lans or config.lans, cast(Mode, mode) or config.mode
-    if wan or lans:
-        return wan, lans, cast(Mode, mode) or "auto"
-    wan, lans, running = _running()
-    return wan, lans, cast(Mode, mode) or running
+        return wans or config.wans, lans or config.lans, cast(Mode, mode) or config.mode
+    if wans or lans:
+        return wans, lans, cast(Mode, mode) or "auto"
+    wans, lans, running = _running()
+    return wans, lans, cast(Mode, mode) or running
 
 
-def _running() -> tuple[str, Sequence[str], Mode]:
+def _running() -> tuple[Sequence[str], Sequence[str], Mode]:
     from xdpmasq import datapath  # noqa: PLC0415  heavy
 
     try:
-        manifest = datapath.find().manifest
+        attached = datapath.find()
     except (MasqError, OSError):  # nothing runs, or it is not ours to see: then without interfaces
-        return "", (), "auto"
-    return manifest["wan"], manifest["lans"], manifest["mode"]
+        return (), (), "auto"
+    return attached.wan_names, attached.manifest["lans"], attached.manifest["mode"]
 
 
 def _own_programs() -> set[int]:

@@ -64,17 +64,32 @@ class Gateway(StrEnum):
 
 LANS = typer.Option(1, min=1, max=2, help="2 adds lan1 with d-box.")
 WAN = typer.Option(Wan.VETH, help="tun: a WAN without Ethernet header, as ppp is.")
+WANS = typer.Option(1, min=1, max=2, help="2 adds wan1 with a second provider.")
 FAR_MTU = typer.Option(1500, min=576, max=9000, help="MTU of the link between transit and far.")
 OFFLOADS = typer.Option(False, help="Keep super-packets and partial checksums, which XDP on veth cannot take.")
 
 
 @app.command()
-def up(name: str = NAME, lans: int = LANS, wan: Wan = WAN, far_mtu: int = FAR_MTU, offloads: bool = OFFLOADS) -> None:
+def up(  # noqa: PLR0917  options
+    name: str = NAME,
+    lans: int = LANS,
+    wan: Wan = WAN,
+    wans: int = WANS,
+    far_mtu: int = FAR_MTU,
+    offloads: bool = OFFLOADS,
+) -> None:
     """Build the network, start servers in it, and leave it running.
 
     Example: xdpmasq lab up --lans 2
     """
-    lab = Lab(name, lans=cast(Literal[1, 2], lans), wan=wan.value, far_mtu=far_mtu, offloads=offloads)
+    lab = Lab(
+        name,
+        lans=cast(Literal[1, 2], lans),
+        wan=wan.value,
+        far_mtu=far_mtu,
+        wans=cast(Literal[1, 2], wans),
+        offloads=offloads,
+    )
     lab.up()
     try:
         for server in (WebServer, DnsServer, SshServer, EchoServer):

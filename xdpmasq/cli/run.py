@@ -7,7 +7,7 @@ from xdpmasq.cli import common
 
 def run(
     *,
-    wan: str = common.WAN,
+    wan: list[str] = common.WAN,
     lan: list[str] = common.LAN,
     mode: str = common.MODE,
     config: str = common.CONFIG,

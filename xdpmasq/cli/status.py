@@ -47,6 +47,7 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "agent": {"alive": attached.agent_alive, "pid": manifest["agent_pid"] if attached.agent_alive else None},
         "wan": manifest["wan"],
         "external": manifest["external"],
+        "wans": [{"name": name, "external": address} for name, address in health.wans_of(manifest)],
         "lans": manifest["lans"],
         "mode": manifest["mode"],
         "interfaces": manifest["interfaces"],
@@ -92,7 +93,8 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str
         yield _line("", f"no punt port: {fields['punt']['why_not']}; {lacking}")
     if fields["metrics"]:
         yield _line("metrics", fields["metrics"])
-    yield _line("external", f"{fields['external'] or 'no address yet'} on {fields['wan']}")
+    addresses = [f"{each['external'] or 'no address yet'} on {each['name']}" for each in fields["wans"]]
+    yield from _labelled("external", addresses)
     yield _line("internal", ", ".join(fields["lans"]))
     yield from _labelled(f"mode {fields['mode']}", common.interface_lines(fields["interfaces"]))
     if fields["pcp"]["enabled"]:

@@ -46,7 +46,8 @@ class Xdpmasq:
     def attach(self) -> Reply:
         mode = () if self._mode == "auto" else ("--mode", self._mode)
         lans = [word for lan in self._lab.topology.lan_interfaces for word in ("--lan", lan)]
-        return self._run("attach", "--wan", "wan0", *lans, *mode)
+        wans = [word for wan in self._lab.topology.wan_interfaces for word in ("--wan", wan)]
+        return self._run("attach", *wans, *lans, *mode)
 
     def sessions(self) -> Reply:
         return self._run("sessions", "list")

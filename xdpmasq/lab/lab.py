@@ -19,6 +19,7 @@ from xdpmasq.lab.topology import ROLES, Topology
 
 _SAFE_PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}")
 _NO_IPV6 = {"net/ipv6/conf/all/disable_ipv6": 1, "net/ipv6/conf/default/disable_ipv6": 1}
+_NO_FOREIGN_SOURCES = {"net/ipv4/conf/eth0/rp_filter": 1}
 _PROXY_ARP = {"net/ipv4/conf/eth0/proxy_arp": 1, "net/ipv4/neigh/eth0/proxy_delay": 0}
 
 
@@ -29,7 +30,7 @@ class Lab:
 
     Args:
         prefix: namespaces are called ``{prefix}-{role}``; labs with different prefixes do not meet.
-        lans, wan, far_mtu: see :class:`Topology`.
+        lans, wan, far_mtu, wans: see :class:`Topology`.
         offloads: False prepares the links facing masq-gate for XDP, see :meth:`set_offloads`.
     """
 
@@ -40,12 +41,13 @@ class Lab:
         lans: Literal[1, 2] = 1,
         wan: Literal["veth", "tun"] = "veth",
         far_mtu: int = 1500,
+        wans: Literal[1, 2] = 1,
         offloads: bool = True,
     ) -> None:
         if not _SAFE_PREFIX.fullmatch(prefix):
             raise LabError(f"{prefix!r} cannot name a lab", "letters, digits, '-', '_' and '.' only")
         self.prefix = prefix
-        self.topology = Topology(lans, wan, far_mtu)
+        self.topology = Topology(lans, wan, far_mtu, wans)
         self.offloads = offloads
         self.directory = Path("/tmp") / f"xdpmasq-lab.{prefix}"
         self._children: list[subprocess.Popen[Any]] = []
@@ -121,8 +123,10 @@ class Lab:
         self.directory.mkdir(mode=0o700)
         netns.ip_batch(self._skeleton())
         for role in self.topology.roles:
-            forwards = int(role == "transit")
+            forwards = int(role in ("transit", "provider"))
             netns.set_sysctls(self.namespace(role), {**_NO_IPV6, "net/ipv4/ip_forward": forwards})
+        if self.topology.wans == 2:
+            netns.set_sysctls(self.namespace("provider"), _NO_FOREIGN_SOURCES)
         if self.topology.wan == "tun":
             self._start_relay()
             netns.set_sysctls(self.namespace("transit"), _PROXY_ARP)
@@ -177,8 +181,7 @@ class Lab:
         """
         off, gro = ("on", "off") if on else ("off", "on")
         ports = [("switch", f"gate-{interface}") for interface in self.topology.lan_interfaces]
-        if self.topology.wan == "veth":
-            ports.append(self.topology.wan_wire)
+        ports += [wire for wire in self.topology.wan_wires if wire != ("transit", "ppp0")]
         for role, port in ports:
             self.exec(role, ["ethtool", "-K", port, "gro", gro, "tx", off, "tso", off, "gso", off])
         self.offloads = on

@@ -12,15 +12,20 @@ DRAWING = """\
  192.168.0.0/24                      203.0.113.0/24            198.51.100.0/24
 """
 SECOND_LAN = " d-box .2 ─── switch ─ lan1 .1 masq-gate             192.168.1.0/24\n"
+SECOND_WAN = " .1 wan1 ─── provider .254 on 192.0.2.0/24, .253 on exchange\n"
 TUN_WAN = " wan0 is a TUN device, its line ends in transit, which answers ARP for .1\n"
 
 HOSTS = {"a-box": "192.168.0.2", "b-box": "192.168.0.3", "c-box": "192.168.0.4", "d-box": "192.168.1.2"}
-ROLES = (*HOSTS, "switch", "masq-gate", "exchange", "internet", "transit", "far")
+ROLES = (*HOSTS, "switch", "masq-gate", "exchange", "internet", "transit", "provider", "far")
 
 PUBLIC = "203.0.113.1"  # masq-gate, as the Internet sees it
 INTERNET = "203.0.113.10"
 INTERNET_TOO = "203.0.113.11"
 TRANSIT = "203.0.113.254"
+PUBLIC_TOO = "192.0.2.1"  # masq-gate, by its second provider
+PUBLIC_TOO_NETWORK = "192.0.2.0/24"
+PROVIDER = "192.0.2.254"
+PROVIDER_OUTSIDE = "203.0.113.253"
 FAR = "198.51.100.10"
 FAR_NETWORK = "198.51.100.0/24"
 
@@ -44,16 +49,20 @@ class Topology:
     Args:
         lans: 2 adds lan1 with d-box.
         wan: ``tun`` makes wan0 a device without Ethernet header, as ppp has.
+        wans: 2 adds wan1 with a second provider, which takes no packets with others' addresses. masq-gate has a
+            default route by it, which comes after that by wan0.
         far_mtu: of the link between transit and far, for path-MTU discovery.
     """
 
     lans: Literal[1, 2] = 1
     wan: Literal["veth", "tun"] = "veth"
     far_mtu: int = 1500
+    wans: Literal[1, 2] = 1
 
     @property
     def drawing(self) -> str:
-        return DRAWING + SECOND_LAN * (self.lans == 2) + TUN_WAN * (self.wan == "tun")
+        variants = SECOND_LAN * (self.lans == 2) + SECOND_WAN * (self.wans == 2) + TUN_WAN * (self.wan == "tun")
+        return DRAWING + variants
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -66,13 +75,25 @@ class Topology:
         return ("lan0", "lan1")[: self.lans]
 
     @property
+    def wan_interfaces(self) -> tuple[str, ...]:
+        """masq-gate's."""
+        return ("wan0", "wan1")[: self.wans]
+
+    @property
     def roles(self) -> tuple[str, ...]:
-        return tuple(role for role in ROLES if role in self.hosts or role not in HOSTS)
+        absent = {*HOSTS} - {*self.hosts} | ({"provider"} if self.wans == 1 else set())
+        return tuple(role for role in ROLES if role not in absent)
+
+    @property
+    def wan_wires(self) -> tuple[tuple[str, str], ...]:
+        """Role and interface at the other end of each of masq-gate's WANs, where captures see the public side."""
+        first = ("transit", "ppp0") if self.wan == "tun" else ("exchange", "masq-gate")
+        return (first, ("provider", "eth0"))[: self.wans]
 
     @property
     def wan_wire(self) -> tuple[str, str]:
-        """Role and interface at the other end of masq-gate's wan0, where captures see the public side."""
-        return ("transit", "ppp0") if self.wan == "tun" else ("exchange", "masq-gate")
+        """The first of them."""
+        return self.wan_wires[0]
 
     def cables(self) -> Iterator[Cable]:
         """A switch's port is called after what is plugged into it."""
@@ -82,6 +103,9 @@ class Topology:
             yield Cable("masq-gate", interface, "switch", f"gate-{interface}")
         if self.wan == "veth":
             yield Cable("masq-gate", "wan0", "exchange", "masq-gate")
+        if self.wans == 2:
+            yield Cable("masq-gate", "wan1", "provider", "eth0")
+            yield Cable("provider", "eth1", "exchange", "provider")
         yield Cable("internet", "eth0", "exchange", "internet")
         yield Cable("transit", "eth0", "exchange", "transit")
         yield Cable("transit", "eth1", "far", "eth0")
@@ -100,19 +124,26 @@ class Topology:
     def _gate(self) -> list[str]:
         wan = _line("wan0", PUBLIC, TRANSIT) if self.wan == "tun" else _interface("wan0", f"{PUBLIC}/24")
         lans = [_interface(name, f"192.168.{n}.1/24") for n, name in enumerate(self.lan_interfaces)]
+        if self.wans == 2:
+            wan += _interface("wan1", f"{PUBLIC_TOO}/24")
+            wan += [f"route add default via {PROVIDER} dev wan1 metric 200"]
         return [*itertools.chain(*lans), *wan, f"route add default via {TRANSIT} dev wan0"]
 
     def _public_side(self) -> dict[str, list[str]]:
-        plugged = ["internet", "transit"] if self.wan == "tun" else ["internet", "transit", "masq-gate"]
+        plugged = ["internet", "transit", *["masq-gate"] * (self.wan == "veth"), *["provider"] * (self.wans == 2)]
+        second = [f"route add {PUBLIC_TOO_NETWORK} via {PROVIDER_OUTSIDE}"] * (self.wans == 2)
         return {
+            **({"provider": self._provider()} if self.wans == 2 else {}),
             "exchange": _bridge("br0", plugged),
             "internet": [
                 *_interface("eth0", f"{INTERNET}/24", f"{INTERNET_TOO}/24"),
                 f"route add {FAR_NETWORK} via {TRANSIT}",
+                *second,
             ],
             "transit": [
                 *_interface("eth0", f"{TRANSIT}/24"),
                 *_interface("eth1", "198.51.100.1/24", mtu=self.far_mtu),
+                *second,
                 *(_line("ppp0", TRANSIT, PUBLIC) if self.wan == "tun" else []),
             ],
             "far": [
@@ -120,6 +151,13 @@ class Topology:
                 "route add default via 198.51.100.1",
             ],
         }
+
+    def _provider(self) -> list[str]:
+        return [
+            *_interface("eth0", f"{PROVIDER}/24"),
+            *_interface("eth1", f"{PROVIDER_OUTSIDE}/24"),
+            f"route add {FAR_NETWORK} via {TRANSIT}",
+        ]
 
 
 def _interface(name: str, *addresses: str, mtu: int = 1500) -> list[str]:
