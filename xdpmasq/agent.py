@@ -163,7 +163,9 @@ class Agent:
     def _functions(self) -> list[str]:
         """The programs that the interfaces as they are will want in any mode, the longest first."""
         links = netdev.links()
-        roles: list[tuple[Role, netdev.Link]] = [("wan", link) for link in checks.wans_of(self._config, links) if link]
+        roles: list[tuple[Role, netdev.Link]] = [
+            ("wan", link) for link in checks.wans_of(self._config, links) if link
+        ]
         roles += [("lan", link) for link in netdev.match_links(self._config.lans, links)]
         hooks = [datapath.hooks(role, xdp=False, ethernet=link.ethernet) for role, link in roles]
         return list(dict.fromkeys([each.function for some in hooks for each in some] + ["masq_reap"]))
