@@ -9,7 +9,7 @@ from xdpmasq import datapath, netdev
 from xdpmasq.config import Config
 from xdpmasq.errors import HostError, InterfaceError
 
-OLDEST_KERNEL = (5, 15)
+OLDEST_KERNEL = (6, 12)
 LOOPBACK = "lo"
 
 
@@ -20,7 +20,7 @@ def check_host() -> None:
     if netdev.kernel_release() < OLDEST_KERNEL:
         raise HostError(
             f"kernel {'.'.join(map(str, netdev.kernel_release()))} is too old",
-            "xdpmasq needs 5.15 or later, and is tested on 6.18",
+            "xdpmasq needs 6.12 or later, whose verifier follows programs of this length; it is tested on 6.18",
             "upgrade the kernel",
         )
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from xdpmasq import attachment, drivers, netdev, vlans
+from xdpmasq import attachment, checks, drivers, netdev, vlans
 from xdpmasq.errors import HostError
 
 Level = Literal["ok", "warn", "block"]
@@ -116,7 +116,6 @@ def _missing(name: str, present: list[netdev.Link]) -> Finding:
 # --- the machine -----------------------------------------------------------------------------------
 
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
-KERNEL_NEEDED = (5, 15)
 KERNELS_TESTED = "6.18"
 
 
@@ -132,9 +131,9 @@ def check_privileges(host: Host) -> Iterator[Finding]:
 
 def check_kernel(host: Host) -> Iterator[Finding]:
     release = os.uname().release
-    if netdev.kernel_release() < KERNEL_NEEDED:
-        needed = ".".join(map(str, KERNEL_NEEDED))
-        why = "the programs need 64-bit fetching atomics, mmap-able arrays and BPF_PROG_BIND_MAP"
+    if netdev.kernel_release() < checks.OLDEST_KERNEL:
+        needed = ".".join(map(str, checks.OLDEST_KERNEL))
+        why = "its verifier gives up on programs of this length"
         yield Finding("kernel", "block", f"Linux {release} is too old: {why}", f"use {needed} or later")
     else:
         yield Finding("kernel", "ok", f"Linux {release}; tested on {KERNELS_TESTED}")

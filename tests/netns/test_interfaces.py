@@ -166,13 +166,13 @@ def test_a_foreign_source_does_not_get_out(moving: Gateway) -> None:
 @pytest.mark.req("attacks-spoof")
 def test_a_foreign_source_does_not_reach_another_host(moving: Gateway) -> None:
     """From LAN to LAN, or back into the same one, no WAN sees it pass; and the kernel is told not to mind."""
-    moving.gate("ip", "address", "add", "10.9.9.1/24", "dev", "lan0")
-    moving.lab.exec("b-box", ["ip", "address", "add", "10.9.9.3/24", "dev", "eth0"])
+    moving.gate("ip", "address", "add", "10.7.7.1/24", "dev", "lan0")
+    moving.lab.exec("b-box", ["ip", "address", "add", "10.7.7.3/24", "dev", "eth0"])
     moving.lab.exec("a-box", ["ip", "address", "add", "9.9.9.8/32", "dev", "lo"])
     try:
         for name in ("all", "lan0"):
             moving.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)
-        with moving.udp("b-box", address="10.9.9.3", timeout_s=0.3) as server:
+        with moving.udp("b-box", address="10.7.7.3", timeout_s=0.3) as server:
             for address, comes in (("0.0.0.0", True), ("9.9.9.8", False)):
                 with moving.udp("a-box", address=address) as client, moving.counting() as grown:
                     client.sendto(address.encode(), server.getsockname())
@@ -183,7 +183,7 @@ def test_a_foreign_source_does_not_reach_another_host(moving: Gateway) -> None:
                             server.recv(20)
                 assert grown["drop_source_foreign"] == (not comes)
     finally:
-        moving.gate("ip", "address", "del", "10.9.9.1/24", "dev", "lan0")
+        moving.gate("ip", "address", "del", "10.7.7.1/24", "dev", "lan0")
 
 
 @in_tc

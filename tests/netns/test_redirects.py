@@ -59,6 +59,7 @@ def listed(gateway: Gateway, kind: str) -> dict[str, Any]:
 def test_a_transparent_proxy(gateway: Gateway, servers: Servers, proxy: WebServer) -> None:
     """It sees the client's own address; the client knows nothing. When it goes, so does all of it."""
     ended = ["sh", "-c", f"{' '.join(CURL)} {servers.web.big_url} | sha256sum"]
+    mapped = gateway.mappings()
     with rule(gateway, "redirect", "tcp", "80", "80", "--on", "lan", "--not-to", INTERNET_TOO):
         assert gateway.lab.exec("a-box", ended).stdout.split()[0] == proxy.big_sha256
         assert HOSTS["a-box"] in {client.address for client in proxy.clients()}
@@ -66,7 +67,7 @@ def test_a_transparent_proxy(gateway: Gateway, servers: Servers, proxy: WebServe
         own = gateway.gate("sh", "-c", f"{' '.join(CURL)} {servers.web.big_url} | sha256sum")
         assert own.split()[0] == servers.web.big_sha256, "the gateway's own traffic is its own"
         assert listed(gateway, "redirect")["opened"] == 1
-        assert "192.168" not in gateway.masq("sessions").stdout
+        assert gateway.mappings().keys() <= mapped.keys(), "nothing was masqueraded"
     assert gateway.lab.exec("a-box", ended).stdout.split()[0] == servers.web.big_sha256
     assert ("egress" in gateway.on("lan0")) == (gateway.mode == "xdp")
 
