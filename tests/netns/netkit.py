@@ -286,7 +286,7 @@ class Gateway:
     def readdress(self, *addresses: str) -> None:
         """wan0 gets these addresses in place of what it had, and its route again, as a DHCP client does it."""
         lines = ["address flush dev wan0", *(f"address add {each} dev wan0" for each in addresses)]
-        lines += [f"route add default via {TRANSIT} dev wan0 onlink"] if addresses else []
+        lines += [f"route add default via {TRANSIT} dev wan0"] if addresses else []
         netns.ip_batch(lines, self.lab.namespace(GATE))
 
     def set_mac(self, role: str, mac: str) -> None:

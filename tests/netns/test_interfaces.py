@@ -70,7 +70,8 @@ def test_a_lease_that_overlaps_the_lan(unwatched: Gateway) -> None:
 
     Unwatched, as ARP rightly asks for the router with the WAN's new address.
     """
-    unwatched.readdress("192.168.0.129/25")
+    unwatched.gate("ip", "address", "flush", "dev", "wan0")
+    unwatched.gate("ip", "address", "add", "192.168.0.129/25", "dev", "wan0")
     soon(lambda: not unwatched.status()["working"], "it is noticed")
     assert "lan0 and wan0 overlap" in unwatched.status()["why_not"]
     assert "lan0 and wan0 overlap" in unwatched.masq("status").stdout
