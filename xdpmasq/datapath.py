@@ -441,15 +441,20 @@ class Programs:
 
     def load(self, functions: Iterable[str]) -> None:
         """Loads several at once, each on a CPU of its own: the kernel takes up to a second to verify one."""
+        wanted = list(functions)
+        for function in wanted:
+            self._compiled(function)  # before there are threads: the compiler does not survive a fork among them
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self.__getitem__, functions))
+            list(pool.map(self.__getitem__, wanted))
+
+    def _compiled(self, function: str) -> bpf.Object:
+        return self._without_ethernet if function.endswith("_l3") else self._object
 
     def __getitem__(self, function: str) -> bpf.Program:
         """The loaded program, holding every map of the datapath."""
         if function not in self._loaded:
             kind = "xdp" if function.endswith("_xdp") else "tc"
-            compiled = self._without_ethernet if function.endswith("_l3") else self._object
-            program = compiled.load(function, kind)
+            program = self._compiled(function).load(function, kind)
             for map_ in self.maps.values():
                 program.bind(map_)
             self._loaded[function] = program

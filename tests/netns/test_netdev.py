@@ -378,7 +378,7 @@ def test_watch_of_the_network_namespace_it_was_made_in(ns: Namespace) -> None:
 def test_doctor_on_a_good_gateway(ns: Namespace) -> None:
     ns.run("ip addr add 192.168.0.1/24 dev br0")
     ns.run("ip route add default via 10.9.0.7")
-    found = ns.call(doctor.run, "near", ["br*"])
+    found = ns.call(doctor.run, ["near"], ["br*"])
     assert [each for each in found if each.level == "block"] == []
     assert {each.check for each in found} >= {"kernel", "driver", "ip_forward", "rp_filter", "nat", "ports"}
 
@@ -386,7 +386,7 @@ def test_doctor_on_a_good_gateway(ns: Namespace) -> None:
 def test_doctor_on_a_bad_one(ns: Namespace, load: Load) -> None:
     ns.run("ip addr add 10.9.0.3/16 dev br0")
     ns.call(netdev.xdp_attach, ns.index("near"), load(XDP, XDP_PASS), "native")
-    found = ns.call(doctor.run, "near", ["br0", "far", "eth7", "ppp*"], "xdp")
+    found = ns.call(doctor.run, ["near"], ["br0", "far", "eth7", "ppp*"], "xdp")
     blocks = "\n".join(each.message for each in found if each.level == "block")
     assert "no interface eth7" in blocks
     assert "far is a port of br0" in blocks
@@ -409,8 +409,8 @@ def test_doctor_finds_leftover_masquerade(ns: Namespace) -> None:
             }
         }""",
     )
-    findings = [each for each in ns.call(doctor.run, "near", ["br0"]) if each.check == "nat"]
+    findings = [each for each in ns.call(doctor.run, ["near"], ["br0"]) if each.check == "nat"]
     assert [each.level for each in findings] == ["warn"]
     ns.run(findings[0].do)
-    findings = [each for each in ns.call(doctor.run, "near", ["br0"]) if each.check == "nat"]
+    findings = [each for each in ns.call(doctor.run, ["near"], ["br0"]) if each.check == "nat"]
     assert [each.level for each in findings] == ["ok"]
