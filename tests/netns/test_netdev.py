@@ -390,7 +390,7 @@ def test_doctor_on_a_bad_one(ns: Namespace, load: Load) -> None:
     blocks = "\n".join(each.message for each in found if each.level == "block")
     assert "no interface eth7" in blocks
     assert "far is a port of br0" in blocks
-    assert "br0's 10.9.0.0/16 overlaps the WAN's 10.9.0.0/24" in blocks
+    assert "br0's 10.9.0.0/16 overlaps near's 10.9.0.0/24" in blocks
     assert "someone else is on the XDP hook" in blocks
     assert "br0: no native XDP" in blocks
     assert all(each.do for each in found if each.level != "ok")
