@@ -3,7 +3,7 @@
  * compare-and-swap on session.life, so packets on several CPUs and the reaper can meet here without a lock.
  */
 #define CLAIM_TRIES 8
-#define CLAIM_WORDS 64
+#define CLAIM_WORDS 32
 #define FURTHER_TRIES 4
 #define FURTHER_WORDS 16
 #define RECLAIM_TRIES 8
@@ -25,33 +25,6 @@ static __always_inline void slot_release(u32 slot)
 
 	if (claim)
 		__sync_fetch_and_and(claim, ~(1ULL << (slot % 64)));
-}
-
-/* Comparisons without jumps. In code that leads into a loop, each jump would have the verifier walk that loop once more;
- * the asm keeps LLVM from making jumps of them. Numbers below 2^63 only.
- */
-static __always_inline u32 is_below(u64 a, u64 b)
-{
-	u64 difference = a - b;
-
-	asm volatile("" : "+r"(difference));
-	return difference >> 63;
-}
-
-static __always_inline u32 is_any(u64 word)
-{
-	word |= -word;
-	asm volatile("" : "+r"(word));
-	return word >> 63;
-}
-
-/* LLVM's BPF backend crashes on __builtin_ctzll. */
-static __always_inline u32 lowest_bit(u64 word)
-{
-	word &= -word;
-	return is_any(word & 0xaaaaaaaaaaaaaaaaULL) | is_any(word & 0xccccccccccccccccULL) << 1 |
-	       is_any(word & 0xf0f0f0f0f0f0f0f0ULL) << 2 | is_any(word & 0xff00ff00ff00ff00ULL) << 3 |
-	       is_any(word & 0xffff0000ffff0000ULL) << 4 | is_any(word & 0xffffffff00000000ULL) << 5;
 }
 
 /* A free slot among @tries words of the pool's two ranges (ports counted from slot @base), from a random word round,
@@ -189,7 +162,7 @@ static __always_inline struct ending *session_ending(const struct settings *cfg,
 	if (!scratch)
 		return NULL;
 	ending = &scratch->ending;
-	ending->hashes = session_hashes(cfg, s);
+	ending->flows = session_flows(s);
 	ending->owner = endpoint(s->in.new_addr, s->in.new_port, slot_class(s->mapping), slot_wan(cfg, s->mapping));
 	ending->mapping = s->mapping;
 	ending->internal = s->internal.addr;
@@ -197,10 +170,10 @@ static __always_inline struct ending *session_ending(const struct settings *cfg,
 	return ending;
 }
 
-static __always_inline void session_ended(const struct ending *ending, u32 slot)
+static __always_inline void session_ended(const struct settings *cfg, struct ending *ending, u32 slot)
 {
 	count(COUNT_session_closed);
-	index_leave(ending->hashes, slot);
+	index_leave(cfg, &ending->flows, slot);
 	if (ending->marks & SESSION_COUNTED)
 		host_session_ended(ending->internal);
 }
@@ -238,7 +211,7 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 	if (slot >= FURTHER_BASE && mapping)
 		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
 	if (life & LIFE_SESSION)
-		session_ended(ending, slot);
+		session_ended(cfg, ending, slot);
 }
 
 static __always_inline bool slot_is_to_be_had(const struct settings *cfg, const struct session *s, u32 now)
@@ -413,20 +386,20 @@ static __always_inline bool session_clear(const struct settings *cfg, struct ses
 	if (!ending || !life_swap(m, life, ((life + LIFE_CHANGE) & ~LIFE_SESSION) | LIFE_OPENING))
 		return false;
 	if (life & LIFE_SESSION)
-		session_ended(ending, slot);
+		session_ended(cfg, ending, slot);
 	return true;
 }
 
-/* Has another session, not expired, one of the 5-tuples of @s? That is asked when the entries of @s stand, so of two CPUs
+/* Has another session, not expired, one of the 5-tuples @flows? That is asked when the entries of both stand, so of two CPUs
  * that open the same one at least sees the other.
  */
-static __always_inline bool session_is_second(const struct settings *cfg, const struct session *s, u32 place, u32 now)
+static __always_inline bool session_is_second(const struct settings *cfg, const struct flow_keys *flows, u32 place, u32 now)
 {
-	u32 other = slot_blur(index_other(cfg, s, place, OUTBOUND));
+	u32 other = slot_blur(index_other(cfg, &flows->out, place));
 	struct session *first = session_at(other);
 	u64 life;
 
-	if (index_other(cfg, s, place, INBOUND) != NO_SLOT)
+	if (index_other(cfg, &flows->in, place) != NO_SLOT)
 		return true;
 	if (!first)
 		return false;
@@ -443,7 +416,7 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 {
 	struct session *m = session_at(*slot), *s;
 	u64 life = m ? m->life : 0;
-	struct hashes hashes;
+	struct flow_keys flows;
 	u32 place;
 
 	if ((life & LIFE_STATE) != LIFE_LIVE) {
@@ -461,12 +434,12 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		return NULL;
 	}
 	session_init(cfg, s, e, *slot, now);
-	hashes = session_hashes(cfg, s);
-	if (!index_enter(hashes, place)) {
+	flows = session_flows(s);
+	if (!index_enter(cfg, &flows, place)) {
 		*verdict = drop(COUNT_drop_sessions_full);
 		goto undo;
 	}
-	if (session_is_second(cfg, s, place, now))
+	if (session_is_second(cfg, &flows, place, now))
 		*verdict = drop(COUNT_drop_reply_taken);
 	else if (place != *slot && !life_swap(m, life, life + LIFE_FURTHER))
 		*verdict = drop(COUNT_drop_session_busy);
@@ -476,7 +449,7 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		*slot = place;
 		return s;
 	}
-	index_leave(hashes, place);
+	index_leave(cfg, &flows, place);
 undo:
 	if (place == *slot)
 		life_settle(s, 0);

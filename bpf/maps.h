@@ -5,6 +5,7 @@ BPF_F_TABLE("array", u32, struct session, sessions, SLOTS, BPF_F_MMAPABLE); /* s
 BPF_F_TABLE("array", u32, u64, claims, SLOTS / 64, BPF_F_MMAPABLE); /* a bit per slot: taken */
 BPF_TABLE("hash", struct mapping_key, u32, mappings, EXTERNALS *CLASSES *PORTS); /* → slot */
 BPF_F_TABLE("array", u32, struct bucket, buckets, BUCKETS, BPF_F_MMAPABLE); /* of the index, each a cache line */
+BPF_TABLE("hash", struct flow_key, u32, overflow, OVERFLOW); /* of the index → slot */
 BPF_F_TABLE("lpm_trie", struct forward_key, u32, forwards, 262144, BPF_F_NO_PREALLOC); /* → index of forward_rules */
 BPF_F_TABLE("array", u32, struct forward, forward_rules, FORWARDS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct lease, leases, FORWARDS, BPF_F_MMAPABLE); /* by index of the rule */
@@ -83,14 +84,6 @@ static __always_inline u32 slot_blur(u32 slot)
 	scratch->blurred.l3 = slot;
 	asm volatile("" : : "r"(scratch) : "memory");
 	return scratch->blurred.l3;
-}
-
-/* The same for a number, by one that the verifier does not know: what follows is then walked once for all values. */
-static __always_inline u32 number_blur(u32 number, u32 unknown)
-{
-	number ^= unknown;
-	asm volatile("" : "+r"(number));
-	return number ^ unknown;
 }
 
 static __always_inline u32 prefix_role(addr_t addr)

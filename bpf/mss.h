@@ -3,7 +3,6 @@
  * alone: then 536 is meant.
  */
 #define TCP_OPTION_MSS 2
-#define MSS_WITHIN 12 /* options: stacks send it first or nearly so */
 
 struct mss_option {
 	u8 kind, len;
@@ -26,23 +25,14 @@ static __always_inline void mss_lower(const struct packet *p, u32 at, struct mss
 
 static __always_inline void mss_clamp(const struct packet *p)
 {
-	u32 first = p->l4 + sizeof(struct tcp_header), offset = 0;
 	struct interface *wan = interface_at(p->skb->ifindex);
-	u16 most;
+	struct mss_option *option;
+	u32 at;
 
 	if (!(p->tcp_flags & TCP_SYN) || !wan || !wan->mss)
 		return;
-	most = wan->mss;
-#pragma clang loop unroll(disable)
-	for (int i = 0; i < MSS_WITHIN; i++) {
-		struct mss_option *option = packet_at(p, first + offset, sizeof(*option));
-
-		if (first + offset + sizeof(*option) > p->payload || !option || option->kind == OPTION_END)
-			return;
-		if (option->kind == TCP_OPTION_MSS && option->len == sizeof(*option))
-			return mss_lower(p, first + offset, option, most);
-		if (option->kind != OPTION_NOP && option->len < 2)
-			return;
-		offset = option_next(offset, option->kind, option->len);
-	}
+	at = option_find(p, p->l4 + sizeof(struct tcp_header), p->payload, TCP_OPTION_MSS, TCP_OPTION_MSS);
+	option = packet_at(p, at, sizeof(*option));
+	if (at && option && option->len == sizeof(*option) && at + sizeof(*option) <= p->payload)
+		mss_lower(p, at, option, wan->mss);
 }

@@ -43,7 +43,6 @@ struct icmp_header {
 #define IP_OFFSET_UNITS 0x1fff
 
 #define OPTIONS_MAX 40 /* bytes, of IP and of TCP */
-#define OPTIONS_SPAN 64
 #define OPTION_END 0
 #define OPTION_NOP 1
 #define IP_OPTION_LOOSE_ROUTE 131
@@ -193,34 +192,42 @@ static __always_inline enum verdict parse_sctp(struct packet *p)
 	return CONTINUE;
 }
 
-/* The next option after one of @kind and @len bytes at @offset. Kept within OPTIONS_SPAN in a way that the verifier sees
- * alike in every round of a loop, or it would follow each sum of lengths on its own.
+/* The offset in the packet at which, among the options from @from to @until, the first of kind @one or @other begins; 0
+ * when there is none. Without jumps in the loop, as the verifier would follow each of them in every round.
  */
-static __always_inline u32 option_next(u32 offset, u8 kind, u8 len)
+static __always_inline u32 option_find(const struct packet *p, u32 from, u32 until, u8 one, u8 other)
 {
-	offset += kind == OPTION_NOP ? 1 : len;
-	asm volatile("" : "+r"(offset));
-	return offset & (OPTIONS_SPAN - 1);
+	struct scratch *scratch = scratch_get();
+	u64 length = (until - from) & (OPTIONS_SPAN - 1);
+	u32 at = 0, going = 1, found = 0;
+
+	asm volatile("" : "+r"(length)); /* or LLVM checks one copy and uses another */
+	length &= OPTIONS_SPAN - 1;
+	if (!scratch || !length)
+		return 0;
+	__builtin_memset(scratch->options, 0, sizeof(scratch->options));
+	if (bpf_skb_load_bytes(p->skb, from, scratch->options, length))
+		return 0;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < OPTIONS_MAX; i++) {
+		u32 kind = scratch->options[at], size = scratch->options[at + 1];
+		u32 nop = is_equal(kind, OPTION_NOP), hit = going & (is_equal(kind, one) | is_equal(kind, other));
+
+		found |= -hit & (from + at);
+		going &= is_any(kind) & ~hit & (nop | ~is_below(size, 2));
+		size = nop | ((nop - 1) & size);
+		going &= is_below(at + size, length);
+		at += -going & size;
+		asm volatile("" : "+r"(at));
+		at &= OPTIONS_SPAN - 1;
+	}
+	return found;
 }
 
 /* RFC 791: a packet that dictates its own route goes round every policy. */
 static __always_inline bool is_source_routed(const struct packet *p)
 {
-	u32 first = p->l3 + sizeof(struct ip_header), offset = 0;
-
-#pragma clang loop unroll(disable)
-	for (int i = 0; i < OPTIONS_MAX; i++) {
-		u8 *option = packet_at(p, first + offset, 2);
-
-		if (first + offset >= p->l4 || !option || option[0] == OPTION_END)
-			return false;
-		if (option[0] == IP_OPTION_LOOSE_ROUTE || option[0] == IP_OPTION_STRICT_ROUTE)
-			return true;
-		if (option[0] != OPTION_NOP && option[1] < 2)
-			return false;
-		offset = option_next(offset, option[0], option[1]);
-	}
-	return false;
+	return option_find(p, p->l3 + sizeof(struct ip_header), p->l4, IP_OPTION_LOOSE_ROUTE, IP_OPTION_STRICT_ROUTE);
 }
 
 static __always_inline enum verdict parse_icmp(struct packet *p)

@@ -1,7 +1,7 @@
 /* Run by the agent with BPF_PROG_TEST_RUN, never by a packet: changes slots on its behalf, because only the
  * kernel can do so atomically among packets. The "packet" is a list of slots behind a made-up Ethernet header.
  */
-#define REAP_MAX 64
+#define REAP_MAX 16
 #define REAP_SLOTS 24 /* offset of the list */
 
 enum reap_order {

@@ -100,11 +100,25 @@ struct session {
 
 /* One cache line of the index. */
 #define BUCKET_ENTRIES 15
-#define BUCKETS (SLOTS / 4) /* so that they are half full when every slot has its two entries */
+#define BUCKETS (SLOTS / 4) /* so that they are half full when every slot has two entries */
+#define OVERFLOW (SLOTS / 64) /* entries whose bucket was full; one in a hundred, when every slot has two */
 
 struct bucket {
 	u32 entry[BUCKET_ENTRIES];
-	u32 was_full; /* an entry that belongs here may stand elsewhere */
+	u32 was_full; /* an entry that belongs here may stand in `overflow` */
+};
+
+enum direction { OUTBOUND, INBOUND };
+
+/* The wire 5-tuple of a flow, by which it is looked for. Outbound ones start at an internal endpoint, inbound ones end at
+ * an external one, which is the slot of a mapping; the other of the two is zero.
+ */
+struct flow_key {
+	struct mapping_key internal;
+	u32 mapping;
+	addr_t remote;
+	__be16 remote_port;
+	u16 direction;
 };
 
 /* A forward (static mapping) is a rule; `forwards` finds the most specific one for a port and a remote. The default
@@ -433,23 +447,26 @@ struct packet {
 	addr_t elsewhere; /* the external address as which it leaves by another WAN */
 };
 
-struct hashes { /* of both flows of a session */
-	u32 out, in;
+struct flow_keys { /* of both flows of a session */
+	struct flow_key out, in;
 };
 
 /* A session's end takes effect with a swap of its slot's life, after which the slot may be another's at once; so what is
  * to be tidied up is noted before.
  */
 struct ending {
-	struct hashes hashes;
+	struct flow_keys flows;
 	struct mapping_key owner; /* of the port */
 	u32 mapping;
 	addr_t internal;
 	u8 marks;
 };
 
+#define OPTIONS_SPAN 64 /* a power of two above the longest options of IP and TCP, 40 bytes */
+
 /* What the stack of 512 bytes has no room for. */
 struct scratch {
+	u8 options[OPTIONS_SPAN + 8];
 	struct packet blurred; /* see packet_blur() */
 	struct fragment fragment;
 	struct ending ending;

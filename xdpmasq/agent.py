@@ -611,7 +611,7 @@ class Agent:
             raise
         self._serving = True
 
-    def serve(self, ready: Callable[[], None], stop: StopSignal) -> None:
+    def serve(self, ready: Callable[[dict[str, Any]], None], stop: StopSignal) -> None:
         """Follows the machine until asked to stop; the datapath stays."""
         wake, _ = _wakeup_on_signals()
         with netdev.Watch() as watch:
@@ -619,7 +619,7 @@ class Agent:
             self._selector.register(wake, selectors.EVENT_READ)
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
-            ready()
+            ready(self._manifest)
             next_tick = next_disarm = next_sweep = time.monotonic()
             while not stop.asked:
                 due_at = min(next_tick, self._punting.due_at, self._asking.due_at)
@@ -765,7 +765,7 @@ def _showing(config: Config) -> Iterator[Callable[[Agent], None]]:
         yield lambda agent: show(metrics.Subject(*agent.shown))
 
 
-def run(config: Config, ready: Callable[[], None] = lambda: None) -> None:
+def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifest: None) -> None:
     """Attaches (or adopts what is attached), then follows the machine until told to stop.
 
     Raises:

@@ -107,7 +107,8 @@ def test_filters(gateway: Gateway, book: Book) -> None:
     book.renew(held, 900, [one, net])
     assert gateway.inbound(udp(SERVER, 1, GATEWAY, port)).ip.dst == HOST
     (held,) = book.held_by(IPv4Address(HOST))
-    assert (len(held.placed), held.left_s // 10) == (2, 89)
+    assert len(held.placed) == 2
+    assert 880 < held.left_s <= 900
     book.renew(held, 900, EVERYBODY)
     assert gateway.inbound(udp("192.0.2.1", 1, GATEWAY, port)).ip.dst == HOST
     (held,) = book.held_by(IPv4Address(HOST))

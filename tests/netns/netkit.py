@@ -23,12 +23,13 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
+import zygote
 
 from xdpmasq import attachment, bpf, datapath, forwarding, forwards, netdev, presence
 from xdpmasq.config import Config, as_fields
 from xdpmasq.datapath import Hook
 from xdpmasq.lab import Capture, Lab, netns
-from xdpmasq.lab.errors import wait_until
+from xdpmasq.lab.errors import LabError, wait_until
 from xdpmasq.lab.servers import ECHO_PORT
 from xdpmasq.lab.topology import HOSTS, INTERNET, PUBLIC, TRANSIT
 
@@ -84,8 +85,15 @@ class Gateway:
     # the command line
 
     def masq(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """``xdpmasq …`` in masq-gate."""
-        return self.lab.exec(GATE, [sys.executable, "-m", "xdpmasq", *words], check=check, timeout_s=PATIENCE_S)
+        """``xdpmasq …`` in masq-gate.
+
+        Raises:
+            LabError: it failed and ``check`` is set, or it took too long.
+        """
+        done = zygote.run(self.lab.namespace(GATE), words, PATIENCE_S)
+        if check and done.returncode != 0:
+            raise LabError(f"xdpmasq {' '.join(words)} failed", (done.stderr or done.stdout).strip())
+        return done
 
     def attach(self, *options: str, lans: Sequence[str] | None = None, check: bool = True) -> str:
         """``xdpmasq attach``; returns what it said, on stderr where it failed."""
@@ -99,8 +107,8 @@ class Gateway:
         """Attach with settings that no option and no file can name, as ``rearm_s``."""
         topology = self.lab.topology
         config = Config(topology.wan_interfaces, topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
-        start = "control.start_background(config.from_fields(json.load(sys.stdin)))"
-        program = f"import json, sys; from xdpmasq import config, control; {start}"
+        start = "background.start(config.from_fields(json.load(sys.stdin)))"
+        program = f"import json, sys; from xdpmasq import background, config; {start}"
         fields = json.dumps(as_fields(config))
         self.lab.exec(GATE, [sys.executable, "-c", program], input=fields, timeout_s=PATIENCE_S)
 
@@ -235,7 +243,13 @@ class Gateway:
             tables.set_settings(**{name: before[name] for name in fields})
 
     def way_through_lo(self) -> None:
-        """Waits until the agent has noticed a forward, and the gateway itself can ask for it."""
+        """Waits until the agent has noticed a forward, and the gateway itself can ask for it.
+
+        The program may still be there of an earlier forward, and on its way out.
+        """
+        tables = self.tables
+        last = int(tables.settings["heartbeat"])
+        soon(lambda: int(tables.settings["heartbeat"]) != last, "the agent's next tick", timeout_s=5)
         soon(lambda: self.on("lo") == {"egress"}, "lo has its program", timeout_s=5)
 
     # sockets

@@ -155,11 +155,11 @@ def running(replace_module: Replace) -> Running:
 
 
 @pytest.fixture
-def asked(replace_module: Replace) -> list[Any]:
+def asked(replace_module: Replace, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the agent was called with."""
     calls: list[Any] = []
 
-    def start_background(config: Config) -> dict[str, Any]:
+    def start(config: Config) -> dict[str, Any]:
         calls.append(config)
         return manifest()
 
@@ -168,7 +168,8 @@ def asked(replace_module: Replace) -> list[Any]:
         return {"interfaces": ["eth0", "eth1"], "sessions": 1, "sysctls": {"net.ipv4.ip_forward": "0"}}
 
     replace_module("agent", run=calls.append)
-    replace_module("control", start_background=start_background, detach=detach)
+    replace_module("control", detach=detach)
+    monkeypatch.setattr("xdpmasq.background.start", start)
     return calls
 
 

@@ -1,5 +1,6 @@
 """``xdpmasq attach``: start masquerading, with the agent in the background."""
 
+from xdpmasq import background
 from xdpmasq.cli import common
 
 
@@ -25,9 +26,7 @@ def attach(
     """
     common.require_root("attach")
     wanted = common.configuration(wan, lan, mode, config)
-    from xdpmasq import control  # noqa: PLC0415  heavy
-
-    status = control.start_background(wanted)
+    status = background.start(wanted)
     if json:
         common.print_json(status)
     else:
