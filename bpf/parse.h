@@ -198,13 +198,13 @@ static __always_inline enum verdict parse_sctp(struct packet *p)
 static __always_inline u32 option_find(const struct packet *p, u32 from, u32 until, u8 one, u8 other)
 {
 	struct scratch *scratch = scratch_get();
-	u64 length = (until - from) & (OPTIONS_SPAN - 1);
 	u32 at = 0, going = 1, found = 0;
+	u64 length = until - from - 1;
 
-	asm volatile("" : "+r"(length)); /* or LLVM checks one copy and uses another */
-	length &= OPTIONS_SPAN - 1;
-	if (!scratch || !length)
+	if (!scratch || from == until)
 		return 0;
+	asm volatile("" : "+r"(length)); /* or LLVM drops the mask that the verifier wants to see */
+	length = (length & (OPTIONS_SPAN - 1)) + 1;
 	__builtin_memset(scratch->options, 0, sizeof(scratch->options));
 	if (bpf_skb_load_bytes(p->skb, from, scratch->options, length))
 		return 0;

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes as ct
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -19,7 +20,7 @@ import platform
 import stat
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -98,12 +99,16 @@ def compile(text: str, defines: Mapping[str, object] | None = None) -> Compiled:
         )
     cflags = [*_include_flags(), *(f"-D{name}={value}" for name, value in (defines or {}).items())]
     file = _cache_file(text, cflags)
-    if file and (found := _read(file)):
+    if not file:
+        return _compile(text, cflags)
+    if found := _read(file):
         return found
-    compiled = _compile(text, cflags)
-    if file:
+    with _one_at_a_time(file):
+        if found := _read(file):
+            return found
+        compiled = _compile(text, cflags)
         _write(file, compiled)
-    return compiled
+        return compiled
 
 
 def _include_flags() -> list[str]:
@@ -138,6 +143,20 @@ def _tools() -> tuple[str, ...]:
     standins = (source.folder() / "standin").rglob("*.h")
     files = [_UAPI, Path(bcc.origin), *sorted(Path(bcc.origin).parent.glob("version.py")), *sorted(standins)]
     return tuple(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Who else wants the same waits for it: that takes no longer, and half the work."""
+    lock = file.with_name(f".{file.name}")
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a full or read-only disk: then each for itself
+            fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> Compiled | None:

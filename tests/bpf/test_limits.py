@@ -262,7 +262,7 @@ def _anything(rng: random.Random) -> tuple[str, Packet]:
 
 
 @pytest.mark.req("6888-4")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("overload", [0, 1], ids=["exclusive ports", "shared ports"])
 def test_the_tables_agree_whatever_happens(gateway: Gateway, seed: int, overload: int) -> None:
     """Few ports, few hosts, every way to open, sessions that age at random, rules that come and go."""
@@ -270,7 +270,7 @@ def test_the_tables_agree_whatever_happens(gateway: Gateway, seed: int, overload
     gateway.pool(udp=((3000, 12),), tcp=((3000, 12),), icmp=((3000, 12),))
     gateway.tables.set_settings(overload=overload, filtering=(2, rng.randrange(3), 0, 0))
     rules = []
-    for run in range(2500):
+    for run in range(1500):
         what, packet = _anything(rng)
         getattr(gateway, what)(packet)
         if run % 40 == 39 and (slots := gateway.slots()):

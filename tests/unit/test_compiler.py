@@ -1,7 +1,10 @@
 """The cache of compiled programs: it saves compiling, and can never do harm."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,22 @@ def test_once_for_all_times(compiled: list[str]) -> None:
     assert same(compiler.compile("int a;", {"N": 1}))
     assert same(compiler.compile("int a;", {"N": 1}))
     assert compiled == ["int a;"]
+
+
+def test_once_for_several_at_a_time(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    all_there = threading.Barrier(3)
+
+    def compile_text(text: str, _: list[str]) -> Compiled:
+        compiled.append(text)
+        time.sleep(0.2)  # the others are at the door
+        return RESULT
+
+    monkeypatch.setattr(compiler, "_compile", compile_text)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: (all_there.wait(), compiler.compile("int a;"))[1], range(3)):
+            assert same(found)
+    assert compiled == ["int a;"]
+    assert [file.name for file in compiler.CACHE.iterdir() if file.name.startswith(".")] == []
 
 
 def test_anything_else_is_compiled(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
