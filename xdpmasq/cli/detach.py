@@ -9,7 +9,7 @@ from xdpmasq.cli import common
 def detach(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     """Stop masquerading, and clean up.
 
-    Removes every program and map, restores sysctls, ends the control.
+    Removes every program and map, restores sysctls, ends the agent.
 
     \b
     Examples:
