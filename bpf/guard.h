@@ -15,17 +15,28 @@ static __always_inline bool wans_are_there(const struct settings *cfg, const str
 	return true;
 }
 
+/* Of most packets nothing else needs to be asked. */
+static __always_inline bool source_is_at_home(const struct interface *here, const struct packet *p)
+{
+	if (!here || addr_is_unset(here->mask))
+		return false;
+	for (int i = 0; i < ADDR_WORDS; i++)
+		if ((p->src.word[i] & here->mask.word[i]) != here->network.word[i])
+			return false;
+	return true;
+}
+
 /* From an internal host or claiming to be from elsewhere (BCP 38), to an internal host: no WAN will look at it. */
 static __always_inline bool source_is_foreign(const struct packet *p)
 {
 	return prefix_role(p->dst) == PREFIX_INTERNAL && prefix_role(p->src) != PREFIX_INTERNAL && !addr_is_unset(p->src);
 }
 
-static __always_inline enum verdict guard(const struct settings *cfg, const struct packet *p)
+static __always_inline enum verdict guard(const struct settings *cfg, const struct packet *p, const struct interface *here)
 {
 	struct interface *to;
 
-	if (source_is_foreign(p))
+	if (!source_is_at_home(here, p) && source_is_foreign(p))
 		return drop(COUNT_drop_source_foreign);
 	if (wans_are_there(cfg, p))
 		return CONTINUE;

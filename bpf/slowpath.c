@@ -351,15 +351,15 @@ static __always_inline bool answers_gateway(const struct settings *cfg, struct p
 /* Source and destination before parse(): of most packets nothing else is asked. False: not IP. */
 static __always_inline bool addresses_read(struct packet *p)
 {
-	struct {
-		addr_t src, dst;
-	} ends;
+	struct ip_header *ip, copy;
 
-	if (p->skb->protocol != bpf_htons(ETH_P_IP) ||
-	    bpf_skb_load_bytes(p->skb, p->l3 + offsetof(struct ip_header, src), &ends, sizeof(ends)))
+	if (p->skb->protocol != bpf_htons(ETH_P_IP))
 		return false;
-	p->src = ends.src;
-	p->dst = ends.dst;
+	ip = packet_at(p, p->l3, sizeof(*ip));
+	if (!ip && bpf_skb_load_bytes(p->skb, p->l3, &copy, sizeof(copy)))
+		return false;
+	p->src = ip ? ip->src : copy.src;
+	p->dst = ip ? ip->dst : copy.dst;
 	return true;
 }
 
@@ -397,7 +397,7 @@ static __always_inline enum verdict slow_lan(struct packet *p, bool may_redirect
 
 	if (!cfg || !addresses_read(p))
 		return PASS;
-	verdict = guard(cfg, p);
+	verdict = guard(cfg, p, here);
 	if (verdict != CONTINUE)
 		return verdict;
 	to_external = goes_to_external(cfg, p);

@@ -360,6 +360,7 @@ struct interface {
 	u8 wan; /* number of the WAN, which has mappings of its own */
 	u8 tags; /* how many it has */
 	struct tag tag[TAGS]; /* the outermost first */
+	addr_t network, mask; /* of a LAN, one that it has; unset: none */
 	addr_t redirect_to; /* of a LAN whose egress restores redirected connections: where they go */
 };
 

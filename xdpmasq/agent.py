@@ -409,7 +409,8 @@ class Agent:
             xdp, takes = hook == "xdp", drivers.takes_frames(wire.device)
             if link.index < datapath.PORTS:
                 mss = settings.mss(self._config, link, routes) if role == "wan" else 0
-                there = _primary(link, addresses) if role == "lan" and self._redirects and hook != "none" else None
+                home = _primary(link, addresses) if role == "lan" else None
+                redirects = home and self._redirects and hook != "none"
                 self.tables.set_interface(
                     link,
                     role,
@@ -418,7 +419,8 @@ class Agent:
                     mss=mss,
                     wan=numbers.get(link.index, 0),
                     wire=wire,
-                    redirect_to=there,
+                    network=IPv4Network(home.network) if home else None,
+                    redirect_to=IPv4Address(home.ip.ip) if home and redirects else None,
                 )
             if xdp and wire.tags:
                 on_xdp[wire] = link.index
@@ -742,9 +744,8 @@ class Agent:
         return {key: mac for key, mac in netdev.neighbours().items() if key[0] in mine}
 
 
-def _primary(link: netdev.Link, addresses: list[netdev.Address]) -> IPv4Address | None:
-    found = next((each for each in addresses if each.index == link.index and not each.secondary), None)
-    return IPv4Address(found.ip.ip) if found else None
+def _primary(link: netdev.Link, addresses: list[netdev.Address]) -> netdev.Address | None:
+    return next((each for each in addresses if each.index == link.index and not each.secondary), None)
 
 
 def _wakeup_on_signals() -> tuple[int, int]:

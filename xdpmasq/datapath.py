@@ -300,6 +300,7 @@ class Tables:
         mss: int = 0,
         wan: int = 0,
         wire: Wire | None = None,
+        network: IPv4Network | None = None,
         redirect_to: IPv4Address | None = None,
     ) -> None:
         """Tells the programs of an interface; ``xdp_to`` also makes it a target of redirects.
@@ -308,6 +309,7 @@ class Tables:
             mss: what new TCP connections are clamped to, in bytes; 0: nothing.
             wan: number of the WAN, of several.
             wire: where its frames pass, if not on itself.
+            network: of a LAN, whose hosts need no second look.
             redirect_to: its own address, where what comes from this LAN is redirected.
         """
         wire = wire or Wire(link)
@@ -316,7 +318,8 @@ class Tables:
         if xdp_to:
             self.maps["transmitters"].set(link.index, wire.device.index)
         fields = (mac, ROLES[role], flags, min(link.mtu, wire.mtu), mss, wan, len(wire.tags), _tags(wire))
-        self.maps["interfaces"].set(link.index, (*fields, addr(redirect_to)))
+        home = (addr(network.network_address), addr(network.netmask)) if network else (addr(None), addr(None))
+        self.maps["interfaces"].set(link.index, (*fields, *home, addr(redirect_to)))
 
     def unset_interface(self, index: int) -> None:
         self.maps["interfaces"].set(index, np.zeros((), self.maps["interfaces"].value))

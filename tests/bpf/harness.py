@@ -573,7 +573,10 @@ class Gateway:
     def indexed(self) -> list[int]:
         """The slots to which the entries of the index lead."""
         entries = self.tables.maps["buckets"].view()["entry"]
-        return [*(int(entry) & 0xFFFFFF for entry in entries[entries != 0]), *map(int, self.entries("overflow").values())]
+        return [
+            *(int(entry) & 0xFFFFFF for entry in entries[entries != 0]),
+            *map(int, self.entries("overflow").values()),
+        ]
 
     def assert_tables_agree(self) -> None:
         """Every entry leads to a live slot that leads back to it, no live slot is without its entry, and what is
@@ -606,7 +609,9 @@ class Gateway:
         for slot in (slot for slot in live if rows[slot]["life"] & LIFE_COUNTED):
             assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
         away = [slot for slot in running if rows[slot]["mapping"] != slot]
-        assert Counter(self.indexed()) == Counter([*running, *away]), "an entry of the index for each flow that needs one"
+        assert Counter(self.indexed()) == Counter([*running, *away]), (
+            "an entry of the index for each flow that needs one"
+        )
         counts = Counter(int(rows[slot]["mapping"]) for slot in further)
         for slot in self.slots():
             assert int(rows[slot]["life"] & datapath.LIFE_FURTHER_MASK) >> 8 == counts[slot]

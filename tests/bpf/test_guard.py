@@ -1,9 +1,20 @@
 """At the LAN's ingress: what no WAN will look at, because it goes to another LAN, or because the WAN is gone."""
 
+from ipaddress import IPv4Network
+
 import pytest
 from harness import HOST, OTHER_HOST, OTHER_SERVER, SERVER, SYN, Gateway, tcp, udp
 
 NO_INTERFACE = 60_000
+
+
+@pytest.fixture(params=[None, "192.168.0.0/24", "192.168.9.0/24"], ids=["", "at home", "routed"], autouse=True)
+def network(request: pytest.FixtureRequest, gateway: Gateway) -> None:
+    """The LAN's own: whether a source is looked up or known by it, the outcome is the same."""
+    home = IPv4Network(request.param) if request.param else None
+    gateway.tables.set_interface(gateway.bench.lan, "lan", xdp_from=True, xdp_to=True, network=home)
+
+
 SPOOFED = {"foreign": "9.9.9.9", "private": "172.20.0.9", "the gateway's": "203.0.113.1"}
 
 

@@ -1,7 +1,7 @@
 """Runs the command line in a network namespace as ``ip netns exec`` does, without a second of imports each time.
 
-One process for each pytest worker has imported everything and forks for every command; what runs is the program as its
-users have it from there on. The demo and the benchmark, run by tests too, start it from scratch.
+One process for each pytest worker has imported everything and forks for every command; from there on what runs is the
+program as its users have it. The demo and the benchmark, run by tests too, start it from scratch.
 """
 
 import array
@@ -45,7 +45,9 @@ def run(namespace: str, args: Sequence[str], timeout_s: float) -> subprocess.Com
         except TimeoutError as error:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            raise LabError(f"xdpmasq {' '.join(args)} did not end", f"it was stopped after {timeout_s:g} s") from error
+            raise LabError(
+                f"xdpmasq {' '.join(args)} did not end", f"it was stopped after {timeout_s:g} s"
+            ) from error
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -54,7 +56,7 @@ def run(namespace: str, args: Sequence[str], timeout_s: float) -> subprocess.Com
 
 
 def _zygote() -> socket.socket:
-    global _mother  # noqa: PLW0603  one for the whole process, started when first wanted
+    global _mother
     if _mother is None:
         _mother, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _mother.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST_REQUEST)
