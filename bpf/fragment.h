@@ -59,6 +59,27 @@ static __always_inline struct fragment *fragment_blank(const struct packet *p)
 	return &scratch->fragment;
 }
 
+/* Two hosts may have chosen one identification towards the same remote, which would mix up their pieces (RFC 7857 section
+ * 10, RFC 6864 section 5.3): so what is in pieces when it leaves gets another, by chance.
+ */
+static __always_inline __be16 fragment_new_id(const struct packet *p, enum side side)
+{
+	return side == SOURCE && !p->hairpin ? (__be16)bpf_get_prandom_u32() ?: 1 : 0;
+}
+
+static __always_inline bool fragment_rename(const struct packet *p, __be16 new_id)
+{
+	struct ip_header *ip = packet_at(p, p->l3, sizeof(*ip));
+
+	if (!ip)
+		return false;
+	if (new_id) {
+		ip->check = csum_apply(ip->check, csum_delta_port(ip->id, new_id));
+		ip->id = new_id;
+	}
+	return true;
+}
+
 /* Of a first fragment: CONTINUE, or the verdict on one that contradicts what has come. */
 static __always_inline enum verdict fragment_begin(const struct settings *cfg, const struct packet *p, enum side side,
 						   addr_t new_addr)
@@ -69,15 +90,20 @@ static __always_inline enum verdict fragment_begin(const struct settings *cfg, c
 	if (known) {
 		known->new_addr[side] = new_addr;
 		known->wan = p->wan;
-		return fragment_fits(known, p) ? CONTINUE : drop(COUNT_drop_fragment_overlap);
+		if (!fragment_fits(known, p))
+			return drop(COUNT_drop_fragment_overlap);
+		return fragment_rename(p, known->new_id) ? CONTINUE : drop(COUNT_drop_rewrite);
 	}
 	if (first) {
+		first->new_id = fragment_new_id(p, side);
 		first->new_addr[side] = new_addr;
 		first->wan = p->wan;
 		first->spans = 1;
 		first->covered = p->l4_len;
 		first->span[0] = span_of(p);
 		fragments.update(&key, first);
+		if (!fragment_rename(p, first->new_id))
+			return drop(COUNT_drop_rewrite);
 	}
 	return CONTINUE;
 }
@@ -102,12 +128,13 @@ static __always_inline enum verdict fragment_rewrite(const struct packet *p, str
 {
 	struct fragment_key key = fragment_key_of(p);
 	addr_t source = first->new_addr[SOURCE], destination = first->new_addr[DESTINATION];
+	__be16 new_id = first->new_id;
 
 	if (!fragment_fits(first, p))
 		return drop(COUNT_drop_fragment_overlap);
 	if (first->covered == first->total)
 		fragments.delete(&key);
-	if ((!addr_is_unset(source) && rewrite_addr(p, SOURCE, source)) ||
+	if (!fragment_rename(p, new_id) || (!addr_is_unset(source) && rewrite_addr(p, SOURCE, source)) ||
 	    (!addr_is_unset(destination) && rewrite_addr(p, DESTINATION, destination)))
 		return drop(COUNT_drop_rewrite);
 	return translated(p, done);

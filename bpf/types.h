@@ -238,6 +238,8 @@ struct fragment {
 	u16 total; /* bytes in all, once the last fragment has come */
 	u8 bad; /* fragments overlapped: the rest is dropped */
 	u8 wan; /* by which it left */
+	__be16 new_id; /* identification that it leaves with; 0: stays */
+	u16 pad;
 	struct span span[FRAGMENT_SPANS];
 };
 

@@ -4,6 +4,7 @@ import pytest
 from harness import (
     GATEWAY,
     HOST,
+    OTHER_HOST,
     OTHER_SERVER,
     SERVER,
     Gateway,
@@ -48,6 +49,30 @@ def test_outbound_in_order(gateway: Gateway, packet: Packet, port_field: str) ->
     expected = rebuilt(packet, src=GATEWAY, **{port_field: results[0].port})
     assert whole([result.bytes for result in results]) == wire(expected)[20:]
     assert all(result.ip.src == GATEWAY and sums(result.bytes)["ip"] == 0 for result in results)
+
+
+@pytest.mark.req("7857-10")
+@pytest.mark.parametrize("kind", KINDS)
+def test_hosts_that_chose_one_identification(gateway: Gateway, kind: str) -> None:
+    """Their pieces meet at one remote, which tells them apart; what is whole, or comes in, keeps its own."""
+    packet, _ = KINDS[kind]
+    names = []
+    for host in (HOST, OTHER_HOST) * 10:
+        pieces = [gateway.outbound(each) for each in fragment(rebuilt(packet, src=host), 1400)]
+        assert all(sums(each.bytes)["ip"] == 0 for each in pieces)
+        assert len({each.ip.id for each in pieces}) == 1
+        names.append(pieces[0].ip.id)
+    assert len({*names}) >= 18, "three meetings by chance in ten million runs"
+    assert names.count(77) <= 2
+    assert 0 not in names
+    assert gateway.outbound(udp(HOST, 5000, SERVER, 53, id=77)).ip.id == 77
+
+
+def test_a_first_piece_that_comes_again(gateway: Gateway) -> None:
+    first, last = fragment(udp(HOST, 5000, SERVER, 53, bytes(2000), id=77), 1400)
+    pieces = [gateway.outbound(each) for each in (first, first, last)]
+    assert [each.ended for each in pieces] == ["slow_outbound", "slow_outbound", "slow_fragment_outbound"]
+    assert len({each.ip.id for each in pieces}) == 1
 
 
 @pytest.mark.parametrize(("packet", "port_field"), KINDS.values(), ids=KINDS)

@@ -155,8 +155,9 @@ def test_sctp_fragments_follow_their_first(gateway: Gateway) -> None:
     rest = portless(HOST, SERVER, 132, bytes(16), frag=4, id=5)
     assert gateway.outbound(rest).ended == "drop_fragment_orphan"
     first = sctp(HOST, 1000, SERVER, 9, flags="MF", id=5)
-    assert gateway.outbound(first).ended == "slow_portless_outbound"
-    assert gateway.outbound(rest).bytes == moved(rest, src=GATEWAY)
+    begun = gateway.outbound(first)
+    assert begun.ended == "slow_portless_outbound"
+    assert gateway.outbound(rest).bytes == moved(rest, src=GATEWAY, id=begun.ip.id)
 
 
 @pytest.mark.req("attacks-truncated")
