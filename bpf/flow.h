@@ -16,13 +16,19 @@ static __always_inline u32 slot_class(u32 slot)
 	return slot / PORTS % CLASSES;
 }
 
-/* The external endpoint of a slot below FURTHER_BASE. */
+/* The first slot for further sessions. A constant where there is one external address: the verifier walks less then. */
+static __always_inline u32 further_base(const struct settings *cfg)
+{
+	return EXTERNALS == 1 ? CLASSES * PORTS : cfg->further_base;
+}
+
+/* The external endpoint of a mapping's slot. */
 static __always_inline addr_t slot_addr(const struct settings *cfg, u32 slot)
 {
 	u64 external = slot / PORTS / CLASSES;
 
 	asm volatile("" : "+r"(external)); /* or LLVM drops the check that the verifier wants to see */
-	return cfg->external[external < EXTERNALS ? external : 0];
+	return cfg->external[external & EXTERNAL_MASK];
 }
 
 static __always_inline __be16 slot_port(u32 slot)

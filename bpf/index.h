@@ -9,10 +9,8 @@
  * 5-tuples meet no more often than by chance. The few entries whose bucket is full stand in a hash table of the kernel's;
  * a second bucket for them would have the verifier walk twice as much, for every lookup.
  */
-#define SLOT_BITS 24
+#define SLOT_BITS 24 /* 64 external addresses and four million further sessions need no more */
 #define SLOT_MASK ((1 << SLOT_BITS) - 1)
-
-_Static_assert(SLOTS <= 1 << SLOT_BITS, "a slot fits an entry");
 
 static __always_inline struct mapping_key endpoint(addr_t addr, __be16 port, u32 class, u32 wan)
 {
@@ -54,9 +52,9 @@ static __always_inline u32 flow_hash(const struct settings *cfg, const struct fl
 	return (sum + seed[3 + 2 * ADDR_WORDS] * rest) >> 32;
 }
 
-static __always_inline struct bucket *bucket_of(u32 hash)
+static __always_inline struct bucket *bucket_of(const struct settings *cfg, u32 hash)
 {
-	u32 nth = (u64)hash * BUCKETS >> 32;
+	u32 nth = (u64)hash * cfg->buckets >> 32;
 	return buckets.lookup(&nth);
 }
 
@@ -143,7 +141,7 @@ static __always_inline u32 index_find(const struct settings *cfg, const struct f
 			return slot;
 	}
 	hash = flow_hash(cfg, key);
-	bucket = bucket_of(hash);
+	bucket = bucket_of(cfg, hash);
 	if (!bucket)
 		return NO_SLOT;
 	slot = bucket_find(bucket, key, entry_of(hash, 0) >> SLOT_BITS, except, found);
@@ -205,7 +203,7 @@ static __always_inline bool bucket_take(struct bucket *bucket, u32 entry)
 static __always_inline bool entry_put(const struct settings *cfg, struct flow_key *key, u32 slot)
 {
 	u32 hash = flow_hash(cfg, key);
-	struct bucket *bucket = bucket_of(hash);
+	struct bucket *bucket = bucket_of(cfg, hash);
 
 	if (!bucket)
 		return false;
@@ -218,7 +216,7 @@ static __always_inline bool entry_put(const struct settings *cfg, struct flow_ke
 static __always_inline void entry_take(const struct settings *cfg, struct flow_key *key, u32 slot)
 {
 	u32 hash = flow_hash(cfg, key), *entry;
-	struct bucket *bucket = bucket_of(hash);
+	struct bucket *bucket = bucket_of(cfg, hash);
 
 	if (!bucket || bucket_take(bucket, entry_of(hash, slot)))
 		return;

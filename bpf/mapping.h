@@ -4,7 +4,6 @@
  */
 #define CLAIM_TRIES 8
 #define CLAIM_WORDS 32
-#define FURTHER_TRIES 4
 #define FURTHER_WORDS 16
 #define RECLAIM_TRIES 8
 
@@ -27,27 +26,35 @@ static __always_inline void slot_release(u32 slot)
 		__sync_fetch_and_and(claim, ~(1ULL << (slot % 64)));
 }
 
-/* A free slot among @tries words of the pool's two ranges (ports counted from slot @base), from a random word round,
- * or NO_SLOT; @fitting has the bits that will do. With one port in a hundred free that finds one, and a small pool is looked through whole; when it does not,
- * the sender's next packet looks elsewhere. Words at the edges of the pool hold foreign ports too, but those are claimed.
- * The loop only finds the word: what stands inside it is paid @tries times over in the verifier's time at attach.
+static __always_inline u32 slot_claim_in(u32 word, u64 free)
+{
+	u32 slot = word * 64 + lowest_bit(free);
+
+	return free && slot_claim(slot) ? slot : NO_SLOT;
+}
+
+/* A free slot among CLAIM_WORDS words of the pool's two ranges (ports counted from slot @base), from a random word round,
+ * or NO_SLOT; @fitting has the bits that will do. With one port in a hundred free that finds one, and a small pool is
+ * looked through whole; when it does not, the sender's next packet looks elsewhere. Words at the edges of the pool hold
+ * foreign ports too, but those are claimed. The loop only finds the word: what stands inside it is paid as many times over
+ * in the verifier's time at attach.
  */
-static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool, u64 fitting, u32 tries)
+static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool, u64 fitting)
 {
 	u32 low = (base + pool->first[0]) / 64, high = (base + pool->first[1]) / 64;
 	u32 low_words = (pool->first[0] % 64 + pool->count[0] + 63) / 64;
 	u32 words = low_words + (pool->first[1] % 64 + pool->count[1] + 63) / 64;
-	u32 start = bpf_get_prandom_u32(), word = 0, slot;
+	u32 start = bpf_get_prandom_u32(), gap = high - low - low_words, word = 0;
 	u64 free = 0;
 
 	if (!words)
 		return NO_SLOT;
 #pragma clang loop unroll(disable)
-	for (u32 i = 0; i < tries; i++) {
+	for (u32 i = 0; i < CLAIM_WORDS; i++) {
 		u32 nth = (start + i) % words;
 		u64 *claim;
 
-		word = nth < low_words ? low + nth : high + nth - low_words;
+		word = low + nth + ((is_below(nth, low_words) - 1) & gap);
 		claim = claims.lookup(&word);
 		if (!claim)
 			return NO_SLOT;
@@ -55,10 +62,7 @@ static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool, u6
 		if (free)
 			break;
 	}
-	if (!free)
-		return NO_SLOT;
-	slot = word * 64 + lowest_bit(free);
-	return slot_claim(slot) ? slot : NO_SLOT;
+	return slot_claim_in(word, free);
 }
 
 static __always_inline u32 random_below(u32 limit)
@@ -73,9 +77,9 @@ static __always_inline u32 pool_size(const struct pool *pool)
 
 static __always_inline u32 pool_random_port(const struct pool *pool)
 {
-	u32 nth = random_below(pool_size(pool));
+	u32 nth = random_below(pool_size(pool)), gap = pool->first[1] - pool->first[0] - pool->count[0];
 
-	return nth < pool->count[0] ? pool->first[0] + nth : pool->first[1] + nth - pool->count[0];
+	return pool->first[0] + nth + ((is_below(nth, pool->count[0]) - 1) & gap);
 }
 
 static __always_inline u32 pool_has(const struct pool *pool, u32 port)
@@ -103,18 +107,24 @@ static __always_inline bool slot_is_of_pool(const struct settings *cfg, u32 slot
 	return pool_has(&cfg->pool[i], slot % PORTS) || pool_has(&cfg->pool[CLASS_ROOM + i], slot % PORTS);
 }
 
-static __always_inline u32 slot_claim_further(void)
+/* The same for a further session: anywhere behind the mappings. */
+static __always_inline u32 slot_claim_further(const struct settings *cfg)
 {
-	const struct pool all = { .count = { FURTHER } };
+	u32 first = further_base(cfg) / 64, mask = cfg->further / 64 - 1; /* their number is a power of two */
+	u32 start = bpf_get_prandom_u32(), word = 0;
+	u64 free = 0;
 
 #pragma clang loop unroll(disable)
-	for (int i = 0; i < FURTHER_TRIES; i++) {
-		u32 slot = FURTHER_BASE + random_below(FURTHER);
+	for (u32 i = 0; i < FURTHER_WORDS && !free; i++) {
+		u64 *claim;
 
-		if (slot_claim(slot))
-			return slot;
+		word = first + ((start + i) & mask);
+		claim = claims.lookup(&word);
+		if (!claim)
+			return NO_SLOT;
+		free = ~*claim;
 	}
-	return slot_claim_scan(FURTHER_BASE, &all, ~0ULL, FURTHER_WORDS);
+	return slot_claim_in(word, free);
 }
 
 static __always_inline void session_init(const struct settings *cfg, struct session *s, const struct ends *e,
@@ -191,7 +201,7 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 	if (!s)
 		return;
 	life = s->life;
-	stays = slot < FURTHER_BASE && life & (LIFE_FURTHER_MASK | LIFE_STATIC);
+	stays = slot < further_base(cfg) && life & (LIFE_FURTHER_MASK | LIFE_STATIC);
 	if ((life & LIFE_STATE) != LIFE_LIVE || (stays && !(life & LIFE_SESSION)))
 		return;
 	if (life & LIFE_SESSION && !force && !session_is_expired(cfg, s, now))
@@ -205,10 +215,10 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 					(life & ~(LIFE_STATE | LIFE_SESSION | LIFE_COUNTED)) | LIFE_RESTING))
 		return;
 	session_disarm(cfg, s);
-	if (!stays && slot < FURTHER_BASE)
+	if (!stays && slot < further_base(cfg))
 		mapping_closed(ending->owner, slot, life);
 	mapping = session_at(ending->mapping);
-	if (slot >= FURTHER_BASE && mapping)
+	if (slot >= further_base(cfg) && mapping)
 		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
 	if (life & LIFE_SESSION)
 		session_ended(cfg, ending, slot);
@@ -315,7 +325,7 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
 			return slot;
 		slot_release(slot);
 	}
-	slot = slot_claim_scan(base, pool, fitting, CLAIM_WORDS);
+	slot = slot_claim_scan(base, pool, fitting);
 	if (slot == NO_SLOT && !parity)
 		slot = slot_reclaim(cfg, base, pool, p->now);
 	if (slot == NO_SLOT || !slot_is_local(cfg, p, slot))
@@ -372,7 +382,7 @@ static __always_inline u32 session_place(const struct settings *cfg, const struc
 	bool is_own = m->in.new_port == e->internal_port && addr_equal(m->in.new_addr, e->internal);
 
 	if ((life & LIFE_SESSION && !session_is_expired(cfg, m, now)) || !(is_own || life & LIFE_STATIC))
-		return slot_claim_further();
+		return slot_claim_further(cfg);
 	return slot;
 }
 

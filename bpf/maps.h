@@ -1,11 +1,15 @@
 /* Every map with a line of purpose, and its small accessors. Map methods work only in the main text and never
  * through a macro or an argument (bcc), hence one accessor for each.
+ *
+ * How large those are that are SIZED is a setting: the control plane, which creates the maps, knows (datapath.py).
  */
-BPF_F_TABLE("array", u32, struct session, sessions, SLOTS, BPF_F_MMAPABLE); /* slot → both flows */
-BPF_F_TABLE("array", u32, u64, claims, SLOTS / 64, BPF_F_MMAPABLE); /* a bit per slot: taken */
-BPF_TABLE("hash", struct mapping_key, u32, mappings, EXTERNALS *CLASSES *PORTS); /* → slot */
-BPF_F_TABLE("array", u32, struct bucket, buckets, BUCKETS, BPF_F_MMAPABLE); /* of the index, each a cache line */
-BPF_TABLE("hash", struct flow_key, u32, overflow, OVERFLOW); /* of the index → slot */
+#define SIZED 64
+
+BPF_F_TABLE("array", u32, struct session, sessions, SIZED, BPF_F_MMAPABLE); /* slot → both flows */
+BPF_F_TABLE("array", u32, u64, claims, SIZED, BPF_F_MMAPABLE); /* a bit per slot: taken */
+BPF_TABLE("hash", struct mapping_key, u32, mappings, SIZED); /* → slot */
+BPF_F_TABLE("array", u32, struct bucket, buckets, SIZED, BPF_F_MMAPABLE); /* of the index, each a cache line */
+BPF_TABLE("hash", struct flow_key, u32, overflow, SIZED); /* of the index → slot */
 BPF_F_TABLE("lpm_trie", struct forward_key, u32, forwards, 262144, BPF_F_NO_PREALLOC); /* → index of forward_rules */
 BPF_F_TABLE("array", u32, struct forward, forward_rules, FORWARDS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct lease, leases, FORWARDS, BPF_F_MMAPABLE); /* by index of the rule */
@@ -20,7 +24,7 @@ BPF_TABLE("lru_hash", struct contact_key, struct contact, contacts, 65536);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
 BPF_TABLE("array", u32, struct budget, budgets, PUNT_REASONS);
 BPF_F_TABLE("lpm_trie", struct prefix_key, u32, prefixes, 1024, BPF_F_NO_PREALLOC); /* → prefix_role */
-BPF_TABLE("hash", addr_t, u32, externals, 2 * EXTERNALS); /* address → its index, where there are several */
+BPF_TABLE("hash", addr_t, u32, externals, 2 * EXTERNAL_ROOM); /* address → its index, where there are several */
 BPF_F_TABLE("lpm_trie", struct choice_key, struct choice, choices, 256 * WANS, BPF_F_NO_PREALLOC); /* by internal prefix */
 BPF_F_TABLE("lpm_trie", struct prefix_key, struct counterpart, counterparts, 512, BPF_F_NO_PREALLOC); /* both ways */
 BPF_F_TABLE("lpm_trie", struct prefix_key, struct exempt, exempts, 256, BPF_F_NO_PREALLOC); /* by remote prefix */

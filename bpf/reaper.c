@@ -29,7 +29,7 @@ static __always_inline void slot_return(const struct settings *cfg, u32 slot)
 		return;
 	life = s->life;
 	if ((life & LIFE_STATE) == LIFE_RESTING && life_swap(s, life, 0) &&
-	    (slot >= FURTHER_BASE || slot_is_of_pool(cfg, slot)))
+	    (slot >= further_base(cfg) || slot_is_of_pool(cfg, slot)))
 		slot_release(slot);
 }
 
@@ -38,7 +38,7 @@ static __always_inline void slot_keep(const struct settings *cfg, u32 slot, u32 
 	struct session *s = session_at(slot);
 	u64 life;
 
-	if (!s || slot >= FURTHER_BASE)
+	if (!s || slot >= further_base(cfg))
 		return;
 	slot_claim(slot);
 	slot_reap(cfg, slot, true, now);
@@ -48,12 +48,12 @@ static __always_inline void slot_keep(const struct settings *cfg, u32 slot, u32 
 }
 
 /* Whose the mapping is, the agent looks afterwards, when it can no longer end. */
-static __always_inline void slot_hold(u32 slot)
+static __always_inline void slot_hold(const struct settings *cfg, u32 slot)
 {
 	struct session *s = session_at(slot);
 	u64 life;
 
-	if (!s || slot >= FURTHER_BASE)
+	if (!s || slot >= further_base(cfg))
 		return;
 	life = s->life;
 	if ((life & LIFE_STATE) != LIFE_LIVE || !life_swap(s, life, (life & ~LIFE_COUNTED) | LIFE_STATIC))
@@ -67,7 +67,7 @@ static __always_inline void slot_take(const struct settings *cfg, u32 slot)
 	struct session *s = session_at(slot);
 	u64 life;
 
-	if (!s || slot >= FURTHER_BASE)
+	if (!s || slot >= further_base(cfg))
 		return;
 	life = s->life;
 	if ((life & LIFE_STATE) == LIFE_LIVE ||
@@ -122,7 +122,7 @@ int masq_reap(struct __sk_buff *skb)
 			slot_yield(slot);
 			break;
 		case REAP_HOLD:
-			slot_hold(slot);
+			slot_hold(cfg, slot);
 			break;
 		case REAP_TAKE:
 			slot_take(cfg, slot);

@@ -24,11 +24,9 @@ enum proto_class { CLASS_TCP, CLASS_UDP, CLASS_ICMP, CLASSES, CLASS_NONE = CLASS
 #define CLASS_MASK (CLASS_ROOM - 1)
 
 /* A slot is a place in `sessions`. The first session of a mapping lives in the slot of its external
- * endpoint; further sessions of the same mapping live behind all of those.
+ * endpoint; further sessions of the same mapping live behind all of those, from settings.further_base on.
  */
 #define PORTS 65536
-#define FURTHER_BASE (EXTERNALS * CLASSES * PORTS)
-#define SLOTS (FURTHER_BASE + FURTHER)
 #define NO_SLOT (~0U)
 #define NO_EXTERNAL (~0U)
 #define EXTERNAL_ROOM 64 /* of an array indexed by external & EXTERNAL_MASK: a comparison would be one way more */
@@ -100,8 +98,6 @@ struct session {
 
 /* One cache line of the index. */
 #define BUCKET_ENTRIES 15
-#define BUCKETS (SLOTS / 4) /* so that they are half full when every slot has two entries */
-#define OVERFLOW (SLOTS / 64) /* entries whose bucket was full; one in a hundred, when every slot has two */
 
 struct bucket {
 	u32 entry[BUCKET_ENTRIES];
@@ -180,9 +176,7 @@ struct lease {
 #define FORWARD_ON_LAN 255 /* redirects; the "remote" address is the internal one */
 #define FORWARD_TRIGGER 253 /* plus the class of the ports to be opened */
 
-#ifndef REDIRECTED
 #define REDIRECTED 65536 /* connections at once */
-#endif
 
 /* A redirected connection from a LAN, as its client knows it. */
 struct redirected_key {
@@ -382,7 +376,11 @@ enum filtering { FILTER_ADDRESS_AND_PORT, FILTER_ADDRESS, FILTER_NONE }; /* RFC 
 
 struct settings { /* times in jiffies */
 	u64 seed[SEEDS]; /* of the index; as long as its entries */
-	addr_t external[EXTERNALS]; /* zero: none */
+	u32 externals; /* how many there is room for */
+	u32 further_base; /* the first slot for further sessions */
+	u32 further; /* how many */
+	u32 buckets;
+	addr_t external[EXTERNAL_ROOM]; /* zero: none */
 	u8 external_wan[EXTERNAL_ROOM]; /* the WAN that each belongs to */
 	u32 exit[WANS]; /* interface index of each WAN; 0: not there */
 	struct pool pool[2 * CLASS_ROOM]; /* by class; upper half: for internal ports below 1024 (RFC 4787 REQ-3a), if any */

@@ -53,7 +53,7 @@ class Asking:
         self._server.external_known = external is not None
         inside = {link.index for link in lans}
         self._service.follow(Place(each.index, IPv4Address(each.ip.ip)) for each in addresses if each.index in inside)
-        externals = [str(IPv4Address(each.tobytes())) for each in self._tables.settings["external"]["word"][:, :1]]
+        externals = [str(place.address or IPv4Address(0)) for place in self._tables.places]
         if externals != self._externals:  # what hosts know of their mappings is wrong now (RFC 6887 section 8.5)
             self._externals, self._epoch_at = externals, _clock()
             self._service.announce()

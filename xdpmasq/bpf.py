@@ -319,17 +319,20 @@ class Object:
 
     Args:
         maps: existing ones to use in place of new ones of the same names.
+        sizes: of new ones, where it is not what the C says; entries by name.
 
     Attributes:
         layouts: map name → [key, value] as JSON carries them; see :func:`xdpmasq.compiler.layout`.
         maps: map name → map.
     """
 
-    def __init__(self, compiled: compiler.Compiled, maps: Mapping[str, Map] | None = None) -> None:
+    def __init__(self, compiled: compiler.Compiled, maps: Mapping[str, Map], sizes: Mapping[str, int]) -> None:
         self._code = compiled.code
         self._compiled_fds = {name: plan.fd for name, plan in compiled.maps.items()}
-        present = maps or {}
-        self.maps = {name: present.get(name) or _create(name, plan) for name, plan in compiled.maps.items()}
+        self.maps = {
+            name: maps.get(name) or _create(name, plan, sizes.get(name, plan.max_entries))
+            for name, plan in compiled.maps.items()
+        }
         self.layouts = {name: [plan.key, plan.value] for name, plan in compiled.maps.items()}
 
     def load(self, function: str, kind: str) -> Program:
@@ -349,9 +352,9 @@ class Object:
             raise DatapathError(f"the kernel refused program {function}", why) from error
 
 
-def _create(name: str, plan: compiler.MapPlan) -> Map:
+def _create(name: str, plan: compiler.MapPlan, entries: int) -> Map:
     key, value = np.dtype(compiler.layout(plan.key)), np.dtype(compiler.layout(plan.value))
-    sizes = (key.itemsize, value.itemsize, plan.max_entries)
+    sizes = (key.itemsize, value.itemsize, entries)
     attr = struct.pack("<IIIIIII16s", plan.type, *sizes, plan.flags, 0, 0, name[:15].encode())
     return Map(_bpf(_MAP_CREATE, attr)[0], key, value)
 
@@ -391,9 +394,14 @@ def _verifier_log(code: bytes | bytearray, kind: int, name: str) -> str:
     return "\n".join(lines[-40:])
 
 
-def compile(text: str, defines: Mapping[str, object] | None = None, maps: Mapping[str, Map] | None = None) -> Object:
+def compile(
+    text: str,
+    defines: Mapping[str, object] | None = None,
+    maps: Mapping[str, Map] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Object:
     """Compiles C (:func:`xdpmasq.compiler.compile`, which see for errors) and creates the maps that are not there."""
-    return Object(compiler.compile(text, defines), maps)
+    return Object(compiler.compile(text, defines), maps or {}, sizes or {})
 
 
 # --- TCX -------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
-import time
 from typing import Any
 
 from xdpmasq import attachment, checks, datapath, presence
@@ -43,11 +43,14 @@ def _agent_without_interfaces(wan: str | None) -> str | None:
 
 
 def _end_agent(wan: str, patience_s: float = 10) -> None:
-    deadline = time.monotonic() + patience_s
-    asked = signal.SIGTERM
-    while (pid := presence.agent_pid(wan)) is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, asked)
-        if time.monotonic() > deadline:
+    """Until its process is gone, and all that it held with it."""
+    pid = presence.agent_pid(wan)
+    if pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid), "rb", buffering=0) as agent:
+        asked = signal.SIGTERM
+        while True:
+            signal.pidfd_send_signal(agent.fileno(), asked)
+            if select.select([agent], [], [], patience_s)[0]:
+                return
             asked = signal.SIGKILL
-        time.sleep(0.05)

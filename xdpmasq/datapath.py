@@ -125,7 +125,7 @@ class Tables:
     @cached_property
     def externals(self) -> int:
         """How many external addresses there is room for."""
-        return len(self.settings["external"])
+        return int(self.settings["externals"])
 
     @cached_property
     def wans(self) -> int:
@@ -135,12 +135,12 @@ class Tables:
     @property
     def further_base(self) -> int:
         """The first slot for further sessions."""
-        return self.externals * EXTERNAL_SLOTS
+        return int(self.settings["further_base"])
 
     @property
     def further(self) -> int:
         """How many further sessions there is room for."""
-        return int(self.maps["sessions"].max_entries) - self.further_base
+        return int(self.settings["further"])
 
     def set_settings(self, **fields: Any) -> None:
         """Changes some fields of ``struct settings``; only the agent writes it."""
@@ -239,7 +239,8 @@ class Tables:
     def places(self) -> list[Place]:
         """The addresses to masquerade as, by index."""
         settings = self.settings
-        words, wans = settings["external"]["word"][:, 0], settings["external_wan"][: self.externals]
+        room = self.externals
+        words, wans = settings["external"]["word"][:room, 0], settings["external_wan"][:room]
         addresses = [IPv4Address(word.tobytes()) if word else None for word in words]
         return [Place(address, int(wan)) for address, wan in zip(addresses, wans, strict=True)]
 
@@ -248,7 +249,7 @@ class Tables:
     ) -> None:
         """The addresses to masquerade as; and by WAN and internal prefix which of them, by index, hosts may have."""
         self.set_settings(
-            external=[addr(each.address) for each in places],
+            external=_padded([addr(each.address) for each in places], EXTERNAL_ROOM, addr(None)),
             external_wan=_padded([each.wan for each in places], EXTERNAL_ROOM),
         )
         index = {addr(each.address): nth for nth, each in reversed([*enumerate(places)]) if each.address}
@@ -355,8 +356,8 @@ def _tags(wire: Wire) -> list[tuple[int, int]]:
     return [*tags, *[(0, 0)] * (TAGS - len(tags))]
 
 
-def _padded(numbers: Sequence[int], length: int) -> list[int]:
-    return [*numbers, *[0] * (length - len(numbers))]
+def _padded(values: Sequence[Any], length: int, nothing: Any = 0) -> list[Any]:
+    return [*values, *[nothing] * (length - len(values))]
 
 
 def _choice_key(wan: int, network: IPv4Network) -> tuple[int, int, tuple[tuple[int]]]:
@@ -379,13 +380,27 @@ def addr(address: IPv4Address | None) -> tuple[tuple[int]]:
     return ((int.from_bytes(address.packed, "little") if address else 0,),)
 
 
-def _sizes(further: int, externals: int, wans: int) -> dict[str, int]:
-    return {"EXTERNALS": externals, "FURTHER": further, "WANS": wans}
+def _defines(externals: int, wans: int) -> dict[str, int]:
+    """What the programs are compiled for. Of external addresses one is a case of its own, any more are another."""
+    return {"EXTERNALS": 1 if externals == 1 else EXTERNAL_ROOM, "WANS": wans}
 
 
-def compile_ahead(further: int, externals: int = 1, wans: int = 1) -> None:
-    """Has the compiler's work for :class:`Programs` done, and kept, before it is wanted."""
-    compiler.compile(source.flatten(), _sizes(further, externals, wans))
+def _sizes(further: int, externals: int) -> dict[str, int]:
+    """Entries of the tables whose size is a setting."""
+    mappings = externals * EXTERNAL_SLOTS
+    slots = mappings + further
+    return {
+        "sessions": slots,
+        "claims": slots // 64,
+        "mappings": mappings,
+        "buckets": slots // 4,  # half full when every slot has two entries
+        "overflow": slots // 64,  # one entry in a hundred then finds its bucket full
+    }
+
+
+def compile_ahead() -> None:
+    """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted."""
+    compiler.compile(source.flatten(), _defines(1, 1))
 
 
 class Programs:
@@ -396,7 +411,8 @@ class Programs:
         maps: existing maps to use.
         externals: how many external addresses.
         wans: how many WANs.
-        defines: for the compiler, beside the sizes.
+        defines: for the compiler, beside those.
+        sizes: entries of tables, by name, where they are not to be as usual.
     """
 
     def __init__(
@@ -405,9 +421,12 @@ class Programs:
         maps: Mapping[str, bpf.Map] | None = None,
         externals: int = 1,
         wans: int = 1,
+        *,
         defines: Mapping[str, str] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self._dimensions = (further, externals, wans)
+        self._sizes = _sizes(further, externals) | dict(sizes or {})
         self._defines = dict(defines or {})
         self.maps = dict(maps or {})
         self._object = self._compile({})
@@ -415,11 +434,17 @@ class Programs:
         self._loaded: dict[str, bpf.Program] = {}
         if maps is None:
             tables = Tables(self.maps)
-            tables.set_settings(seed=[secrets.randbits(64) for _ in tables.settings["seed"]])
+            tables.set_settings(
+                seed=[secrets.randbits(64) for _ in tables.settings["seed"]],
+                externals=externals,
+                further_base=externals * EXTERNAL_SLOTS,
+                further=further,
+                buckets=self._sizes["buckets"],
+            )
 
     def _compile(self, defines: Mapping[str, str]) -> bpf.Object:
-        sizes = _sizes(*self._dimensions)
-        return bpf.compile(source.flatten(), {**sizes, **self._defines, **defines}, self.maps)
+        _, *kinds = self._dimensions
+        return bpf.compile(source.flatten(), {**_defines(*kinds), **self._defines, **defines}, self.maps, self._sizes)
 
     @cached_property
     def _without_ethernet(self) -> bpf.Object:
@@ -430,7 +455,7 @@ class Programs:
     def last(self) -> Programs:
         """The same, except that a packet let through by one of its TC programs meets no other on that hook."""
         further, externals, wans = self._dimensions
-        return Programs(further, self.maps, externals, wans, {"TC_GOES_ON": "TC_ACT_OK"})
+        return Programs(further, self.maps, externals, wans, defines={"TC_GOES_ON": "TC_ACT_OK"})
 
     @property
     def layouts(self) -> dict[str, list[Any]]:

@@ -257,7 +257,7 @@ def check(
 
 
 def _check_services(tables: Tables, rule: Rule, services: Iterable[sockets.Listener]) -> None:
-    addresses = [_address(each) for each in tables.settings["external"]]
+    addresses = [place.address for place in tables.places if place.address]
     for each in services:
         if (
             each.protocol == rule.protocol

@@ -198,7 +198,7 @@ def states(protocol: Array, out: Array, in_: Array, replies: Array) -> Array:
 
 def port_use(sessions: Array, settings: Any) -> dict[str, dict[str, int]]:
     """External ports by protocol: used by a mapping, resting after one, forwarded, and in the pool altogether."""
-    externals = len(settings["external"])
+    externals = int(settings["externals"])
     slots = externals * len(PROTOCOLS) * _PORTS
     wanted = np.uint64(_LIFE_STATE | _LIFE_STATIC)
     life = (sessions["life"][:slots] & wanted).reshape(externals, len(PROTOCOLS), _PORTS)

@@ -27,11 +27,6 @@ def further_sessions(config: Config) -> int:
     return config.further_sessions or further_for(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def compile_ahead() -> None:
-    """What a gateway with one external address needs on this machine; after an installation."""
-    datapath.compile_ahead(further_sessions(Config((), ())))
-
-
 def further_for(ram_bytes: int) -> int:
     """A power of two that takes at most a 32nd of the memory, within reason."""
     fitting = ram_bytes // _RAM_SHARE // _SESSION_BYTES

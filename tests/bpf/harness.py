@@ -199,7 +199,9 @@ class Bench:
 
     def __init__(self, addresses: Sequence[str] = (GATEWAY,)) -> None:
         self._places = [Place(IPv4Address(each), number) for number, each in enumerate(addresses)]
-        self.programs = datapath.Programs(FURTHER, None, len(addresses), len(addresses), {"REDIRECTED": "256"})
+        self.programs = datapath.Programs(
+            FURTHER, None, len(addresses), len(addresses), sizes={"redirects": 256, "answers": 256}
+        )
         self.tables = datapath.Tables(self.programs.maps)
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.

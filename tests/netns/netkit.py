@@ -581,6 +581,8 @@ def leaks(frame: bytes, ethernet: bool = True) -> bool:
 def _ip_leaks(packet: bytes) -> bool:
     if _is_private(packet[12:16]) or _is_private(packet[16:20]):
         return True
+    if packet[6] & 0x1F or packet[7]:  # of a later fragment nothing else can be told
+        return False
     icmp = packet[(packet[0] & 15) * 4 :]
     is_error = packet[9] == socket.IPPROTO_ICMP and icmp[:1] in (b"\x03", b"\x0b", b"\x0c", b"\x05")
     return is_error and len(icmp) >= 28 and _ip_leaks(icmp[8:])
