@@ -399,7 +399,7 @@ struct settings { /* times in jiffies */
 	u8 overload; /* a used-up pool shares its ports among hosts, for different remotes */
 	u8 drop_other; /* protocols without ports that are not known */
 	u8 basic; /* there are counterparts */
-	u8 pad;
+	u8 last; /* programs take over from each other: what passes one of ours meets no other on its hook */
 	u32 hz; /* jiffies a second */
 	u32 host_sessions; /* limits for each internal host */
 	u32 host_mappings; /* per protocol */

@@ -35,15 +35,13 @@ static __always_inline enum verdict refuse(enum counter reason)
 	return REFUSE;
 }
 
-/* TC_ACT_UNSPEC lets further programs and the stack have the packet, as if we were not there. Compiled with TC_ACT_OK,
- * ours are the last, and clsact's filters do not run: so they take over from each other, see attachment.py.
+/* TC_ACT_UNSPEC lets further programs and the stack have the packet, as if we were not there. After TC_ACT_OK on TCX,
+ * clsact's filters do not run: so ours take over from each other, see attachment.py.
  */
-#ifndef TC_GOES_ON
-#define TC_GOES_ON TC_ACT_UNSPEC
-#endif
-
 static __always_inline int tc_verdict(enum verdict verdict)
 {
+	const struct settings *cfg = settings_get();
+
 	switch (verdict) {
 	case DROP:
 	case REFUSE:
@@ -51,6 +49,6 @@ static __always_inline int tc_verdict(enum verdict verdict)
 	case REDIRECT:
 		return TC_ACT_REDIRECT;
 	default:
-		return TC_GOES_ON;
+		return cfg && cfg->last ? TC_ACT_OK : TC_ACT_UNSPEC;
 	}
 }

@@ -202,7 +202,7 @@ class Agent:
 
     def _settings(self) -> None:
         fields = settings.fields(self._config, self._hz, self.tables.further)
-        self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0)
+        self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0, last=False)
         self.tables.set_exempts(self._config.external.exempt)
 
     def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:

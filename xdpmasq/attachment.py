@@ -70,14 +70,14 @@ def put(link: netdev.Link, hook: Hook, programs: datapath.Programs) -> None:
     # No packet may be translated twice, nor never. As clsact's filters run after TCX, a move between the two, either
     # way, is covered by a program on TCX after which they do not run. For that moment others' filters do not either.
     moves = _our_filters(link.index, hook.kind) if uses_tcx() else _ours_on_tcx(link.index, hook.kind)
-    if moves:
-        _put_on_tcx(link, hook.kind, programs.last[hook.function])
-    if uses_tcx():
-        _clear_clsact(link, hook.kind)
-        _put_on_tcx(link, hook.kind, program)
-    else:
-        netdev.tc_attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
-        _clear_tcx(link, hook.kind)
+    with programs.being_last() if moves else contextlib.nullcontext():
+        if moves or uses_tcx():
+            _put_on_tcx(link, hook.kind, program)
+        if uses_tcx():
+            _clear_clsact(link, hook.kind)
+        else:
+            netdev.tc_attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
+            _clear_tcx(link, hook.kind)
 
 
 def _put_on_tcx(link: netdev.Link, hook: bpf.TcHook, program: bpf.Program) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -411,7 +411,6 @@ class Programs:
         maps: existing maps to use.
         externals: how many external addresses.
         wans: how many WANs.
-        defines: for the compiler, beside those.
         sizes: entries of tables, by name, where they are not to be as usual.
     """
 
@@ -422,14 +421,12 @@ class Programs:
         externals: int = 1,
         wans: int = 1,
         *,
-        defines: Mapping[str, str] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
-        self._dimensions = (further, externals, wans)
+        self._kind = (externals, wans)
         self._sizes = _sizes(further, externals) | dict(sizes or {})
-        self._defines = dict(defines or {})
         self.maps = dict(maps or {})
-        self._object = self._compile({})
+        self._object = self._compile()
         self.maps |= self._object.maps
         self._loaded: dict[str, bpf.Program] = {}
         if maps is None:
@@ -442,20 +439,23 @@ class Programs:
                 buckets=self._sizes["buckets"],
             )
 
-    def _compile(self, defines: Mapping[str, str]) -> bpf.Object:
-        _, *kinds = self._dimensions
-        return bpf.compile(source.flatten(), {**_defines(*kinds), **self._defines, **defines}, self.maps, self._sizes)
+    def _compile(self, **defines: int) -> bpf.Object:
+        return bpf.compile(source.flatten(), _defines(*self._kind) | defines, self.maps, self._sizes)
 
     @cached_property
     def _without_ethernet(self) -> bpf.Object:
         """The functions for interfaces without Ethernet header; compiling takes its time, and few have such a one."""
-        return self._compile({"L3": "1"})
+        return self._compile(L3=1)
 
-    @cached_property
-    def last(self) -> Programs:
-        """The same, except that a packet let through by one of its TC programs meets no other on that hook."""
-        further, externals, wans = self._dimensions
-        return Programs(further, self.maps, externals, wans, defines={"TC_GOES_ON": "TC_ACT_OK"})
+    @contextlib.contextmanager
+    def being_last(self) -> Iterator[None]:
+        """Inside the block a packet let through by one of the TC programs meets no other on that hook."""
+        tables = Tables(self.maps)
+        tables.set_settings(last=True)
+        try:
+            yield
+        finally:
+            tables.set_settings(last=False)
 
     @property
     def layouts(self) -> dict[str, list[Any]]:
