@@ -49,6 +49,6 @@ static __always_inline int tc_verdict(enum verdict verdict)
 	case REDIRECT:
 		return TC_ACT_REDIRECT;
 	default:
-		return cfg && cfg->last ? TC_ACT_OK : TC_ACT_UNSPEC;
+		return cfg ? TC_ACT_UNSPEC + cfg->last : TC_ACT_UNSPEC; /* TC_ACT_OK is one more */
 	}
 }
