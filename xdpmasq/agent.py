@@ -655,6 +655,8 @@ class Agent:
             self._look()
         with self.pulse.expiring():
             self._safely(self._expiry.run)
+        if self._expiry.looked_at <= datapath.FEW and not self._forwards.has_default:
+            self.tables.let_go()
         self._safely(self._look_after_tcx)
         self._safely(self._route)
         self._safely(self._report)

@@ -47,6 +47,7 @@ PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
 LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
 REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_KEEP, REAP_YIELD, REAP_HOLD, REAP_TAKE = 0, 1, 2, 4, 5, 6, 7
 REAP_MAX = 16
+FEW = 128  # sessions that are read one by one faster than the whole table is mapped
 CHOICE_MAX, CHOICE_ADDR_AT, EXTERNAL_ROOM = 64, 32, 64
 
 # Never routed on the Internet, so never to leave with such a source (RFC 6890).
@@ -101,6 +102,19 @@ class Tables:
     def sessions(self) -> bpf.Array:
         """``struct session`` by slot, over the kernel's own memory."""
         return self.maps["sessions"].view()
+
+    def rows(self, slots: Slots) -> bpf.Array:
+        """Copies of ``struct session`` in these slots."""
+        if len(slots) <= FEW and "sessions" not in self.__dict__:
+            return np.array([self.maps["sessions"].get(slot) for slot in slots.tolist()], self.maps["sessions"].value)
+        raw = self.sessions.view(
+            f"V{self.sessions.itemsize}"
+        )  # whole records copy several times faster than fields do
+        return raw[slots].view(self.sessions.dtype)
+
+    def let_go(self) -> None:
+        """Gives up :attr:`sessions` until they are next asked for: a large table, mapped, counts as the process's."""
+        self.__dict__.pop("sessions", None)
 
     @cached_property
     def claims(self) -> npt.NDArray[np.uint64]:

@@ -63,6 +63,9 @@ class Expiry:
         rest_ticks: how long a closed mapping's port rests (RFC 6888 REQ-8).
         pause_ticks: how long any other closed slot rests; a packet that found it just before is done by then.
         kept: tells the slots outside the pool that are in use all the same.
+
+    Attributes:
+        looked_at: slots of the last pass.
     """
 
     def __init__(
@@ -78,42 +81,44 @@ class Expiry:
         self._tables, self._reaper, self._reserved = tables, reaper, reserved
         self._rest, self._pause = rest_ticks, pause_ticks
         self._kept = kept
+        self.looked_at = 0
 
     def run(self) -> None:
         """Reaps what is expired and returns what has rested."""
         slots = self._tables.used_slots(self._reserved)
         if self._kept and len(kept := self._kept()):
             slots = np.union1d(slots, kept)
+        self.looked_at = len(slots)
         if len(slots):
-            self._tables.reap(self._reaper, self._expired(slots), REAP_EXPIRED)
-            self._tables.reap(self._reaper, self._rested(slots), REAP_RESTED)
+            # The clock is read before the stamps: a packet meanwhile can only make a session younger.
+            now, rows = bpf.jiffies(), self._tables.rows(slots)
+            self._tables.reap(self._reaper, self._expired(slots, rows, now), REAP_EXPIRED)
+            self._tables.reap(self._reaper, self._rested(slots, rows, now), REAP_RESTED)
 
-    def _expired(self, slots: Slots) -> Slots:
-        sessions, settings = self._tables.sessions, self._tables.settings
-        life = sessions["life"][slots]
-        live = slots[life & LIFE_STATE == LIFE_LIVE]
-        life = life[life & LIFE_STATE == LIFE_LIVE]
-        out, in_ = sessions["out"], sessions["in"]
-        # The clock is read before the stamps: a packet meanwhile can only make a session younger.
-        now = bpf.jiffies()
-        idle = age(now, out["last_seen"][live])
+    def _expired(self, slots: Slots, rows: bpf.Array, now: int) -> Slots:
+        settings = self._tables.settings
+        is_live = rows["life"] & LIFE_STATE == LIFE_LIVE
+        live, rows = slots[is_live], rows[is_live]
+        life, out, in_ = rows["life"], rows["out"], rows["in"]
+        idle = age(now, out["last_seen"])
         if settings["inbound_refresh"]:
-            idle = np.minimum(idle, age(now, in_["last_seen"][live]))
-        limits = idle_limits(settings, out["tcp_seen"][live], in_["tcp_seen"][live], sessions["mapping"][live])
+            idle = np.minimum(idle, age(now, in_["last_seen"]))
+        limits = idle_limits(settings, out["tcp_seen"], in_["tcp_seen"], rows["mapping"])
         unused = (life & LIFE_SESSION == 0) & (life & LIFE_FURTHER_MASK == 0)
         waiting = (life & LIFE_STATIC != 0) & (life & LIFE_SESSION == 0)  # a forwarded port outlives its sessions
         expired: Slots = live[((idle > limits) | unused) & ~waiting]
         return expired
 
-    def _rested(self, slots: Slots) -> Slots:
-        sessions = self._tables.sessions
-        resting: Slots = slots[sessions["life"][slots] & LIFE_STATE == LIFE_RESTING]
+    def _rested(self, slots: Slots, rows: bpf.Array, now: int) -> Slots:
+        is_resting = rows["life"] & LIFE_STATE == LIFE_RESTING
+        resting: Slots = slots[is_resting]
+        rows = rows[is_resting]
         if not len(resting):
             return resting
         mapping = resting < self._tables.further_base
         rest = np.where(mapping, self._rest, self._pause)
         rest[mapping] = np.where(self._is_scarce()[resting[mapping]], self._pause, self._rest)
-        rested: Slots = resting[age(bpf.jiffies(), sessions["out"]["last_seen"][resting]) > rest]
+        rested: Slots = resting[age(now, rows["out"]["last_seen"]) > rest]
         return rested
 
     def _is_scarce(self) -> npt.NDArray[np.bool_]:

@@ -402,11 +402,11 @@ def _is_idle(life: Any) -> Mask:
 
 def readdress(tables: Tables, slots: Slots) -> None:
     """Idle forwarded ports of these stand for the external address as it is now."""
-    idle = slots[_is_idle(tables.sessions["life"][slots])]
-    external = tables.settings["external"]["word"][:, 0][idle // EXTERNAL_SLOTS]
-    addresses = tables.sessions["out"]["new_addr"]["word"]
-    wrong = addresses[idle, 0] != external
-    addresses[idle[wrong], 0] = external[wrong]
+    rows = tables.rows(slots)
+    external = tables.settings["external"]["word"][:, 0][slots // EXTERNAL_SLOTS]
+    wrong = _is_idle(rows["life"]) & (rows["out"]["new_addr"]["word"][:, 0] != external)
+    if wrong.any():
+        tables.sessions["out"]["new_addr"]["word"][slots[wrong], 0] = external[wrong]
 
 
 def publish(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> None:
@@ -417,7 +417,7 @@ def publish(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> None:
 
 def withdraw(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> bool:
     """An internal endpoint has the forwarded port no longer; False while a session runs there."""
-    if not _is_idle(tables.sessions["life"][slot]):
+    if not _is_idle(tables.rows(np.array([slot]))["life"][0]):
         return False
     if tables.maps["mappings"].get(endpoint) == slot:
         tables.maps["mappings"].delete(endpoint)
@@ -468,7 +468,7 @@ class Upkeep:
         self._tables = tables
         self._seen: tuple[bytes, list[int]] = b"", []
         self._kept, self._former = NONE, NONE
-        self._has_default = False
+        self.has_default = False
         self._endpoints: list[tuple[int, tuple[Any, ...]]] = []
         self._withdrawn: list[tuple[int, tuple[Any, ...]]] = []
         self._next = 0
@@ -491,11 +491,11 @@ class Upkeep:
 
     def run(self) -> None:
         """A tick."""
-        had_default = self._has_default
+        had_default = self.has_default
         self.readdress()
-        if had_default or self._has_default:  # its remotes choose the ports
+        if had_default or self.has_default:  # its remotes choose the ports
             self._former = np.union1d(self._former, np.setdiff1d(self._used(), self._kept))
-        self._former = self._former[self._tables.sessions["life"][self._former] != 0]
+        self._former = self._former[self._tables.rows(self._former)["life"] != 0]
         self._withdrawn = [each for each in self._withdrawn if not withdraw(self._tables, *each)]
         self._republish()
         self._close_triggered()
@@ -513,7 +513,7 @@ class Upkeep:
             return
         self._seen = seen
         rules = [each.rule for each in at(self._tables, np.flatnonzero(records["targets"]))]
-        self._has_default = any(rule.is_default for rule in rules)
+        self.has_default = any(rule.is_default for rule in rules)
         before, self._kept = self._kept, _slots_of_all(rules, self._tables.externals)
         self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
         endpoints = [each for rule in rules for each in _endpoints(rule, wans)]
@@ -531,6 +531,7 @@ class Upkeep:
         """An endpoint that had a mapping when its forward came gets its port once that has ended; a few each time."""
         some = self._endpoints[self._next : self._next + PUBLISH_AT_ONCE]
         self._next = self._next + len(some) if len(some) == PUBLISH_AT_ONCE else 0
-        for slot, endpoint in some:
-            if self._tables.sessions["life"][slot] & LIFE_STATIC:
+        static = self._tables.rows(np.array([slot for slot, _ in some], np.uint32))["life"] & LIFE_STATIC
+        for (slot, endpoint), is_static in zip(some, static, strict=True):
+            if is_static:
                 publish(self._tables, slot, endpoint)

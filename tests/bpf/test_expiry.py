@@ -36,6 +36,7 @@ from xdpmasq.datapath import (
     REAP_EXPIRED,
     REAP_FORCED,
     REAP_RESTED,
+    Tables,
 )
 from xdpmasq.expiry import Expiry
 
@@ -243,10 +244,12 @@ def test_many_at_once(gateway: Gateway) -> None:
 # --- the agent's pass ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def expiry(gateway: Gateway) -> Expiry:
-    reaper = gateway.bench.programs["masq_reap"]
-    return Expiry(gateway.tables, reaper, gateway.tables.claims.copy(), 120 * TICKS, TICKS)
+@pytest.fixture(params=["whole table", "row by row"])
+def expiry(gateway: Gateway, request: pytest.FixtureRequest) -> Expiry:
+    reaper, tables = gateway.bench.programs["masq_reap"], Tables(gateway.tables.maps)
+    if request.param == "whole table":
+        assert len(tables.sessions)
+    return Expiry(tables, reaper, gateway.tables.claims.copy(), 120 * TICKS, TICKS)
 
 
 @pytest.mark.req("6888-8")

@@ -633,6 +633,11 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def resident_bytes(pid: int) -> int:
+    """Memory that a process holds in whatever way, the kernel's tables that it maps included: VmRSS."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def own_bytes(pid: int) -> int:
     """Memory that a process has for itself: without the kernel's tables, which it maps, and without libraries."""
     _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())

@@ -42,6 +42,7 @@ WITH_PORTS = (ICMP, TCP_, UDP_)
 ERRORS = (3, 11, 12)
 TIMESTAMP_REPLY = 14  # whose times differ
 OWN_TTL = 64  # of what the gateway itself sends; nothing that is forwarded has it
+ROUTE_MTU = 600  # towards some remotes
 NOBODYS_PORT = 7  # where nothing listens and nothing is mapped
 PATIENCE_S = 1.0
 SCRIPTS_AT_ONCE = 4000  # whose sessions are left in the tables
@@ -263,7 +264,7 @@ class Network:
                 f"neigh add 203.0.113.254 lladdr {MACS['wan'][1]} dev wan0 nud permanent",
                 "route add 10.0.0.0/8 via 172.16.0.2",
                 "route add default via 203.0.113.254",
-                "route add 198.18.0.0/15 via 203.0.113.254 mtu 600",
+                f"route add 198.18.0.0/15 via 203.0.113.254 mtu {ROUTE_MTU}",
             ],
             self.gate,
         )

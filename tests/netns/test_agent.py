@@ -17,6 +17,7 @@ from netkit import (
     cpu_seconds,
     internal,
     own_bytes,
+    resident_bytes,
     seen,
     soon,
     strangers_program,
@@ -294,6 +295,15 @@ def test_it_costs_next_to_nothing_when_idle(gateway: Gateway) -> None:
     time.sleep(3)
     assert (cpu_seconds(pid) - used) / (time.monotonic() - started) < 0.05
     assert own_bytes(pid) < 100e6
+
+
+@in_tc
+def test_it_holds_no_large_table_for_a_few_sessions(bare: Gateway) -> None:
+    bare.attach_with(further_sessions=1 << 20)  # 128 B each
+    pid = bare.agent_pid
+    assert pid
+    assert bare.opens()
+    soon(lambda: resident_bytes(pid) < 100e6, "it is small", timeout_s=5)
 
 
 @in_tc

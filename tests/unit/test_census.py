@@ -31,6 +31,9 @@ class Table:
         self.sessions = np.zeros(self.further_base + FURTHER, SESSION)
         self.claims = np.zeros(len(self.sessions) // 64, np.uint64)
 
+    def rows(self, slots: Any) -> Any:
+        return self.sessions[slots]
+
     def put(
         self,
         slot: int,

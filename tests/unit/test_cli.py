@@ -42,7 +42,11 @@ SESSION = np.dtype(
 )
 SETTINGS = np.dtype(
     [
-        *(("external", ADDR, (1,)), ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,))),
+        *(
+            ("externals", "u4"),
+            ("external", ADDR, (1,)),
+            ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,)),
+        ),
         *((name, "u4") for name in ("tcp_established", "tcp_transitory", "udp", "icmp")),
         ("inbound_refresh", "u1"),
     ]
@@ -68,7 +72,7 @@ def settings() -> Any:
     values = np.zeros(1, SETTINGS)
     for name in ("tcp_established", "tcp_transitory", "udp", "icmp"):
         values[name] = 100 * HZ
-    values["pool"]["count"] = 30000
+    values["pool"]["count"], values["externals"] = 30000, 1
     return values[0]
 
 

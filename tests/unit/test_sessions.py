@@ -327,7 +327,7 @@ def test_port_use() -> None:
     array["life"][3 * 65536 + 5] = LIVE | SESSION  # a further session uses no port of its own
     pools = np.zeros(8, layout("pool"))
     pools["count"][:3] = [[31744, 4536], [31744, 4536], [64512, 0]]
-    assert sessions.port_use(array, settings(pool=pools)) == {
+    assert sessions.port_use(array, settings(pool=pools, externals=1)) == {
         "tcp": {"used": 2, "resting": 1, "forwarded": 2, "available": 36280},
         "udp": {"used": 1, "resting": 0, "forwarded": 0, "available": 36280},
         "icmp": {"used": 0, "resting": 0, "forwarded": 0, "available": 64512},
