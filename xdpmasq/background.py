@@ -85,9 +85,7 @@ def _serve() -> None:
             answer.close()
 
     try:
-        agent.run(
-            configuration.from_fields(json.load(sys.stdin)), ready=lambda manifest: say({"manifest": manifest})
-        )
+        agent.run(configuration.from_fields(json.load(sys.stdin)), ready=lambda manifest: say({"manifest": manifest}))
     except MasqError as error:
         say({"error": error.as_dict()})
         sys.exit(error.exit_code)

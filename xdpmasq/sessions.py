@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
@@ -48,7 +48,7 @@ class Endpoints:
 
     def sort_keys(self) -> list[Array]:
         """Keys for numpy.lexsort: by address, then port."""
-        return [self.port, *(_host_order(self.addr[:, word]) for word in reversed(range(self.addr.shape[1])))]
+        return [self.port, *(host_order(self.addr[:, word]) for word in reversed(range(self.addr.shape[1])))]
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,10 @@ def in_use(life: Array) -> Array:
 
 
 def _endpoints(addr: Array, port: Array) -> Endpoints:
-    return Endpoints(np.ascontiguousarray(addr["word"]), _host_order(port))
+    return Endpoints(np.ascontiguousarray(addr["word"]), host_order(port))
 
 
-def _host_order(values: Array) -> Array:
+def host_order(values: Array) -> Array:
     return values.view(values.dtype.newbyteorder(">")).astype(values.dtype)
 
 
@@ -194,6 +194,12 @@ def states(protocol: Array, out: Array, in_: Array, replies: Array) -> Array:
     )
     other = np.where(replies != 0, _STATE["REPLIED"], _STATE["UNREPLIED"])
     return np.where(protocol == TCP, tcp, other).astype(np.uint8)
+
+
+def summed(keys: Array, columns: Iterable[Array]) -> tuple[Array, Array]:
+    """Columns added up by key: (the different keys in order, one row of sums for each)."""
+    found, of = np.unique(keys, return_inverse=True)
+    return found, np.stack([np.bincount(of, column, len(found)) for column in columns], axis=1)
 
 
 def port_use(sessions: Array, settings: Any) -> dict[str, dict[str, int]]:
@@ -301,6 +307,11 @@ class Selection:
 
     def __call__(self, table: Table) -> Table:
         """The rows that fit."""
+        fits = self.mask(table)
+        return table if fits.all() else table[fits]
+
+    def mask(self, table: Table) -> Array:
+        """Which rows fit."""
         fits = np.ones(len(table), bool)
         if self.protocol:
             fits &= table.protocol == PROTOCOLS.index(self.protocol)
@@ -310,7 +321,7 @@ class Selection:
             wanted: Endpoint = getattr(self, name)
             if wanted != Endpoint():
                 fits &= wanted.mask(getattr(table, name))
-        return table if fits.all() else table[fits]
+        return fits
 
 
 def _word(what: str, word: str, allowed: tuple[str, ...]) -> str:
@@ -362,11 +373,18 @@ def _parts(table: Table) -> Iterator[Table]:
         yield table[start : start + _CHUNK]
 
 
-def _text_columns(table: Table) -> list[list[Any]]:
+def ends(table: Table) -> list[list[str]]:
+    """Protocol, state, internal, external and remote endpoint, as columns of text."""
     return [
         *_words(table),
         *(_joined(each, None) for each in (table.internal, table.external)),
         _joined(table.remote, table.protocol == ICMP),
+    ]
+
+
+def _text_columns(table: Table) -> list[list[Any]]:
+    return [
+        *ends(table),
         *_traffic(table),
         table.idle_s.astype(np.int64).tolist(),
         table.remaining_s.astype(np.int64).tolist(),
@@ -378,9 +396,9 @@ def _json_columns(table: Table) -> list[list[Any]]:
     ports[table.protocol == ICMP] = "null"
     return [
         *_words(table),
-        *(_addresses(table.internal).tolist(), table.internal.port.tolist()),
-        *(_addresses(table.external).tolist(), table.external.port.tolist()),
-        *(_addresses(table.remote).tolist(), ports.tolist()),
+        *(addresses(table.internal).tolist(), table.internal.port.tolist()),
+        *(addresses(table.external).tolist(), table.external.port.tolist()),
+        *(addresses(table.remote).tolist(), ports.tolist()),
         *_traffic(table),
         table.idle_s.tolist(),
         table.remaining_s.tolist(),
@@ -399,7 +417,7 @@ def _traffic(table: Table) -> Iterator[list[int]]:
         yield column.tolist()
 
 
-def _addresses(endpoints: Endpoints) -> Array:
+def addresses(endpoints: Endpoints) -> Array:
     """Each address as text; every different one is written once."""
     words = endpoints.addr.shape[1]
     family = socket.AF_INET if words == 1 else socket.AF_INET6
@@ -418,5 +436,5 @@ def _joined(endpoints: Endpoints, portless: Array | None) -> list[str]:
     ports = _port_texts("]:%d" if six else ":%d")[endpoints.port]
     if portless is not None:
         ports[portless] = "]" if six else ""
-    texts = _addresses(endpoints) + ports
+    texts = addresses(endpoints) + ports
     return list(("[" + texts if six else texts).tolist())

@@ -64,6 +64,17 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def scaled(value: float, unit: str) -> str:
+    """With three digits and the prefix that they want: ``94.1 Mbit/s``."""
+    prefixes = ["", "k", "M", "G", "T"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        del prefixes[0]
+    prefix = prefixes[0]
+    digits = 0 if not prefix or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {prefix}{unit}"
+
+
 def duration(seconds: float) -> str:
     """The two largest units: ``3 d 4 h``, ``12 min 5 s``."""
     rest = int(max(seconds, 0))

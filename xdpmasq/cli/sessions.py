@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from xdpmasq.sessions import Selection, Table
 
 POLL_S = 0.5
-FIND_EVERY = 10  # polls after which watch looks whether the datapath is still the one attached
+FIND_S = 5  # after which it is asked whether the datapath is still the one attached
 
 PROTO = typer.Option("", "--proto", metavar="tcp|udp|icmp", help="Only this protocol.", show_default=False)
 INTERNAL = typer.Option(
@@ -80,10 +80,10 @@ def list_(
       xdpmasq sessions list --internal 192.168.0.0/24 --json
     """
     common.require_root("sessions")
-    selection = _selection(proto, internal, external, remote, state)
+    selection = selection_of(proto, internal, external, remote, state)
     from xdpmasq import sessions  # noqa: PLC0415  heavy
 
-    table = selection(_read(_find(wan))).ordered()
+    table = selection(_read(find(wan))).ordered()
     if json:
         sys.stdout.write("[\n")
         common.print_blocks(sessions.json_objects(table), ",\n")
@@ -113,11 +113,11 @@ def flush(
       xdpmasq sessions flush --all
     """
     common.require_root("sessions flush")
-    selection = _selection(proto, internal, external, remote, state)
+    selection = selection_of(proto, internal, external, remote, state)
     if selection.is_everything != every:
         what = "both --all and a filter are given" if every else "no filter is given"
         raise UsageError(what, "", "give either filters, or --all to end every session")
-    attached = _find(wan)
+    attached = find(wan)
     ended = attached.flush(selection(_read(attached)).slot)
     if json:
         common.print_json({"flushed": ended})
@@ -147,7 +147,7 @@ def watch(
       xdpmasq sessions watch --json | jq -c 'select(.event == "closed")'
     """
     common.require_root("sessions watch")
-    selection = _selection(proto, internal, external, remote, state)
+    selection = selection_of(proto, internal, external, remote, state)
     for number, (before, after) in enumerate(_polls(wan)):
         if number == 0 and not json:
             _print_heading(after)
@@ -156,16 +156,31 @@ def watch(
         sys.stdout.flush()
 
 
-def _selection(proto: str, internal: str, external: str, remote: str, state: str) -> "Selection":
+def selection_of(proto: str, internal: str, external: str, remote: str, state: str) -> "Selection":
+    """What the filters' options mean."""
     from xdpmasq.sessions import Selection  # noqa: PLC0415  numpy takes a tenth of a second
 
     return Selection.parse(proto, internal, external, remote, state)
 
 
-def _find(wan: str) -> "Attached":
+def find(wan: str) -> "Attached":
+    """The datapath that is meant."""
     from xdpmasq import datapath  # noqa: PLC0415  heavy
 
     return datapath.find(wan or None)
+
+
+class Following:
+    """The datapath that is meant, looked for anew now and then: our own descriptors keep a detached one's maps."""
+
+    def __init__(self, wan: str) -> None:
+        self._wan, self._attached, self._found_at = wan, find(wan), time.monotonic()
+
+    def __call__(self) -> "Attached":
+        """Raises NotAttachedError once it is gone."""
+        if time.monotonic() - self._found_at > FIND_S:
+            self._attached, self._found_at = find(self._wan), time.monotonic()
+        return self._attached
 
 
 def _read(attached: "Attached") -> "Table":
@@ -176,18 +191,12 @@ def _read(attached: "Attached") -> "Table":
 
 def _polls(wan: str) -> Iterator[tuple["Table", "Table"]]:
     """Pairs of successive readings, the first pair without a difference."""
-    attached = _find(wan)
-    before = _read(attached)
-    after = before
-    polls = 0
+    following = Following(wan)
+    before = after = _read(following())
     while True:
         yield before, after
         time.sleep(POLL_S)
-        polls += 1
-        if polls % FIND_EVERY == 0:
-            # Our own descriptors keep the maps of a detached datapath, so ask for it anew.
-            attached = _find(wan)
-        before, after = after, _read(attached)
+        before, after = after, _read(following())
 
 
 def _events(before: "Table", after: "Table", selection: "Selection", json: bool) -> Iterator[str]:
