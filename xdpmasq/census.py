@@ -63,10 +63,9 @@ def take(tables: Tables, hosts: Hosts | None = None) -> Census:
         hosts: brought up to date as well.
     """
     kinds, externals = len(CLASSES), tables.externals
-    columns = ("out_packets", "out_bytes", "in_packets", "in_bytes")
     found = Census(
         states=np.zeros((kinds, len(sessions.STATES)), np.int64),
-        carried={name: np.zeros(kinds, np.int64) for name in columns},
+        carried={name: np.zeros(kinds, np.int64) for name in sessions.TRAFFIC},
         ports=np.zeros((externals, kinds, len(USES)), np.int64),
     )
     table = tables.sessions

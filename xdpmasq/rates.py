@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xdpmasq import sessions
-from xdpmasq.sessions import Array, Endpoints, Selection, Table
+from xdpmasq.sessions import TRAFFIC, Array, Endpoints, Selection, Table
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
 
 SORTS = ("rate", "packets", "sessions", "host")
-TRAFFIC = ("out_packets", "out_bytes", "in_packets", "in_bytes")  # the columns of speeds
-OUT_PACKETS, OUT_BYTES, IN_PACKETS, IN_BYTES = range(4)
+OUT_PACKETS, OUT_BYTES, IN_PACKETS, IN_BYTES = range(len(TRAFFIC))  # columns of speeds
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 
 PROTOCOLS = ("tcp", "udp", "icmp")  # by class, as in enum proto_class
 TCP, UDP, ICMP = range(3)
+TRAFFIC = ("out_packets", "out_bytes", "in_packets", "in_bytes")  # columns of a table
 STATES = (
     *("SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT", "TIME_WAIT", "CLOSE"),
     *("UNREPLIED", "REPLIED"),
@@ -121,9 +122,9 @@ def _columns(slots: Array, rows: Array, protocol: Array, idle_s: Array, remainin
         opened_at=rows["opened_at"],
         protocol=protocol,
         state=states(protocol, out["tcp_seen"], in_["tcp_seen"], rows["received"]["packets"]),
-        internal=_endpoints(in_["new_addr"], in_["new_port"]),
-        external=_endpoints(out["new_addr"], out["new_port"]),
-        remote=_endpoints(out["remote_addr"], out["remote_port"]),
+        internal=endpoints(in_["new_addr"], in_["new_port"]),
+        external=endpoints(out["new_addr"], out["new_port"]),
+        remote=endpoints(out["remote_addr"], out["remote_port"]),
         **traffic(rows),
         idle_s=idle_s,
         remaining_s=remaining_s,
@@ -133,12 +134,8 @@ def _columns(slots: Array, rows: Array, protocol: Array, idle_s: Array, remainin
 def traffic(rows: Array) -> dict[str, Array]:
     """What sessions have carried: IP lengths, from and to the internal host."""
     sent, received = rows["sent"], rows["received"]
-    return {
-        "out_packets": sent["packets"],
-        "out_bytes": sent["bytes"],
-        "in_packets": received["packets"],
-        "in_bytes": received["bytes"],
-    }
+    columns = (sent["packets"], sent["bytes"], received["packets"], received["bytes"])
+    return dict(zip(TRAFFIC, columns, strict=True))
 
 
 def in_use(life: Array) -> Array:
@@ -146,11 +143,13 @@ def in_use(life: Array) -> Array:
     return np.asarray(life & wanted == np.uint64(_LIFE_LIVE | _LIFE_SESSION))
 
 
-def _endpoints(addr: Array, port: Array) -> Endpoints:
+def endpoints(addr: Array, port: Array) -> Endpoints:
+    """From columns of ``addr_t`` and ``__be16``."""
     return Endpoints(np.ascontiguousarray(addr["word"]), host_order(port))
 
 
 def host_order(values: Array) -> Array:
+    """Of integers in network byte order."""
     return values.view(values.dtype.newbyteorder(">")).astype(values.dtype)
 
 
@@ -217,16 +216,6 @@ def port_use(sessions: Array, settings: Any) -> dict[str, dict[str, int]]:
         }
         for number, name in enumerate(PROTOCOLS)
     }
-
-
-def changes(before: Table, after: Table) -> tuple[Table, Table]:
-    """Between two readings: (sessions opened, as they are now; sessions closed, as they were)."""
-    old, new = _identities(before), _identities(after)
-    return after[~np.isin(new, old)], before[~np.isin(old, new)]
-
-
-def _identities(table: Table) -> Array:
-    return table.slot.astype(np.uint64) << np.uint64(32) | table.opened_at
 
 
 # --- selecting -------------------------------------------------------------------------------------
@@ -413,8 +402,8 @@ def _words(table: Table) -> tuple[list[str], list[str]]:
 
 
 def _traffic(table: Table) -> Iterator[list[int]]:
-    for column in (table.out_packets, table.out_bytes, table.in_packets, table.in_bytes):
-        yield column.tolist()
+    for name in TRAFFIC:
+        yield getattr(table, name).tolist()
 
 
 def addresses(endpoints: Endpoints) -> Array:

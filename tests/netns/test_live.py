@@ -1,9 +1,10 @@
-"""What goes on, as it goes on: ``xdpmasq top`` on a terminal and for scripts.
+"""What goes on, as it goes on: ``xdpmasq top`` and ``xdpmasq sessions watch``, on a terminal and for scripts.
 
 ::
 
     a-box ── lan0 masq-gate wan0 ── internet (echo on .10)
                   xdpmasq top
+                  xdpmasq sessions watch   several at once
 """
 
 import fcntl
@@ -18,13 +19,17 @@ import sys
 import termios
 import time
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
-from netkit import GATE, Gateway, Stream
+from netkit import ECHO, GATE, Gateway, Stream, answers, soon
 
+from xdpmasq import bpf
 from xdpmasq.lab.topology import HOSTS
 
-TOP = [sys.executable, "-m", "xdpmasq", "top"]
+XDPMASQ = [sys.executable, "-m", "xdpmasq"]
+ENVIRONMENT = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def test_who_carries_most(gateway: Gateway) -> None:
@@ -56,13 +61,12 @@ def test_a_terminal_with_the_agent_dead(fresh: Gateway) -> None:
         stack.callback(os.close, ours)
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         before = termios.tcgetattr(theirs)
-        environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(
-            fresh.lab.argv(GATE, [*TOP, "--interval", "0.3"]),
+            fresh.lab.argv(GATE, [*XDPMASQ, "top", "--interval", "0.3"]),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env=environment,
+            env=ENVIRONMENT,
         )
         stack.callback(process.kill)
         _read_until(ours, "1 of 1 hosts by rate")
@@ -85,3 +89,77 @@ def _read_until(terminal: int, pattern: str, timeout_s: float = 20) -> str:
         assert ready, text
         text += os.read(terminal, 65536).decode()
     return text
+
+
+class Watching:
+    """``xdpmasq sessions watch --json`` in masq-gate."""
+
+    def __init__(self, gateway: Gateway, stack: ExitStack, *filters: str) -> None:
+        argv = gateway.lab.argv(GATE, [*XDPMASQ, "sessions", "watch", "--json", *filters])
+        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, env=ENVIRONMENT)
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)
+        maps = Path(f"/proc/{self.process.pid}/maps")
+        soon(lambda: maps.read_text().count("bpf-map") == 2 and _is_watched(gateway), "it watches")
+
+    def until(self, event: str, port: int, timeout_s: float = 10) -> dict[str, Any]:
+        """The next such event of an internal port."""
+        assert self.process.stdout
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"no {event} of port {port}"
+            found = json.loads(self.process.stdout.readline())
+            if (found["event"], found["internal"]["port"]) == (event, port):
+                return dict(found)
+
+
+def _is_watched(gateway: Gateway) -> bool:
+    until = int(gateway.tables.maps["watch"].view()["until"][0])
+    return 0 < (until - bpf.jiffies()) % 2**32 < 4096
+
+
+def test_several_watch_until_the_last_is_killed(gateway: Gateway) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(gateway.udp("a-box"))
+        port = client.getsockname()[1]
+        all_, some = Watching(gateway, stack), Watching(gateway, stack, "--internal", f":{port}")
+        assert answers(client)
+        external = written_port(gateway, port)
+        for watching in (all_, some):
+            opened = watching.until("opened", port)
+            assert opened["external"]["port"] == external
+            assert (opened["internal"]["address"], opened["why"]) == (HOSTS["a-box"], "internal")
+        gateway.masq("sessions", "flush", "--internal", f":{port}")
+        for watching in (all_, some):
+            closed = watching.until("closed", port)
+            assert (closed["why"], closed["out"]["packets"], closed["in"]["packets"]) == ("flushed", 1, 1)
+
+        all_.process.kill()
+        with gateway.settings(host_sessions=0):
+            assert not answers(client)
+        refused = some.until("refused", port)
+        assert (refused["why"], refused["external"]) == ("host_limit", None)
+        assert _is_watched(gateway)
+
+        some.process.kill()
+        soon(lambda: not _is_watched(gateway), "nobody watches any more")
+        written = int(gateway.tables.maps["watch"].view()["next"][0])
+        assert gateway.opens()
+        assert int(gateway.tables.maps["watch"].view()["next"][0]) == written
+
+
+def written_port(gateway: Gateway, port: int) -> int:
+    """The external port of the session of an internal one."""
+    (found,) = gateway.sessions("--internal", f":{port}")
+    return int(found["external"]["port"])
+
+
+@pytest.mark.parametrize("mode", ["tc"], indirect=True)
+def test_watching_with_the_agent_dead(fresh: Gateway) -> None:
+    fresh.kill_agent()
+    with ExitStack() as stack:
+        watching = Watching(fresh, stack)
+        with fresh.udp("a-box") as client:
+            assert answers(client)
+            assert watching.until("opened", client.getsockname()[1])["remote"]["port"] == ECHO[1]

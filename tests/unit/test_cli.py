@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,7 +25,9 @@ from xdpmasq.cli import sessions as sessions_cli
 from xdpmasq.cli.top import BESIDE, KEYS, View, screen
 from xdpmasq.config import Config
 from xdpmasq.errors import DatapathError, NotAttachedError
+from xdpmasq.events import CLOSED, OPENED, Batch, Story
 from xdpmasq.sessions import Selection
+from xdpmasq.sessions import read as read_table
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "config.example.toml")
 RULES = ("forward", "redirect", "trigger")
@@ -638,48 +640,74 @@ def test_flush(
     assert (running.flushed, capsys.readouterr().out) == (slots, said)
 
 
-@pytest.fixture
-def three_polls(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between polls a session closes and another opens; then nothing; then Ctrl-C."""
-    sleeps = 0
+class Watcher:
+    """Stands for events.Watcher: nothing; two events and others lost; Ctrl-C."""
 
-    def sleep(seconds: float) -> None:
-        nonlocal sleeps
-        assert seconds == sessions_cli.POLL_S
-        sleeps += 1
-        if sleeps == 1:
-            running.sessions["life"][2000] = 2
-            running.sessions[2 * 65536 + 9] = running.sessions[65536 + 3000]
-            running.sessions["mapping"][2 * 65536 + 9] = 2 * 65536 + 9
-        if sleeps == 3:
+    made: ClassVar[list["Watcher"]] = []
+
+    def __init__(self, attached: Running) -> None:
+        self.made.append(self)
+        table = read_table(attached.sessions, attached.settings, NOW, HZ)
+        two = (np.array([time.time()] * 2), np.array([OPENED, CLOSED]), ["remote", "idle"], np.array([0.0, 7.0]))
+        self._story, self._reads = Story(table, *two), iter([Batch([]), Batch([1, 2], 1234, 0.5)])
+
+    def reads(self, attached: Running) -> bool:
+        return self is not self.made[0] or attached.wan_names == ("eth0",)
+
+    def read(self) -> Batch:
+        batch = next(self._reads, None)
+        if batch is None:
             raise KeyboardInterrupt
+        return batch
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    def story(self, rows: Any, selection: Selection) -> Story:
+        fits = selection.mask(self._story.table) & bool(len(rows))
+        told = self._story
+        why = [each for each, fit in zip(told.why, fits, strict=True) if fit]
+        return Story(told.table[fits], told.at[fits], told.kind[fits], why, told.seconds[fits])
 
 
-@pytest.mark.usefixtures("three_polls")
+@pytest.fixture
+def watcher(running: Running, monkeypatch: pytest.MonkeyPatch) -> type[Watcher]:
+    monkeypatch.setattr("xdpmasq.events.Watcher", Watcher)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Watcher, "made", [])
+    return Watcher
+
+
+@pytest.mark.usefixtures("watcher")
 def test_watch(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sessions", "watch") == 130
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1:3] for line in lines] == [["EVENT", "PROTO"], ["opened", "icmp"], ["closed", "tcp"]]
+    assert [line[1:3] for line in lines] == [
+        *(["EVENT", "PROTO"], ["lost", "1,234"], ["opened", "tcp"], ["closed", "udp"])
+    ]
+    assert " ".join(lines[1][2:]) == "1,234 events, and 0.5 s not listened to"
 
 
-@pytest.mark.usefixtures("three_polls")
+@pytest.mark.usefixtures("watcher")
 @pytest.mark.parametrize(
     ("args", "events"),
     [
-        pytest.param([], [("opened", "icmp", 3), ("closed", "tcp", 2)], id="all"),
-        pytest.param(["--proto", "tcp"], [("closed", "tcp", 2)], id="filtered"),
+        pytest.param([], [("lost", None), ("opened", "tcp"), ("closed", "udp")], id="all"),
+        pytest.param(["--proto", "tcp"], [("lost", None), ("opened", "tcp")], id="filtered"),
     ],
 )
 def test_watch_json(capsys: pytest.CaptureFixture[str], args: list[str], events: list[Any]) -> None:
     assert run("sessions", "watch", "--json", *args) == 130
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    shown = [(each["event"], each["protocol"], int(each["internal"]["address"][-1])) for each in found]
-    assert shown == events
+    assert [(each["event"], each.get("protocol")) for each in found] == events
+    assert (found[0]["count"], found[0]["deaf_s"]) == (1234, 0.5)
     assert all(abs(each["time"] - time.time()) < 60 for each in found)
 
 
+def test_watch_goes_on_with_another_datapath(running: Running, watcher: type[Watcher]) -> None:
+    running.wan_names = ("eth9",)
+    assert run("sessions", "watch") == 130
+    assert len(watcher.made) == 2
+
+
+@pytest.mark.usefixtures("watcher")
 def test_watch_ends_with_the_datapath(
     capsys: pytest.CaptureFixture[str], replace_module: Replace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -691,7 +719,6 @@ def test_watch_ends_with_the_datapath(
         return attached
 
     replace_module("datapath", find=find)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(sessions_cli, "FIND_S", 0)
     assert run("sessions", "watch") == 1
     assert capsys.readouterr().err == "xdpmasq: gone\n"

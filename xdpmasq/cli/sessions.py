@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from json import dumps
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,9 +12,10 @@ from xdpmasq.errors import UsageError
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
+    from xdpmasq.events import Batch
     from xdpmasq.sessions import Selection, Table
 
-POLL_S = 0.5
+POLL_S = 0.05
 FIND_S = 5  # after which it is asked whether the datapath is still the one attached
 
 PROTO = typer.Option("", "--proto", metavar="tcp|udp|icmp", help="Only this protocol.", show_default=False)
@@ -136,10 +137,15 @@ def watch(
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
-    """Print a line for each session opened or closed, until Ctrl-C.
+    """Print a line for each session opened, closed or refused, until Ctrl-C.
 
-    The table is read twice a second: a session that comes and goes in between is not seen, and a changed state
-    is no event. With --json each line is one object.
+    WHY is of an opened session who opened it: internal or remote; of a closed one what ended it: idle, fin or rst
+    (closed or reset by TCP), flushed (by a command, or with its external address), evicted (an unanswered one from
+    outside, for a newer one); of one refused the counter without drop_.
+
+    Several may watch at once. Should events come faster than they can be read, their number is said. With --json
+    each line is an object: time, event (opened, closed, refused; lost, with count and deaf_s only), why, protocol,
+    state, internal, external (null: refused), remote, out, in, duration_s.
 
     \b
     Examples:
@@ -148,12 +154,32 @@ def watch(
     """
     common.require_root("sessions watch")
     selection = selection_of(proto, internal, external, remote, state)
-    for number, (before, after) in enumerate(_polls(wan)):
-        if number == 0 and not json:
-            _print_heading(after)
-        for line in _events(before, after, selection, json):
+    from xdpmasq import events  # noqa: PLC0415  heavy
+
+    following = Following(wan)
+    watcher = events.Watcher(following())
+    if not json:
+        print(events.HEADING, flush=True)
+    while True:
+        time.sleep(POLL_S)
+        attached = following()
+        if not watcher.reads(attached):
+            watcher = events.Watcher(attached)
+        batch = watcher.read()
+        if batch.lost or batch.deaf_s:
+            print(_lost(batch, json))
+        told = watcher.story(batch.rows, selection)
+        for line in (events.json_lines if json else events.lines)(told):
             print(line)
         sys.stdout.flush()
+
+
+def _lost(batch: "Batch", json: bool) -> str:
+    now = time.time()
+    if json:
+        return dumps({"time": round(now, 3), "event": "lost", "count": batch.lost, "deaf_s": round(batch.deaf_s, 1)})
+    deaf = f", and {batch.deaf_s:.1f} s not listened to" if batch.deaf_s else ""
+    return f"{time.strftime('%H:%M:%S', time.localtime(now))} lost    {common.plural(batch.lost, 'event')}{deaf}"
 
 
 def selection_of(proto: str, internal: str, external: str, remote: str, state: str) -> "Selection":
@@ -187,34 +213,3 @@ def _read(attached: "Attached") -> "Table":
     from xdpmasq import sessions  # noqa: PLC0415  heavy
 
     return sessions.read(attached.sessions, attached.settings, attached.now(), attached.hz)
-
-
-def _polls(wan: str) -> Iterator[tuple["Table", "Table"]]:
-    """Pairs of successive readings, the first pair without a difference."""
-    following = Following(wan)
-    before = after = _read(following())
-    while True:
-        yield before, after
-        time.sleep(POLL_S)
-        before, after = after, _read(following())
-
-
-def _events(before: "Table", after: "Table", selection: "Selection", json: bool) -> Iterator[str]:
-    from xdpmasq import sessions  # noqa: PLC0415  heavy
-
-    now = time.time()
-    for event, table in zip(("opened", "closed"), sessions.changes(before, after), strict=True):
-        rows = selection(table)
-        if json:
-            start = f'{{"time": {now:.3f}, "event": "{event}", '
-            # each object begins with a brace of its own
-            yield from (start + text[1:] for block in sessions.json_objects(rows) for text in block)
-        else:
-            start = f"{time.strftime('%H:%M:%S', time.localtime(now))} {event} "
-            yield from (start + text for block in sessions.lines(rows) for text in block)
-
-
-def _print_heading(table: "Table") -> None:
-    from xdpmasq import sessions  # noqa: PLC0415  heavy
-
-    print(f"{'TIME':8} {'EVENT':6} {sessions.heading(table)}")
