@@ -1,13 +1,9 @@
 /* What happens to sessions, told as it happens to whoever watches: a ring of events in memory that any number of processes
  * read, each at its own pace. Nobody takes an event out; a new one is written over the oldest, and their numbers tell a
- * reader what it has missed. Nothing is written unless somebody watches, which they say anew every second, so nothing has to
- * be put back when they are killed.
+ * reader what it has missed. Nothing is written unless somebody watches, which they go on saying, so nothing has to be put
+ * back when they are killed.
  */
-#define EVENTS 16384 /* a power of two */
 #define WATCH_MOST 4096 /* jiffies that a watcher may ask for at once; then a stale word is not taken for a new one */
-
-BPF_F_TABLE("array", u32, struct event, events, EVENTS, BPF_F_MMAPABLE); /* by number, modulo their count */
-BPF_F_TABLE("array", u32, struct watch, watch, 1, BPF_F_MMAPABLE);
 
 /* The place of the next event; NULL when nobody watches. */
 static __always_inline struct event *event_begin(u32 now, u64 *number)

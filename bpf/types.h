@@ -455,6 +455,8 @@ struct flow_keys { /* of both flows of a session */
 enum event_kind { EVENT_VOID, EVENT_OPENED, EVENT_CLOSED, EVENT_REFUSED };
 enum close_reason { CLOSE_EXPIRED, CLOSE_FORCED, CLOSE_EVICTED }; /* any but the first ends it before its time */
 
+#define EVENTS 16384 /* that are kept; a power of two */
+
 struct event {
 	u64 number; /* from 1; written last */
 	addr_t remote, external; /* down to the ports as in struct flow */

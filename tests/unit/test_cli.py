@@ -380,6 +380,26 @@ def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, co
     assert re.search(said, printed.err if code else printed.out)
 
 
+@pytest.fixture
+def busy(running: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
+    """While somebody waits, each session carries a packet out of 1,000 bytes, and five in of 100,000."""
+
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += 1
+        for slot in (2000, 65536 + 3000):
+            for way, packets, size in (("sent", 1, 1000), ("received", 5, 100_000)):
+                running.sessions[way]["packets"][slot] += packets
+                running.sessions[way]["bytes"][slot] += size
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    return running
+
+
+@pytest.mark.usefixtures("busy")
 def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
     assert run("status") == 0
     out = capsys.readouterr().out
@@ -392,10 +412,12 @@ def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
         "internal eth1, ppp*",
         "mode auto eth0 wan xdp driver ixgbe has native XDP",
         "eth1 lan tc a veth",
+        "traffic out 16.0 kbit/s 2 pps, in 1.60 Mbit/s 10 pps",
         "sessions 2: TCP 1, UDP 1, ICMP 0",
-        "ports TCP 1 of 60,000 in use",
-        "UDP 1 of 60,000 in use",
-        "ICMP 0 of 60,000 in use",
+        "0 of 64 (0.0%) places for further ones of a mapping taken",
+        "ports TCP 1 of 60,000 (0.0%) in use",
+        "UDP 1 of 60,000 (0.0%) in use",
+        "ICMP 0 of 60,000 (0.0%) in use",
         "packets XDP 900, TC 100, 90.0% on the fast path",
         "drops 7 a protocol that is not to be translated, from inside (drop_protocol)",
     ]
@@ -456,19 +478,8 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
         *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "wans"),
-        *(
-            "lans",
-            "mode",
-            "interfaces",
-            "punt",
-            "pcp",
-            "metrics",
-            "sessions",
-            "ports",
-            "packets",
-            "drops",
-            "counters",
-        ),
+        *("lans", "mode", "interfaces", "punt", "pcp", "metrics", "sessions", "further_sessions", "ports"),
+        *("packets", "drops", "counters"),
     ]
     assert found["working"] is True
     assert found["wans"] == [{"name": "eth0", "external": "203.0.113.1"}]
@@ -488,25 +499,6 @@ def test_status_of_nothing(capsys: pytest.CaptureFixture[str], replace_module: R
     replace_module("datapath", find=find)
     assert run("status", "--wan", "eth7") == 1
     assert capsys.readouterr().err == "xdpmasq: not attached: to eth7\n"
-
-
-@pytest.fixture
-def busy(running: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
-    """While ``top`` waits, each session carries a packet out of 1,000 bytes, and five in of 100,000."""
-
-    now = 0.0
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += 1
-        for slot in (2000, 65536 + 3000):
-            for way, packets, size in (("sent", 1, 1000), ("received", 5, 100_000)):
-                running.sessions[way]["packets"][slot] += packets
-                running.sessions[way]["bytes"][slot] += size
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    return running
 
 
 TOP = """\

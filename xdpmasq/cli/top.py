@@ -213,11 +213,7 @@ def _clock() -> str:
 
 
 def _summary(measured: "Rates") -> Iterator[str]:
-    out_packets, out_bytes, in_packets, in_bytes = measured.total.tolist()
-    share = measured.fast_share
-    fast = "" if share is None else f"   fast path {share:.1%}"
-    out, in_ = (f"{_bits(b)} {_packets(p)}" for b, p in ((out_bytes, out_packets), (in_bytes, in_packets)))
-    yield f"out {out}   in {in_}{fast}"
+    yield "   ".join(common.traffic(measured))
     fill = "  ".join(f"{name} {_part(use['used'], use['available'])}" for name, use in measured.now.ports.items())
     used, room = measured.now.further
     yield f"sessions {len(measured.now.table):,}   ports {fill}   further {_part(used, room)}"
@@ -246,22 +242,17 @@ def _speeds(first: "Top", *, bytes_: bool, packets: bool) -> dict[str, list[str]
     out_packets, out_bytes, in_packets, in_bytes = first.speed.T.tolist()
     columns: dict[str, list[str]] = {}
     if bytes_:
-        columns |= {"OUT": _cells(_bits, out_bytes), "IN": _cells(_bits, in_bytes)}
+        columns |= {"OUT": _cells(common.bit_rate, out_bytes), "IN": _cells(common.bit_rate, in_bytes)}
     if packets:
-        columns |= {"OUT-PACKETS": _cells(_packets, out_packets), "IN-PACKETS": _cells(_packets, in_packets)}
+        columns |= {
+            "OUT-PACKETS": _cells(common.packet_rate, out_packets),
+            "IN-PACKETS": _cells(common.packet_rate, in_packets),
+        }
     return columns
 
 
 def _cells(written: Callable[[float], str], speeds: list[float]) -> list[str]:
     return [written(each) if each else "-" for each in speeds]
-
-
-def _bits(bytes_per_s: float) -> str:
-    return common.scaled(8 * bytes_per_s, "bit/s")
-
-
-def _packets(per_s: float) -> str:
-    return common.scaled(per_s, "pps")
 
 
 def _count(per_s: float) -> str:
