@@ -31,7 +31,7 @@ static __always_inline void host_refill(const struct settings *cfg, struct host 
 static __always_inline enum verdict host_refuse(struct host *host, enum counter reason)
 {
 	host->refused++;
-	return refuse(reason);
+	return deny(reason, REFUSE);
 }
 
 /* May @host open a session, and for it a mapping when @mapping? */

@@ -215,7 +215,7 @@ static __always_inline void embryo_admit(const struct settings *cfg, u32 slot, u
 		return;
 	old = session_at(*embryo);
 	if (*embryo != slot && old && session_is_embryo(old)) {
-		slot_reap(cfg, *embryo, true, now);
+		slot_reap(cfg, *embryo, CLOSE_EVICTED, now);
 		count(COUNT_embryo_evicted);
 	}
 	*embryo = slot;
@@ -281,8 +281,11 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 		return NULL;
 	}
 	s = session_join(cfg, &e, &slot, p->now, verdict);
-	if (!s)
+	if (!s) {
+		event_refused(endpoint(e.internal, e.internal_port, p->class, slot_wan(cfg, slot)), e.remote, e.remote_port,
+			      p->now);
 		return NULL;
+	}
 	if (f) {
 		__sync_fetch_and_add(&f->opened, 1);
 		count(COUNT_forward_opened);

@@ -180,23 +180,25 @@ static __always_inline struct ending *session_ending(const struct settings *cfg,
 	return ending;
 }
 
-static __always_inline void session_ended(const struct settings *cfg, struct ending *ending, u32 slot)
+static __always_inline void session_ended(const struct settings *cfg, struct ending *ending, u32 slot,
+					  const struct session *s, u64 life, enum close_reason reason, u32 now)
 {
 	count(COUNT_session_closed);
+	event_closed(s, life, reason, now);
 	index_leave(cfg, &ending->flows, slot);
 	if (ending->marks & SESSION_COUNTED)
 		host_session_ended(ending->internal);
 }
 
-/* Ends what is expired in @slot (or, forced, what is there): the session, and with its last session the mapping, whose
+/* Ends what is expired in @slot (or, for another reason, what is there): the session, and with its last session the mapping, whose
  * rest begins. XDP looks at no life, so it is disarmed too.
  */
-static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool force, u32 now)
+static __always_inline void slot_reap(const struct settings *cfg, u32 slot, enum close_reason reason, u32 now)
 {
 	struct session *s = session_at(slot), *mapping;
 	struct ending *ending;
+	u64 life, left;
 	bool stays;
-	u64 life;
 
 	if (!s)
 		return;
@@ -204,15 +206,15 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 	stays = slot < further_base(cfg) && life & (LIFE_FURTHER_MASK | LIFE_STATIC);
 	if ((life & LIFE_STATE) != LIFE_LIVE || (stays && !(life & LIFE_SESSION)))
 		return;
-	if (life & LIFE_SESSION && !force && !session_is_expired(cfg, s, now))
+	if (life & LIFE_SESSION && reason == CLOSE_EXPIRED && !session_is_expired(cfg, s, now))
 		return;
 	ending = session_ending(cfg, s);
 	if (!ending)
 		return;
 	if (!stays)
 		s->out.last_seen = now;
-	if (!life_swap(s, life, stays ? life & ~LIFE_SESSION :
-					(life & ~(LIFE_STATE | LIFE_SESSION | LIFE_COUNTED)) | LIFE_RESTING))
+	left = stays ? life & ~LIFE_SESSION : (life & ~(LIFE_STATE | LIFE_SESSION | LIFE_COUNTED)) | LIFE_RESTING;
+	if (!life_swap(s, life, left))
 		return;
 	session_disarm(cfg, s);
 	if (!stays && slot < further_base(cfg))
@@ -221,7 +223,7 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, bool
 	if (slot >= further_base(cfg) && mapping)
 		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
 	if (life & LIFE_SESSION)
-		session_ended(cfg, ending, slot);
+		session_ended(cfg, ending, slot, s, left, reason, now);
 }
 
 static __always_inline bool slot_is_to_be_had(const struct settings *cfg, const struct session *s, u32 now)
@@ -254,7 +256,7 @@ static __always_inline u32 slot_reclaim(const struct settings *cfg, u32 base, co
 	}
 	if (!s)
 		return NO_SLOT;
-	slot_reap(cfg, slot, false, now);
+	slot_reap(cfg, slot, CLOSE_EXPIRED, now);
 	life = s->life;
 	if ((life & LIFE_STATE) != LIFE_RESTING || !life_swap(s, life, 0))
 		return NO_SLOT;
@@ -389,14 +391,15 @@ static __always_inline u32 session_place(const struct settings *cfg, const struc
 /* Ends the expired session in a mapping's own place, if there is one, for another to be made there. Until that is alive
  * nobody joins the mapping, and the reaper leaves it alone.
  */
-static __always_inline bool session_clear(const struct settings *cfg, struct session *m, u32 slot, u64 life)
+static __always_inline bool session_clear(const struct settings *cfg, struct session *m, u32 slot, u64 life, u32 now)
 {
+	u64 left = ((life + LIFE_CHANGE) & ~LIFE_SESSION) | LIFE_OPENING;
 	struct ending *ending = session_ending(cfg, m);
 
-	if (!ending || !life_swap(m, life, ((life + LIFE_CHANGE) & ~LIFE_SESSION) | LIFE_OPENING))
+	if (!ending || !life_swap(m, life, left))
 		return false;
 	if (life & LIFE_SESSION)
-		session_ended(cfg, ending, slot);
+		session_ended(cfg, ending, slot, m, left, CLOSE_EXPIRED, now);
 	return true;
 }
 
@@ -413,7 +416,7 @@ static __always_inline bool session_is_second(const struct settings *cfg, const 
 		return true;
 	if (!first)
 		return false;
-	slot_reap(cfg, other, false, now);
+	slot_reap(cfg, other, CLOSE_EXPIRED, now);
 	life = first->life & (LIFE_STATE | LIFE_SESSION);
 	return life != LIFE_RESTING && life != LIFE_LIVE;
 }
@@ -430,29 +433,29 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 	u32 place;
 
 	if ((life & LIFE_STATE) != LIFE_LIVE) {
-		*verdict = drop(COUNT_drop_session_busy);
+		*verdict = deny(COUNT_drop_session_busy, DROP);
 		return NULL;
 	}
 	place = slot_blur(session_place(cfg, e, *slot, m, life, now));
 	s = session_at(place);
 	if (!s) {
-		*verdict = refuse(COUNT_drop_sessions_full);
+		*verdict = deny(COUNT_drop_sessions_full, REFUSE);
 		return NULL;
 	}
-	if (place == *slot && !session_clear(cfg, m, place, life)) {
-		*verdict = drop(COUNT_drop_session_busy);
+	if (place == *slot && !session_clear(cfg, m, place, life, now)) {
+		*verdict = deny(COUNT_drop_session_busy, DROP);
 		return NULL;
 	}
 	session_init(cfg, s, e, *slot, now);
 	flows = session_flows(s);
 	if (!index_enter(cfg, &flows, place)) {
-		*verdict = drop(COUNT_drop_sessions_full);
+		*verdict = deny(COUNT_drop_sessions_full, DROP);
 		goto undo;
 	}
 	if (session_is_second(cfg, &flows, place, now))
-		*verdict = drop(COUNT_drop_reply_taken);
+		*verdict = deny(COUNT_drop_reply_taken, DROP);
 	else if (place != *slot && !life_swap(m, life, life + LIFE_FURTHER))
-		*verdict = drop(COUNT_drop_session_busy);
+		*verdict = deny(COUNT_drop_session_busy, DROP);
 	if (*verdict == CONTINUE) {
 		count(COUNT_session_opened);
 		life_settle(s, place == *slot ? LIFE_SESSION : LIFE_LIVE | LIFE_SESSION);
@@ -480,6 +483,7 @@ static __always_inline bool session_reopen(const struct settings *cfg, struct se
 	s->out.last_seen = now; /* as in session_join() */
 	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;
+	event_of_session(s, EVENT_CLOSED, now);
 	session_init(cfg, s, &same, s->mapping, now);
 	count(COUNT_session_reopened);
 	return true;

@@ -31,6 +31,8 @@ BPF_F_TABLE("lpm_trie", struct prefix_key, struct exempt, exempts, 256, BPF_F_NO
 BPF_TABLE("array", u32, struct interface, interfaces, INTERFACES); /* by interface index */
 BPF_TABLE("hash", struct vlan_key, u32, vlans, 4096); /* → interface index; those on XDP */
 BPF_TABLE("array", u32, struct settings, settings, 1);
+BPF_F_TABLE("array", u32, struct event, events, EVENTS, BPF_F_MMAPABLE); /* by number, modulo their count */
+BPF_F_TABLE("array", u32, struct watch, watch, 1, BPF_F_MMAPABLE);
 BPF_DEVMAP(transmitters, INTERFACES); /* interface index → device that takes its frames from XDP */
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
 BPF_TABLE("percpu_array", u32, struct scratch, scratches, 1);

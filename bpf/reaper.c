@@ -41,7 +41,7 @@ static __always_inline void slot_keep(const struct settings *cfg, u32 slot, u32 
 	if (!s || slot >= further_base(cfg))
 		return;
 	slot_claim(slot);
-	slot_reap(cfg, slot, true, now);
+	slot_reap(cfg, slot, CLOSE_FORCED, now);
 	life = s->life;
 	s->mapping = slot;
 	life_swap(s, life, (life & ~LIFE_STATE) | LIFE_LIVE | LIFE_STATIC);
@@ -107,7 +107,7 @@ int masq_reap(struct __sk_buff *skb)
 		switch (request.order) {
 		case REAP_EXPIRED:
 		case REAP_FORCED:
-			slot_reap(cfg, slot, request.order == REAP_FORCED, now);
+			slot_reap(cfg, slot, request.order == REAP_FORCED ? CLOSE_FORCED : CLOSE_EXPIRED, now);
 			break;
 		case REAP_RESTED:
 			slot_return(cfg, slot);

@@ -75,7 +75,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	e.marks = p->own ? 0 : trigger_mark(p);
 	external = slot_blur(p->own ? external_of(cfg, p->src) : external_for(p->src, p->wan));
 	if (addr_is_unset(slot_addr(cfg, slot_of(external, 0, 0)))) {
-		*verdict = refuse(COUNT_drop_no_external);
+		*verdict = deny(COUNT_drop_no_external, REFUSE);
 		return NULL;
 	}
 	if (s && session_reopen(cfg, s, &e, p->now))
@@ -99,7 +99,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 			slot = slot_to_share(cfg, p, external);
 	}
 	if (slot == NO_SLOT)
-		*verdict = refuse(COUNT_drop_ports_exhausted);
+		*verdict = deny(COUNT_drop_ports_exhausted, REFUSE);
 	else
 		s = session_join(cfg, &e, &slot, p->now, verdict);
 	if (!s && host)
@@ -122,8 +122,13 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 		if (answered)
 			return choose_wan(p, answered->internal.wan, answered->out.new_addr);
 		s = session_open(cfg, p, s, &verdict);
-		if (!s)
+		if (!s) {
+			/* One way for the verifier from here, out of hundreds. */
+			packet_blur(p);
+			verdict = number_blur(verdict, p->now);
+			event_refused(endpoint(p->src, p->src_port, p->class, p->wan), p->dst, p->dst_port, p->now);
 			return refusal_send(cfg, p, verdict);
+		}
 	}
 	if (p->class == CLASS_TCP) {
 		if (!tcp_flags_are_sane(p->tcp_flags))
@@ -131,6 +136,7 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 		tcp_track(cfg, s, &s->out, &s->in, p);
 		mss_clamp(p);
 	}
+	event_opened(s, p->now);
 	flow_touch(s, OUTBOUND, p->now, p->l4 - p->l3 + p->l4_len);
 	contact_remember(cfg, p, s->mapping);
 	if (s->out.marks & SESSION_TRIGGERS)
@@ -254,6 +260,7 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 			tcp_track(cfg, s, &s->in, &s->out, p);
 		mss_clamp(p);
 	}
+	event_opened(s, p->now);
 	flow_touch(s, INBOUND, p->now, p->l4 - p->l3 + p->l4_len);
 	if (p->more_fragments && fragment_begin(cfg, p, DESTINATION, s->in.new_addr) != CONTINUE)
 		return DROP;

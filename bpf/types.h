@@ -452,6 +452,34 @@ struct flow_keys { /* of both flows of a session */
 	struct flow_key out, in;
 };
 
+/* What has happened to a session; see events.h. */
+enum event_kind { EVENT_VOID, EVENT_OPENED, EVENT_CLOSED, EVENT_REFUSED };
+enum close_reason { CLOSE_EXPIRED, CLOSE_FORCED, CLOSE_EVICTED }; /* any but the first ends it before its time */
+
+#define EVENTS 16384 /* that are kept; a power of two */
+
+struct event {
+	u64 number; /* from 1; written last */
+	addr_t remote, external; /* down to the ports as in struct flow */
+	__be16 remote_port, external_port;
+	u32 opened_at; /* down to the traffic as in struct session */
+	struct mapping_key internal;
+	struct traffic sent;
+	struct traffic received;
+	u32 at; /* jiffies */
+	u32 reason; /* enum close_reason, or of what was refused enum counter */
+	u8 kind; /* enum event_kind */
+	u8 tcp_seen[2]; /* by enum direction */
+	u8 marks; /* SESSION_* */
+	u32 pad;
+};
+
+struct watch {
+	u64 next; /* number of the next event, from 0 */
+	u32 until; /* jiffies until when somebody watches */
+	u32 pad;
+};
+
 /* A session's end takes effect with a swap of its slot's life, after which the slot may be another's at once; so what is
  * to be tidied up is noted before.
  */
@@ -471,4 +499,5 @@ struct scratch {
 	struct packet blurred; /* see packet_blur() */
 	struct fragment fragment;
 	struct ending ending;
+	u32 refused; /* why the packet's session was, by enum counter; 0: it was not */
 };

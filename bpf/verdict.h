@@ -35,6 +35,17 @@ static __always_inline enum verdict refuse(enum counter reason)
 	return REFUSE;
 }
 
+/* What was to open a session gets none; those who watch are told why, see event_refused(). */
+static __always_inline enum verdict deny(enum counter reason, enum verdict verdict)
+{
+	struct scratch *scratch = scratch_get();
+
+	if (scratch)
+		scratch->refused = reason;
+	count(reason);
+	return verdict;
+}
+
 /* TC_ACT_UNSPEC lets further programs and the stack have the packet, as if we were not there. After TC_ACT_OK on TCX,
  * clsact's filters do not run: so ours take over from each other, see attachment.py.
  */

@@ -63,10 +63,9 @@ def take(tables: Tables, hosts: Hosts | None = None) -> Census:
         hosts: brought up to date as well.
     """
     kinds, externals = len(CLASSES), tables.externals
-    columns = ("out_packets", "out_bytes", "in_packets", "in_bytes")
     found = Census(
         states=np.zeros((kinds, len(sessions.STATES)), np.int64),
-        carried={name: np.zeros(kinds, np.int64) for name in columns},
+        carried={name: np.zeros(kinds, np.int64) for name in sessions.TRAFFIC},
         ports=np.zeros((externals, kinds, len(USES)), np.int64),
     )
     for slots in _pieces(tables):
@@ -152,14 +151,14 @@ class Hosts:
             more.append(traffic[name] - before)
             seen[slots] = traffic[name]
         self._opened_at[slots] = rows["opened_at"]
-        self._parts.append(_summed(rows["in"]["new_addr"]["word"][:, 0], more))
+        self._parts.append(sessions.summed(rows["in"]["new_addr"]["word"][:, 0], more))
 
     def settle(self) -> None:
         """All of the table has been noted."""
         self.sums[:, 0] = 0
         self._parts.append((self.addresses, self.sums))
         addresses, sums = (np.concatenate(each) for each in zip(*self._parts, strict=True))
-        self.addresses, self.sums = _summed(addresses, sums.T)
+        self.addresses, self.sums = sessions.summed(addresses, sums.T)
         self._parts, self._begun = [], True
         if len(self.addresses) > HOSTS_MOST:
             kept = np.sort(self.first(HOSTS_MOST))
@@ -168,9 +167,3 @@ class Hosts:
     def first(self, count: int) -> npt.NDArray[np.intp]:
         """Places of those that have carried most."""
         return np.argsort(-self.sums[:, 1:].sum(axis=1), kind="stable")[:count]
-
-
-def _summed(addresses: Any, columns: Any) -> _PerHost:
-    """One row for each address."""
-    found, of = np.unique(addresses, return_inverse=True)
-    return found, np.stack([np.bincount(of, column, len(found)) for column in columns], axis=1)

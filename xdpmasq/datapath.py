@@ -181,10 +181,11 @@ class Tables:
     def counters(self) -> dict[str, int]:
         """Every counter by name, summed over CPUs."""
         table = self.maps["counters"]
-        return {name: int(table.get(i).sum()) for i, name in enumerate(self._counter_names)}
+        return {name: int(table.get(i).sum()) for i, name in enumerate(self.counter_names)}
 
     @cached_property
-    def _counter_names(self) -> list[str]:
+    def counter_names(self) -> list[str]:
+        """Of every counter, in the order of the C enum."""
         # A running datapath of another version has its own list.
         return list(self.manifest.get("counters") or source.counters())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 
 PROTOCOLS = ("tcp", "udp", "icmp")  # by class, as in enum proto_class
 TCP, UDP, ICMP = range(3)
+TRAFFIC = ("out_packets", "out_bytes", "in_packets", "in_bytes")  # columns of a table
 STATES = (
     *("SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT", "TIME_WAIT", "CLOSE"),
     *("UNREPLIED", "REPLIED"),
@@ -48,7 +49,7 @@ class Endpoints:
 
     def sort_keys(self) -> list[Array]:
         """Keys for numpy.lexsort: by address, then port."""
-        return [self.port, *(_host_order(self.addr[:, word]) for word in reversed(range(self.addr.shape[1])))]
+        return [self.port, *(host_order(self.addr[:, word]) for word in reversed(range(self.addr.shape[1])))]
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ def _columns(slots: Array, rows: Array, protocol: Array, idle_s: Array, remainin
         opened_at=rows["opened_at"],
         protocol=protocol,
         state=states(protocol, out["tcp_seen"], in_["tcp_seen"], rows["received"]["packets"]),
-        internal=_endpoints(in_["new_addr"], in_["new_port"]),
-        external=_endpoints(out["new_addr"], out["new_port"]),
-        remote=_endpoints(out["remote_addr"], out["remote_port"]),
+        internal=endpoints(in_["new_addr"], in_["new_port"]),
+        external=endpoints(out["new_addr"], out["new_port"]),
+        remote=endpoints(out["remote_addr"], out["remote_port"]),
         **traffic(rows),
         idle_s=idle_s,
         remaining_s=remaining_s,
@@ -133,12 +134,8 @@ def _columns(slots: Array, rows: Array, protocol: Array, idle_s: Array, remainin
 def traffic(rows: Array) -> dict[str, Array]:
     """What sessions have carried: IP lengths, from and to the internal host."""
     sent, received = rows["sent"], rows["received"]
-    return {
-        "out_packets": sent["packets"],
-        "out_bytes": sent["bytes"],
-        "in_packets": received["packets"],
-        "in_bytes": received["bytes"],
-    }
+    columns = (sent["packets"], sent["bytes"], received["packets"], received["bytes"])
+    return dict(zip(TRAFFIC, columns, strict=True))
 
 
 def in_use(life: Array) -> Array:
@@ -146,11 +143,13 @@ def in_use(life: Array) -> Array:
     return np.asarray(life & wanted == np.uint64(_LIFE_LIVE | _LIFE_SESSION))
 
 
-def _endpoints(addr: Array, port: Array) -> Endpoints:
-    return Endpoints(np.ascontiguousarray(addr["word"]), _host_order(port))
+def endpoints(addr: Array, port: Array) -> Endpoints:
+    """From columns of ``addr_t`` and ``__be16``."""
+    return Endpoints(np.ascontiguousarray(addr["word"]), host_order(port))
 
 
-def _host_order(values: Array) -> Array:
+def host_order(values: Array) -> Array:
+    """Of integers in network byte order."""
     return values.view(values.dtype.newbyteorder(">")).astype(values.dtype)
 
 
@@ -196,6 +195,12 @@ def states(protocol: Array, out: Array, in_: Array, replies: Array) -> Array:
     return np.where(protocol == TCP, tcp, other).astype(np.uint8)
 
 
+def summed(keys: Array, columns: Iterable[Array]) -> tuple[Array, Array]:
+    """Columns added up by key: (the different keys in order, one row of sums for each)."""
+    found, of = np.unique(keys, return_inverse=True)
+    return found, np.stack([np.bincount(of, column, len(found)) for column in columns], axis=1)
+
+
 def port_use(sessions: Array, settings: Any) -> dict[str, dict[str, int]]:
     """External ports by protocol: used by a mapping, resting after one, forwarded, and in the pool altogether."""
     externals = int(settings["externals"])
@@ -211,16 +216,6 @@ def port_use(sessions: Array, settings: Any) -> dict[str, dict[str, int]]:
         }
         for number, name in enumerate(PROTOCOLS)
     }
-
-
-def changes(before: Table, after: Table) -> tuple[Table, Table]:
-    """Between two readings: (sessions opened, as they are now; sessions closed, as they were)."""
-    old, new = _identities(before), _identities(after)
-    return after[~np.isin(new, old)], before[~np.isin(old, new)]
-
-
-def _identities(table: Table) -> Array:
-    return table.slot.astype(np.uint64) << np.uint64(32) | table.opened_at
 
 
 # --- selecting -------------------------------------------------------------------------------------
@@ -301,6 +296,11 @@ class Selection:
 
     def __call__(self, table: Table) -> Table:
         """The rows that fit."""
+        fits = self.mask(table)
+        return table if fits.all() else table[fits]
+
+    def mask(self, table: Table) -> Array:
+        """Which rows fit."""
         fits = np.ones(len(table), bool)
         if self.protocol:
             fits &= table.protocol == PROTOCOLS.index(self.protocol)
@@ -310,7 +310,7 @@ class Selection:
             wanted: Endpoint = getattr(self, name)
             if wanted != Endpoint():
                 fits &= wanted.mask(getattr(table, name))
-        return table if fits.all() else table[fits]
+        return fits
 
 
 def _word(what: str, word: str, allowed: tuple[str, ...]) -> str:
@@ -362,11 +362,18 @@ def _parts(table: Table) -> Iterator[Table]:
         yield table[start : start + _CHUNK]
 
 
-def _text_columns(table: Table) -> list[list[Any]]:
+def ends(table: Table) -> list[list[str]]:
+    """Protocol, state, internal, external and remote endpoint, as columns of text."""
     return [
         *_words(table),
         *(_joined(each, None) for each in (table.internal, table.external)),
         _joined(table.remote, table.protocol == ICMP),
+    ]
+
+
+def _text_columns(table: Table) -> list[list[Any]]:
+    return [
+        *ends(table),
         *_traffic(table),
         table.idle_s.astype(np.int64).tolist(),
         table.remaining_s.astype(np.int64).tolist(),
@@ -378,9 +385,9 @@ def _json_columns(table: Table) -> list[list[Any]]:
     ports[table.protocol == ICMP] = "null"
     return [
         *_words(table),
-        *(_addresses(table.internal).tolist(), table.internal.port.tolist()),
-        *(_addresses(table.external).tolist(), table.external.port.tolist()),
-        *(_addresses(table.remote).tolist(), ports.tolist()),
+        *(addresses(table.internal).tolist(), table.internal.port.tolist()),
+        *(addresses(table.external).tolist(), table.external.port.tolist()),
+        *(addresses(table.remote).tolist(), ports.tolist()),
         *_traffic(table),
         table.idle_s.tolist(),
         table.remaining_s.tolist(),
@@ -395,11 +402,11 @@ def _words(table: Table) -> tuple[list[str], list[str]]:
 
 
 def _traffic(table: Table) -> Iterator[list[int]]:
-    for column in (table.out_packets, table.out_bytes, table.in_packets, table.in_bytes):
-        yield column.tolist()
+    for name in TRAFFIC:
+        yield getattr(table, name).tolist()
 
 
-def _addresses(endpoints: Endpoints) -> Array:
+def addresses(endpoints: Endpoints) -> Array:
     """Each address as text; every different one is written once."""
     words = endpoints.addr.shape[1]
     family = socket.AF_INET if words == 1 else socket.AF_INET6
@@ -418,5 +425,5 @@ def _joined(endpoints: Endpoints, portless: Array | None) -> list[str]:
     ports = _port_texts("]:%d" if six else ":%d")[endpoints.port]
     if portless is not None:
         ports[portless] = "]" if six else ""
-    texts = _addresses(endpoints) + ports
+    texts = addresses(endpoints) + ports
     return list(("[" + texts if six else texts).tolist())

@@ -1,5 +1,6 @@
 """The command line, with agent and datapath replaced: words, JSON, exit status."""
 
+import io
 import json
 import os
 import re
@@ -10,22 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 
 import xdpmasq
-from xdpmasq import __version__, cli
+from xdpmasq import __version__, cli, rates
 from xdpmasq.cli import common
 from xdpmasq.cli import sessions as sessions_cli
+from xdpmasq.cli.top import BESIDE, KEYS, View, screen
 from xdpmasq.config import Config
 from xdpmasq.errors import DatapathError, NotAttachedError
+from xdpmasq.events import CLOSED, OPENED, Batch, Story
+from xdpmasq.sessions import Selection
+from xdpmasq.sessions import read as read_table
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "config.example.toml")
 RULES = ("forward", "redirect", "trigger")
-VERBS = ("attach", "run", "detach", "status", "sessions", "doctor", "check", *RULES, "lab", "bench")
+VERBS = ("attach", "run", "detach", "status", "top", "sessions", "doctor", "check", *RULES, "lab", "bench")
 
 # The fields that the command line reads; their true layout is the business of test_sessions.py.
 ADDR = [("word", "u4", (1,))]
@@ -110,6 +116,8 @@ class Running:
     hz: int = HZ
     agent_alive: bool = True
     flushed: list[int] = field(default_factory=list)
+    further_base: int = 3 * 65536
+    further: int = 64
 
     def now(self) -> int:
         return NOW
@@ -194,7 +202,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], args: list[st
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "attach", "run", "detach", "status", "doctor", "check", "sessions", "sessions list", "sessions flush",
+    ["", "attach", "run", "detach", "status", "top", "doctor", "check", "sessions", "sessions list", "sessions flush",
      "sessions watch"],
 )  # fmt: skip
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
@@ -238,7 +246,8 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], args: list[str], said: 
 
 
 @pytest.mark.parametrize(
-    "verb", ["attach", "run", "detach", "status", "sessions", "sessions list", "sessions flush", "sessions watch"]
+    "verb",
+    ["attach", "run", "detach", "status", "top", "sessions", "sessions list", "sessions flush", "sessions watch"],
 )
 def test_root_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -375,6 +384,26 @@ def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, co
     assert re.search(said, printed.err if code else printed.out)
 
 
+@pytest.fixture
+def busy(running: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
+    """While somebody waits, each session carries a packet out of 1,000 bytes, and five in of 100,000."""
+
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += 1
+        for slot in (2000, 65536 + 3000):
+            for way, packets, size in (("sent", 1, 1000), ("received", 5, 100_000)):
+                running.sessions[way]["packets"][slot] += packets
+                running.sessions[way]["bytes"][slot] += size
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    return running
+
+
+@pytest.mark.usefixtures("busy")
 def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
     assert run("status") == 0
     out = capsys.readouterr().out
@@ -387,10 +416,12 @@ def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
         "internal eth1, ppp*",
         "mode auto eth0 wan xdp driver ixgbe has native XDP",
         "eth1 lan tc a veth",
+        "traffic out 16.0 kbit/s 2 pps, in 1.60 Mbit/s 10 pps",
         "sessions 2: TCP 1, UDP 1, ICMP 0",
-        "ports TCP 1 of 60,000 in use",
-        "UDP 1 of 60,000 in use",
-        "ICMP 0 of 60,000 in use",
+        "0 of 64 (0.0%) places for further ones of a mapping taken",
+        "ports TCP 1 of 60,000 (0.0%) in use",
+        "UDP 1 of 60,000 (0.0%) in use",
+        "ICMP 0 of 60,000 (0.0%) in use",
         "packets XDP 900, TC 100, 90.0% on the fast path",
         "drops 7 a protocol that is not to be translated, from inside (drop_protocol)",
     ]
@@ -451,19 +482,8 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
         *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "wans"),
-        *(
-            "lans",
-            "mode",
-            "interfaces",
-            "punt",
-            "pcp",
-            "metrics",
-            "sessions",
-            "ports",
-            "packets",
-            "drops",
-            "counters",
-        ),
+        *("lans", "mode", "interfaces", "punt", "pcp", "metrics", "sessions", "further_sessions", "ports"),
+        *("packets", "drops", "counters"),
     ]
     assert found["working"] is True
     assert found["wans"] == [{"name": "eth0", "external": "203.0.113.1"}]
@@ -483,6 +503,85 @@ def test_status_of_nothing(capsys: pytest.CaptureFixture[str], replace_module: R
     replace_module("datapath", find=find)
     assert run("status", "--wan", "eth7") == 1
     assert capsys.readouterr().err == "xdpmasq: not attached: to eth7\n"
+
+
+TOP = """\
+out 16.0 kbit/s 2 pps   in 1.60 Mbit/s 10 pps
+sessions 2   ports tcp 0.0%  udp 0.0%  icmp 0.0%   further 0.0%
+drops none
+"""
+
+
+@pytest.mark.usefixtures("busy")
+def test_top(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("top", "--once", "--sort", "host") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{TOP}2 of 2 hosts by host, 1.0 s until ")
+    assert [line.split() for line in out.splitlines()[5:]] == [
+        ["HOST", "SESSIONS", "OUT", "IN", "OUT-PACKETS", "IN-PACKETS"],
+        ["192.168.0.2", "1", "8.00", "kbit/s", "800", "kbit/s", "1", "pps", "5", "pps"],
+        ["192.168.0.3", "1", "8.00", "kbit/s", "800", "kbit/s", "1", "pps", "5", "pps"],
+    ]
+    assert run("top", "--count", "2", "--sessions", "--proto", "tcp") == 0
+    assert capsys.readouterr().out.count("1 of 1 sessions by rate") == 2
+
+
+@pytest.mark.usefixtures("busy")
+def test_top_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("top", "--count", "2", "--json", "--internal", "192.168.0.3") == 0
+    for line in capsys.readouterr().out.splitlines():
+        found = json.loads(line)
+        assert found["in"] == {"bytes_per_s": 200_000, "packets_per_s": 10}
+        assert [(each["host"], each["sessions"]) for each in found["top"]] == [("192.168.0.3", 1)]
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["hosts", "sessions"])
+@pytest.mark.parametrize("sort", ["rate", "packets"])
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)], ids=["80x24", "120x40", "200x60"])
+def test_top_fits_the_terminal(busy: Running, size: tuple[int, int], sort: str, each: bool) -> None:
+    """With more sessions than lines, each with addresses of full length."""
+    for slot in range(4000, 4100):
+        row = busy.sessions[slot] = busy.sessions[2000]
+        row["mapping"], row["in"]["new_port"] = slot, 0xFFFF
+        row["in"]["new_addr"]["word"] = int.from_bytes(bytes([192, 168, 111, slot - 3900]), sys.byteorder)
+        row["out"]["remote_addr"]["word"] = int.from_bytes(bytes([198, 151, 100, 210]), sys.byteorder)
+        row["out"]["remote_port"] = row["out"]["new_port"] = 0xFFFF
+    width, height = size
+    console = Console(width=width, height=height, file=io.StringIO())
+    view = View(Selection(), sort, not each, height - BESIDE)
+    before = rates.look(busy)  # type: ignore[arg-type]
+    busy.sessions["received"]["bytes"] += 999_000_000_000
+    busy.sessions["received"]["packets"] += 99_000_000
+    time.sleep(1)
+    measured = rates.between(before, rates.look(busy))  # type: ignore[arg-type]
+    with console.capture() as drawn:
+        console.print(screen(measured, view.first(measured), view, width), KEYS, sep="\n", end="")
+    lines = drawn.get().split("\n")
+    assert len(lines) == height
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    assert all(re.search(r"[0-9] (Tbit/s|Mpps)", line) for line in lines[6:-1]), lines
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param(["--sort", "size"], "there is no order size", id="order"),
+        pytest.param(["--proto", "sctp"], "there is no protocol sctp", id="protocol"),
+        pytest.param(["--interval", "0"], "0", id="interval"),
+    ],
+)
+def test_top_refused(capsys: pytest.CaptureFixture[str], running: Running, args: list[str], said: str) -> None:
+    assert run("top", *args) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 bit/s"), (999.4, "999 bit/s"), (999.5, "1.00 kbit/s"), (99_951, "100 kbit/s"), (5e15, "5000 Tbit/s")],
+)
+def test_scaled(value: float, text: str) -> None:
+    assert common.scaled(value, "bit/s") == text
 
 
 @pytest.mark.parametrize("args", [["sessions"], ["sessions", "list"]], ids=["bare", "list"])
@@ -537,48 +636,74 @@ def test_flush(
     assert (running.flushed, capsys.readouterr().out) == (slots, said)
 
 
-@pytest.fixture
-def three_polls(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between polls a session closes and another opens; then nothing; then Ctrl-C."""
-    sleeps = 0
+class Watcher:
+    """Stands for events.Watcher: nothing; two events and others lost; Ctrl-C."""
 
-    def sleep(seconds: float) -> None:
-        nonlocal sleeps
-        assert seconds == sessions_cli.POLL_S
-        sleeps += 1
-        if sleeps == 1:
-            running.sessions["life"][2000] = 2
-            running.sessions[2 * 65536 + 9] = running.sessions[65536 + 3000]
-            running.sessions["mapping"][2 * 65536 + 9] = 2 * 65536 + 9
-        if sleeps == 3:
+    made: ClassVar[list["Watcher"]] = []
+
+    def __init__(self, attached: Running) -> None:
+        self.made.append(self)
+        table = read_table(attached.sessions, attached.settings, NOW, HZ)
+        two = (np.array([time.time()] * 2), np.array([OPENED, CLOSED]), ["remote", "idle"], np.array([0.0, 7.0]))
+        self._story, self._reads = Story(table, *two), iter([Batch([]), Batch([1, 2], 1234, 0.5)])
+
+    def reads(self, attached: Running) -> bool:
+        return self is not self.made[0] or attached.wan_names == ("eth0",)
+
+    def read(self) -> Batch:
+        batch = next(self._reads, None)
+        if batch is None:
             raise KeyboardInterrupt
+        return batch
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    def story(self, rows: Any, selection: Selection) -> Story:
+        fits = selection.mask(self._story.table) & bool(len(rows))
+        told = self._story
+        why = [each for each, fit in zip(told.why, fits, strict=True) if fit]
+        return Story(told.table[fits], told.at[fits], told.kind[fits], why, told.seconds[fits])
 
 
-@pytest.mark.usefixtures("three_polls")
+@pytest.fixture
+def watcher(running: Running, monkeypatch: pytest.MonkeyPatch) -> type[Watcher]:
+    monkeypatch.setattr("xdpmasq.events.Watcher", Watcher)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Watcher, "made", [])
+    return Watcher
+
+
+@pytest.mark.usefixtures("watcher")
 def test_watch(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sessions", "watch") == 130
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1:3] for line in lines] == [["EVENT", "PROTO"], ["opened", "icmp"], ["closed", "tcp"]]
+    assert [line[1:3] for line in lines] == [
+        *(["EVENT", "PROTO"], ["lost", "1,234"], ["opened", "tcp"], ["closed", "udp"])
+    ]
+    assert " ".join(lines[1][2:]) == "1,234 events, and 0.5 s not listened to"
 
 
-@pytest.mark.usefixtures("three_polls")
+@pytest.mark.usefixtures("watcher")
 @pytest.mark.parametrize(
     ("args", "events"),
     [
-        pytest.param([], [("opened", "icmp", 3), ("closed", "tcp", 2)], id="all"),
-        pytest.param(["--proto", "tcp"], [("closed", "tcp", 2)], id="filtered"),
+        pytest.param([], [("lost", None), ("opened", "tcp"), ("closed", "udp")], id="all"),
+        pytest.param(["--proto", "tcp"], [("lost", None), ("opened", "tcp")], id="filtered"),
     ],
 )
 def test_watch_json(capsys: pytest.CaptureFixture[str], args: list[str], events: list[Any]) -> None:
     assert run("sessions", "watch", "--json", *args) == 130
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    shown = [(each["event"], each["protocol"], int(each["internal"]["address"][-1])) for each in found]
-    assert shown == events
+    assert [(each["event"], each.get("protocol")) for each in found] == events
+    assert (found[0]["count"], found[0]["deaf_s"]) == (1234, 0.5)
     assert all(abs(each["time"] - time.time()) < 60 for each in found)
 
 
+def test_watch_goes_on_with_another_datapath(running: Running, watcher: type[Watcher]) -> None:
+    running.wan_names = ("eth9",)
+    assert run("sessions", "watch") == 130
+    assert len(watcher.made) == 2
+
+
+@pytest.mark.usefixtures("watcher")
 def test_watch_ends_with_the_datapath(
     capsys: pytest.CaptureFixture[str], replace_module: Replace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,7 +715,7 @@ def test_watch_ends_with_the_datapath(
         return attached
 
     replace_module("datapath", find=find)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sessions_cli, "FIND_S", 0)
     assert run("sessions", "watch") == 1
     assert capsys.readouterr().err == "xdpmasq: gone\n"
 

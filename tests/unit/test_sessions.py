@@ -295,22 +295,6 @@ def test_empty_selection_is_everything() -> None:
     assert not Selection.parse(remote=":0").is_everything
 
 
-def test_changes() -> None:
-    array = table_of()
-    put(array, 2000, internal="192.168.0.2:1")
-    put(array, 2001, internal="192.168.0.2:2")
-    put(array, 2002, internal="192.168.0.2:3", opened_at=5)
-    before = read(array)
-    array["life"][2000] = RESTING
-    put(array, 2002, internal="192.168.0.9:3", opened_at=6)
-    put(array, 2003, internal="192.168.0.2:4")
-    array["sent"]["packets"][2001] += 1
-    opened, closed = sessions.changes(before, read(array))
-    assert [each["internal"]["address"] for each in objects_of(opened)] == ["192.168.0.9", "192.168.0.2"]
-    assert (opened.slot.tolist(), closed.slot.tolist()) == ([2002, 2003], [2000, 2002])
-    assert [each["internal"]["address"] for each in objects_of(closed)] == ["192.168.0.2", "192.168.0.2"]
-
-
 def test_a_reading_does_not_change_with_the_table() -> None:
     array = table_of(70000)
     put(array, 2000)

@@ -22,6 +22,7 @@ from xdpmasq.cli.detach import detach
 from xdpmasq.cli.doctor import doctor
 from xdpmasq.cli.run import run
 from xdpmasq.cli.status import status
+from xdpmasq.cli.top import top
 from xdpmasq.errors import MasqError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -58,6 +59,7 @@ app.command()(attach)
 app.command()(run)
 app.command()(detach)
 app.command()(status)
+app.command()(top)
 app.command()(doctor)
 app.command()(check)
 app.add_typer(sessions.app, name="sessions")

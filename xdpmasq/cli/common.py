@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from xdpmasq.config import MODES, Config, from_options
 from xdpmasq.configfile import load
 from xdpmasq.errors import HostError
 from xdpmasq.health import wans_of
+
+if TYPE_CHECKING:
+    from xdpmasq.rates import Rates
 
 WAN = typer.Option(
     [], "--wan", metavar="NAME", show_default=False,
@@ -62,6 +65,34 @@ def print_blocks(blocks: Iterator[list[str]], between: str = "\n") -> None:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """With three digits and the prefix that they want: ``94.1 Mbit/s``."""
+    prefixes = ["", "k", "M", "G", "T"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        del prefixes[0]
+    prefix = prefixes[0]
+    digits = 0 if not prefix or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {prefix}{unit}"
+
+
+def bit_rate(bytes_per_s: float) -> str:
+    return scaled(8 * bytes_per_s, "bit/s")
+
+
+def packet_rate(per_s: float) -> str:
+    return scaled(per_s, "pps")
+
+
+def traffic(measured: "Rates") -> Iterator[str]:
+    """Of all sessions: ``out 94.1 Mbit/s 8.20 kpps``, the same in, and the share of the fast path."""
+    out_packets, out_bytes, in_packets, in_bytes = measured.total.tolist()
+    yield f"out {bit_rate(out_bytes)} {packet_rate(out_packets)}"
+    yield f"in {bit_rate(in_bytes)} {packet_rate(in_packets)}"
+    if measured.fast_share is not None:
+        yield f"fast path {measured.fast_share:.1%}"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from json import dumps
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,10 +12,11 @@ from xdpmasq.errors import UsageError
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
+    from xdpmasq.events import Batch
     from xdpmasq.sessions import Selection, Table
 
-POLL_S = 0.5
-FIND_EVERY = 10  # polls after which watch looks whether the datapath is still the one attached
+POLL_S = 0.05
+FIND_S = 5  # after which it is asked whether the datapath is still the one attached
 
 PROTO = typer.Option("", "--proto", metavar="tcp|udp|icmp", help="Only this protocol.", show_default=False)
 INTERNAL = typer.Option(
@@ -80,10 +81,10 @@ def list_(
       xdpmasq sessions list --internal 192.168.0.0/24 --json
     """
     common.require_root("sessions")
-    selection = _selection(proto, internal, external, remote, state)
+    selection = selection_of(proto, internal, external, remote, state)
     from xdpmasq import sessions  # noqa: PLC0415  heavy
 
-    table = selection(_read(_find(wan))).ordered()
+    table = selection(_read(find(wan))).ordered()
     if json:
         sys.stdout.write("[\n")
         common.print_blocks(sessions.json_objects(table), ",\n")
@@ -113,11 +114,11 @@ def flush(
       xdpmasq sessions flush --all
     """
     common.require_root("sessions flush")
-    selection = _selection(proto, internal, external, remote, state)
+    selection = selection_of(proto, internal, external, remote, state)
     if selection.is_everything != every:
         what = "both --all and a filter are given" if every else "no filter is given"
         raise UsageError(what, "", "give either filters, or --all to end every session")
-    attached = _find(wan)
+    attached = find(wan)
     ended = attached.flush(selection(_read(attached)).slot)
     if json:
         common.print_json({"flushed": ended})
@@ -136,10 +137,15 @@ def watch(
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
-    """Print a line for each session opened or closed, until Ctrl-C.
+    """Print a line for each session opened, closed or refused, until Ctrl-C.
 
-    The table is read twice a second: a session that comes and goes in between is not seen, and a changed state
-    is no event. With --json each line is one object.
+    WHY is of an opened session who opened it: internal or remote; of a closed one what ended it: idle, fin or rst
+    (closed or reset by TCP), flushed (by a command, or with its external address), evicted (an unanswered one from
+    outside, for a newer one); of one refused the counter without drop_.
+
+    Several may watch at once. Should events come faster than they can be read, their number is said. With --json
+    each line is an object: time, event (opened, closed, refused; lost, with count and deaf_s only), why, protocol,
+    state, internal, external (null: refused), remote, out, in, duration_s.
 
     \b
     Examples:
@@ -147,65 +153,63 @@ def watch(
       xdpmasq sessions watch --json | jq -c 'select(.event == "closed")'
     """
     common.require_root("sessions watch")
-    selection = _selection(proto, internal, external, remote, state)
-    for number, (before, after) in enumerate(_polls(wan)):
-        if number == 0 and not json:
-            _print_heading(after)
-        for line in _events(before, after, selection, json):
+    selection = selection_of(proto, internal, external, remote, state)
+    from xdpmasq import events  # noqa: PLC0415  heavy
+
+    following = Following(wan)
+    watcher = events.Watcher(following())
+    if not json:
+        print(events.HEADING, flush=True)
+    while True:
+        time.sleep(POLL_S)
+        attached = following()
+        if not watcher.reads(attached):
+            watcher = events.Watcher(attached)
+        batch = watcher.read()
+        if batch.lost or batch.deaf_s:
+            print(_lost(batch, json))
+        told = watcher.story(batch.rows, selection)
+        for line in (events.json_lines if json else events.lines)(told):
             print(line)
         sys.stdout.flush()
 
 
-def _selection(proto: str, internal: str, external: str, remote: str, state: str) -> "Selection":
+def _lost(batch: "Batch", json: bool) -> str:
+    now = time.time()
+    if json:
+        return dumps({"time": round(now, 3), "event": "lost", "count": batch.lost, "deaf_s": round(batch.deaf_s, 1)})
+    deaf = f", and {batch.deaf_s:.1f} s not listened to" if batch.deaf_s else ""
+    return f"{time.strftime('%H:%M:%S', time.localtime(now))} lost    {common.plural(batch.lost, 'event')}{deaf}"
+
+
+def selection_of(proto: str, internal: str, external: str, remote: str, state: str) -> "Selection":
+    """What the filters' options mean."""
     from xdpmasq.sessions import Selection  # noqa: PLC0415  numpy takes a tenth of a second
 
     return Selection.parse(proto, internal, external, remote, state)
 
 
-def _find(wan: str) -> "Attached":
+def find(wan: str) -> "Attached":
+    """The datapath that is meant."""
     from xdpmasq import datapath  # noqa: PLC0415  heavy
 
     return datapath.find(wan or None)
+
+
+class Following:
+    """The datapath that is meant, looked for anew now and then: our own descriptors keep a detached one's maps."""
+
+    def __init__(self, wan: str) -> None:
+        self._wan, self._attached, self._found_at = wan, find(wan), time.monotonic()
+
+    def __call__(self) -> "Attached":
+        """Raises NotAttachedError once it is gone."""
+        if time.monotonic() - self._found_at > FIND_S:
+            self._attached, self._found_at = find(self._wan), time.monotonic()
+        return self._attached
 
 
 def _read(attached: "Attached") -> "Table":
     from xdpmasq import sessions  # noqa: PLC0415  heavy
 
     return sessions.read(attached.sessions, attached.settings, attached.now(), attached.hz)
-
-
-def _polls(wan: str) -> Iterator[tuple["Table", "Table"]]:
-    """Pairs of successive readings, the first pair without a difference."""
-    attached = _find(wan)
-    before = _read(attached)
-    after = before
-    polls = 0
-    while True:
-        yield before, after
-        time.sleep(POLL_S)
-        polls += 1
-        if polls % FIND_EVERY == 0:
-            # Our own descriptors keep the maps of a detached datapath, so ask for it anew.
-            attached = _find(wan)
-        before, after = after, _read(attached)
-
-
-def _events(before: "Table", after: "Table", selection: "Selection", json: bool) -> Iterator[str]:
-    from xdpmasq import sessions  # noqa: PLC0415  heavy
-
-    now = time.time()
-    for event, table in zip(("opened", "closed"), sessions.changes(before, after), strict=True):
-        rows = selection(table)
-        if json:
-            start = f'{{"time": {now:.3f}, "event": "{event}", '
-            # each object begins with a brace of its own
-            yield from (start + text[1:] for block in sessions.json_objects(rows) for text in block)
-        else:
-            start = f"{time.strftime('%H:%M:%S', time.localtime(now))} {event} "
-            yield from (start + text for block in sessions.lines(rows) for text in block)
-
-
-def _print_heading(table: "Table") -> None:
-    from xdpmasq import sessions  # noqa: PLC0415  heavy
-
-    print(f"{'TIME':8} {'EVENT':6} {sessions.heading(table)}")

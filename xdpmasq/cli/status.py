@@ -10,10 +10,15 @@ from xdpmasq.cli import common
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
+    from xdpmasq.rates import Rates
+
+MEASURE_S = 0.3
 
 
 def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
-    """Show whether it works, how, and what is dropped.
+    """Show whether it works, since when, how fast, how full it is, and what was dropped and why.
+
+    What goes on at this moment is measured for a third of a second; scripts find it in `xdpmasq top --once --json`.
 
     \b
     Examples:
@@ -21,13 +26,16 @@ def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
       xdpmasq status --json
     """
     common.require_root("status")
-    from xdpmasq import datapath, source  # noqa: PLC0415  heavy
+    from xdpmasq import datapath, rates, source  # noqa: PLC0415  heavy
 
-    fields = describe(datapath.find(wan or None))
+    attached = datapath.find(wan or None)
     if json:
-        common.print_json(fields)
-    else:
-        typer.echo("\n".join(_screen(fields, source.counters())))
+        common.print_json(describe(attached))
+        return
+    before = rates.look(attached)
+    time.sleep(MEASURE_S)
+    measured = rates.between(before, rates.look(attached))
+    typer.echo("\n".join(_screen(describe(attached), source.counters(), measured)))
 
 
 def describe(attached: "Attached") -> dict[str, Any]:
@@ -55,6 +63,10 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "pcp": _pcp(manifest, attached.agent_alive),
         "metrics": _metrics(manifest) if attached.agent_alive else None,
         "sessions": {"total": len(table), **table.counts()},
+        "further_sessions": {
+            "used": int((table.slot >= attached.further_base).sum()),
+            "room": attached.further,
+        },
         "ports": sessions.port_use(view, settings),
         "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
         "drops": {name: count for name, count in counters.items() if name.startswith("drop_") and count},
@@ -84,7 +96,7 @@ def _sum(counters: Mapping[str, int], prefix: str) -> int:
     return sum(count for name, count in counters.items() if name.startswith(prefix))
 
 
-def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str]:
+def _screen(fields: Mapping[str, Any], helps: Mapping[str, str], measured: "Rates") -> Iterator[str]:
     yield _headline(fields)
     yield ""
     yield _line("agent", _agent(fields["agent"]))
@@ -99,10 +111,13 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str]) -> Iterator[str
     yield from _labelled(f"mode {fields['mode']}", common.interface_lines(fields["interfaces"]))
     if fields["pcp"]["enabled"]:
         yield _line("pcp", _asked(fields["pcp"]))
+    yield _line("traffic", ", ".join(common.traffic(measured)))
     yield _line("sessions", _by_protocol(fields["sessions"], fields["sessions"]["total"]))
+    further = fields["further_sessions"]
+    yield _line("", f"{_of(further['used'], further['room'])} places for further ones of a mapping taken")
     yield from _labelled("ports", list(_ports(fields["ports"])))
     yield _line("packets", _packets(fields["packets"]))
-    yield from _labelled("drops", list(_drops(fields["drops"], helps)) or ["none"])
+    yield from _labelled("drops", list(_drops(fields["drops"], helps, measured.drops)) or ["none"])
 
 
 def _headline(fields: Mapping[str, Any]) -> str:
@@ -141,7 +156,11 @@ def _by_protocol(counts: Mapping[str, int], total: int) -> str:
 def _ports(ports: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for name, use in ports.items():
         more = "".join(f", {use[kind]:,} {kind}" for kind in ("resting", "forwarded") if use[kind])
-        yield f"{name.upper():4} {use['used']:,} of {use['available']:,} in use{more}"
+        yield f"{name.upper():4} {_of(use['used'], use['available'])} in use{more}"
+
+
+def _of(used: int, room: int) -> str:
+    return f"{used:,} of {room:,}" + (f" ({used / room:.1%})" if room else "")
 
 
 def _packets(packets: Mapping[str, int]) -> str:
@@ -150,6 +169,7 @@ def _packets(packets: Mapping[str, int]) -> str:
     return f"XDP {packets['fast']:,}, TC {packets['slow']:,}{share}"
 
 
-def _drops(drops: Mapping[str, int], helps: Mapping[str, str]) -> Iterator[str]:
+def _drops(drops: Mapping[str, int], helps: Mapping[str, str], now: Mapping[str, float]) -> Iterator[str]:
     for name, count in sorted(drops.items(), key=lambda each: -each[1]):
-        yield f"{count:>10,}  {helps.get(name, name).removeprefix('dropped: ')} ({name})"
+        more = f", {now[name]:,.0f}/s now" if name in now else ""
+        yield f"{count:>10,}  {helps.get(name, name).removeprefix('dropped: ')} ({name}){more}"
