@@ -3,7 +3,7 @@
  * compare-and-swap on session.life, so packets on several CPUs and the reaper can meet here without a lock.
  */
 #define CLAIM_TRIES 8
-#define CLAIM_WORDS 32
+#define CLAIM_WORDS 64
 #define FURTHER_WORDS 16
 #define RECLAIM_TRIES 8
 

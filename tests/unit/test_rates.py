@@ -26,7 +26,11 @@ SESSION = np.dtype(
 )
 SETTINGS = np.dtype(
     [
-        *(("external", ADDR, (1,)), ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,))),
+        *(
+            ("externals", "u4"),
+            ("external", ADDR, (1,)),
+            ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,)),
+        ),
         *((name, "u4") for name in ("tcp_established", "tcp_transitory", "udp", "icmp")),
         ("inbound_refresh", "u1"),
     ]
@@ -56,6 +60,7 @@ def table() -> Any:
 
 def look(sessions: Any, **counters: int) -> Look:
     settings = np.zeros((), SETTINGS)
+    settings["externals"] = 1
     for name in ("tcp_established", "tcp_transitory", "udp", "icmp"):
         settings[name] = 1000
     subject = SimpleNamespace(
