@@ -24,7 +24,7 @@ test: setup
 	@[ "$$(id -u)" = 0 ] || { echo "make test: most tests need root and would be skipped; run it as root" >&2; exit 1; }
 	$(PYTHON) -m ruff check xdpmasq tests tools
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -n auto --dist loadgroup
+	$(PYTHON) -m pytest -n $$(($$(nproc) + 1)) --dist loadgroup # one more than CPUs: tests wait, too
 
 bench: setup
 	$(RUN) bench

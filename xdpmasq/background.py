@@ -28,17 +28,7 @@ def start(config: Config) -> dict[str, Any]:
     Raises:
         MasqError: whatever kept the agent from starting.
     """
-    command = [sys.executable, "-m", "xdpmasq.background"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-    ) as child:
+    with _launch() as child:
         assert child.stdin
         assert child.stdout
         child.stdin.write(json.dumps(configuration.as_fields(config)))
@@ -58,6 +48,19 @@ def start(config: Config) -> dict[str, Any]:
         child.returncode = 0  # it lives on: nothing to wait for
     manifest: dict[str, Any] = report["manifest"]
     return manifest
+
+
+def _launch() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "xdpmasq.background"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
 
 
 def _log_to_syslog() -> None:

@@ -129,7 +129,12 @@ class Exporter(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def close(self) -> None:
         if self._answer:
-            self.shutdown()
+            ending = threading.Thread(target=self.shutdown)
+            ending.start()
+            # It looks only when somebody comes, or after half a second.
+            with suppress(OSError), socket.create_connection(self.server_address[:2], timeout=0.5):
+                ending.join()
+            ending.join()
         self.server_close()
 
     def collect(self, connection: socket.socket, accept: str) -> tuple[bytes, str] | None:

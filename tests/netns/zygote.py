@@ -1,7 +1,8 @@
 """Runs the command line in a network namespace as ``ip netns exec`` does, without a second of imports each time.
 
-One process for each pytest worker has imported everything and forks for every command; from there on what runs is the
-program as its users have it. The demo and the benchmark, run by tests too, start it from scratch.
+One process for each pytest worker has imported everything and forks for every command, and for the agent that it
+starts; from there on what runs is the program as its users have it. The demo and the benchmark, which tests run too,
+start it from scratch.
 """
 
 import array
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import IO, Self
 
 from xdpmasq.lab.errors import LabError
 
@@ -79,6 +81,9 @@ def _serve(requests: socket.socket) -> None:
     import xdpmasq.cli  # noqa: PLC0415
     import xdpmasq.control  # noqa: F401, PLC0415
 
+    with contextlib.suppress(ImportError):
+        import typer._adapters  # noqa: F401, PLC0415  what newer typers import when they first parse an option
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         text, rights, _, _ = requests.recvmsg(_LONGEST_REQUEST, socket.CMSG_SPACE(4 * 4))
@@ -109,8 +114,9 @@ def _attend(request: dict[str, object], answer: int, netns: int, out: int, err: 
 
 
 def _command(request: dict[str, object], netns: int, out: int, err: int) -> None:
-    from xdpmasq import cli  # noqa: PLC0415
+    from xdpmasq import background, cli  # noqa: PLC0415
 
+    background._launch = _Agent  # type: ignore[assignment]
     code = 1
     try:
         os.environ.clear()
@@ -128,6 +134,58 @@ def _command(request: dict[str, object], netns: int, out: int, err: int) -> None
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class _Agent:
+    """Stands for the ``subprocess.Popen`` of ``background.start``."""
+
+    def __init__(self) -> None:
+        told, self.stdin = self._pipe()
+        self.stdout, tells = self._pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            self._serve(told.fileno(), tells.fileno())
+        told.close()
+        tells.close()
+
+    @staticmethod
+    def _pipe() -> tuple[IO[str], IO[str]]:
+        out, into = os.pipe()
+        return os.fdopen(out), os.fdopen(into, "w")
+
+    def _serve(self, told: int, tells: int) -> None:
+        from xdpmasq import background  # noqa: PLC0415
+
+        code = 1
+        try:
+            os.setsid()
+            os.chdir("/")
+            for fd, number in ((told, 0), (tells, 1), (os.open(os.devnull, os.O_RDWR), 2)):
+                os.dup2(fd, number)
+            os.closerange(3, 1024)
+            sys.stdin = os.fdopen(0)
+            background._serve()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        finally:
+            os._exit(code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        if self.returncode is None:
+            self.wait()
+
+    def wait(self) -> int:
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def _enter(netns: int) -> None:
