@@ -173,7 +173,7 @@ def _keyboard() -> Iterator[Callable[[float], str]]:
 
     def pressed(seconds: float) -> str:
         ready, _, _ = select.select([fd], [], [], seconds)
-        return os.read(fd, 1).decode(errors="replace") if ready else ""
+        return (os.read(fd, 1) or b"q").decode(errors="replace") if ready else ""  # nothing more to come: an end, too
 
     try:
         tty.setcbreak(fd)
