@@ -106,7 +106,7 @@ class Exporter(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = _WAITING
 
     def __init__(self, endpoint: tuple[str, int], web: Web) -> None:
-        self._address = ipaddress.ip_address(endpoint[0])
+        self._endpoint, self._address = endpoint, ipaddress.ip_address(endpoint[0])
         self.address_family = socket.AF_INET6 if self._address.version == 6 else socket.AF_INET
         self._tls, self.gate, self._guests = web.tls, web.gate(), _Guests()
         self._collecting = threading.Lock()
@@ -132,7 +132,7 @@ class Exporter(socketserver.ThreadingMixIn, socketserver.TCPServer):
             ending = threading.Thread(target=self.shutdown)
             ending.start()
             # It looks only when somebody comes, or after half a second.
-            with suppress(OSError), socket.create_connection(self.server_address[:2], timeout=0.5):
+            with suppress(OSError), socket.create_connection(self._endpoint, timeout=0.5):
                 ending.join()
             ending.join()
         self.server_close()

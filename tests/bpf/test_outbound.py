@@ -287,6 +287,7 @@ def test_second_host_is_not_disturbed(gateway: Gateway) -> None:
 ABROAD = "8.0.9.9"  # what such test runs need, see Gateway.outbound_l3
 
 
+@pytest.mark.xdist_group("without Ethernet")  # what they need is compiled once, while the others go on
 @pytest.mark.parametrize("options", [[], RECORD_ROUTE], ids=["plain", "IP options"])
 def test_wan_without_ethernet(gateway: Gateway, options: list[object]) -> None:
     inside = IPv4Network("8.0.0.0/24")

@@ -38,6 +38,8 @@ from scapy.packet import Packet, Raw
 from xdpmasq import bpf, netdev
 from xdpmasq.lab import netns
 
+pytestmark = pytest.mark.xdist_group("two WANs")  # what they need is compiled once, while the others go on
+
 GATEWAY_TOO = "192.0.2.1"
 PROVIDER = "192.0.2.254"
 SECOND = (

@@ -107,10 +107,9 @@ class Gateway:
         """Attach with settings that no option and no file can name, as ``rearm_s``."""
         topology = self.lab.topology
         config = Config(topology.wan_interfaces, topology.lan_interfaces, mode=self.mode, **settings)  # type: ignore[arg-type]
-        start = "background.start(config.from_fields(json.load(sys.stdin)))"
-        program = f"import json, sys; from xdpmasq import background, config; {start}"
-        fields = json.dumps(as_fields(config))
-        self.lab.exec(GATE, [sys.executable, "-c", program], input=fields, timeout_s=PATIENCE_S)
+        done = zygote.run(self.lab.namespace(GATE), ["attach", "--with", "settings"], PATIENCE_S, as_fields(config))
+        if done.returncode != 0:
+            raise LabError("xdpmasq did not start", done.stderr.strip())
 
     def detach(self) -> str:
         return self.masq("detach").stdout

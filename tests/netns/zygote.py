@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from xdpmasq.lab.errors import LabError
 
@@ -27,8 +27,13 @@ _LONGEST_REQUEST = 1 << 20
 _mother: socket.socket | None = None
 
 
-def run(namespace: str, args: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run(
+    namespace: str, args: Sequence[str], timeout_s: float, config: dict[str, Any] | None = None
+) -> subprocess.CompletedProcess[str]:
     """``ip netns exec NAMESPACE xdpmasq ARGS``, to its end.
+
+    Args:
+        config: an agent is started with this (``config.as_fields``), for settings that no option and no file can name.
 
     Raises:
         LabError: it took longer.
@@ -37,7 +42,8 @@ def run(namespace: str, args: Sequence[str], timeout_s: float) -> subprocess.Com
     with here, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with there, open(f"/run/netns/{namespace}", "rb") as netns:
             fds = [there.fileno(), netns.fileno(), out.fileno(), err.fileno()]
-            request = json.dumps({"args": [*map(str, args)], "env": dict(os.environ)}).encode()
+            wanted = {"args": [*map(str, args)], "env": dict(os.environ), "config": config}
+            request = json.dumps(wanted).encode()
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
             _zygote().sendmsg([request], [rights])
         here.settimeout(timeout_s)
@@ -98,7 +104,7 @@ def _serve(requests: socket.socket) -> None:
             os.close(fd)
 
 
-def _attend(request: dict[str, object], answer: int, netns: int, out: int, err: int) -> None:
+def _attend(request: dict[str, Any], answer: int, netns: int, out: int, err: int) -> None:
     """One command: starts it, tells its pid, waits, tells its exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
@@ -113,23 +119,29 @@ def _attend(request: dict[str, object], answer: int, netns: int, out: int, err: 
     os._exit(0)
 
 
-def _command(request: dict[str, object], netns: int, out: int, err: int) -> None:
+def _command(request: dict[str, Any], netns: int, out: int, err: int) -> None:
     from xdpmasq import background, cli  # noqa: PLC0415
+    from xdpmasq import config as configuration  # noqa: PLC0415
 
     background._launch = _Agent  # type: ignore[assignment]
     code = 1
     try:
         os.environ.clear()
-        os.environ.update(request["env"])  # type: ignore[arg-type]
+        os.environ.update(request["env"])
         for fd, number in ((out, 1), (err, 2)):
             os.dup2(fd, number)
         _enter(netns)
         for fd in (netns, out, err):
             os.close(fd)
-        sys.argv = ["xdpmasq", *request["args"]]  # type: ignore[misc]
-        cli.main()
+        sys.argv = ["xdpmasq", *request["args"]]
+        if not request["config"]:
+            cli.main()
+        background.start(configuration.from_fields(request["config"]))
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except Exception as error:
+        print(error, file=sys.stderr)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
