@@ -33,7 +33,7 @@ def run(
     """``ip netns exec NAMESPACE xdpmasq ARGS``, to its end.
 
     Args:
-        config: an agent is started with this (``config.as_fields``), for settings that no option and no file can name.
+        config: an agent is started with this (``config.as_fields``), for what neither options nor files can name.
 
     Raises:
         LabError: it took longer.
@@ -141,7 +141,7 @@ def _command(request: dict[str, Any], netns: int, out: int, err: int) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except Exception as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
