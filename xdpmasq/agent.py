@@ -653,12 +653,12 @@ class Agent:
         self._safely(self._forwards.run)
         if self._hairpins_own != ("lo" in self._attached) or self._redirects != self._wants_redirects:
             self._look()
+        self._safely(self._route)
         with self.pulse.expiring():
             self._safely(self._expiry.run)
         if self._expiry.looked_at <= datapath.FEW and not self._forwards.has_default:
             self.tables.let_go()
         self._safely(self._look_after_tcx)
-        self._safely(self._route)
         self._safely(self._report)
 
     def _end_expired_forwards(self) -> None:

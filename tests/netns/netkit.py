@@ -250,6 +250,7 @@ class Gateway:
         last = int(tables.settings["heartbeat"])
         soon(lambda: int(tables.settings["heartbeat"]) != last, "the agent's next tick", timeout_s=5)
         soon(lambda: self.on("lo") == {"egress"}, "lo has its program", timeout_s=5)
+        soon(lambda: self.sysctl("net.ipv4.conf.lo.accept_local") == "1", "lo takes what comes back", timeout_s=5)
 
     # sockets
 

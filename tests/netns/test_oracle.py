@@ -44,7 +44,7 @@ from xdpmasq.lab import netns
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.xdist_group("oracle")]
 
 SCRIPTS = int(os.environ.get("XDPMASQ_ORACLE_SCRIPTS", "0"))
-IN_CI = 2000
+IN_CI = 1200
 DOCUMENT = Path(__file__).parents[2] / "docs" / "differences.md"
 
 
