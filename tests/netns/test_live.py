@@ -13,6 +13,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -61,14 +62,14 @@ def test_a_terminal_with_the_agent_dead(fresh: Gateway) -> None:
         stack.callback(os.close, ours)
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         before = termios.tcgetattr(theirs)
-        process = subprocess.Popen(
-            fresh.lab.argv(GATE, [*XDPMASQ, "top", "--interval", "0.3"]),
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=ENVIRONMENT,
-        )
-        stack.callback(process.kill)
+
+        def top() -> subprocess.Popen[bytes]:
+            command = fresh.lab.argv(GATE, [*XDPMASQ, "top", "--interval", "0.3"])
+            process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT)
+            stack.callback(process.kill)
+            return process
+
+        process = top()
         _read_until(ours, "1 of 1 hosts by rate")
         os.write(ours, b"t")
         _read_until(ours, "1 of 1 sessions by rate")
@@ -78,6 +79,12 @@ def test_a_terminal_with_the_agent_dead(fresh: Gateway) -> None:
         os.write(ours, b"q")
         assert process.wait(10) == 0
         assert "\x1b[?1049l" in _read_until(ours, re.escape("\x1b[?1049l"))  # the other screen is left
+        assert termios.tcgetattr(theirs) == before
+        process = top()
+        _read_until(ours, "1 of 1 hosts by rate")
+        process.terminate()
+        assert process.wait(10) == 128 + signal.SIGTERM
+        assert "\x1b[?1049l" in _read_until(ours, re.escape("\x1b[?1049l"))
         assert termios.tcgetattr(theirs) == before
         os.close(theirs)
 

@@ -108,7 +108,9 @@ def test_no_packet_passes_between_two_programs(near: int) -> None:
             old, new, exchanged = new, old, exchanged + 1
         done.set()
         flooding.join()
-    assert (passed, dropped >= 5000, exchanged > 100) == (0, True, True)
+    assert passed == 0
+    assert dropped >= 5000
+    assert exchanged > 100
 
 
 # --- beside others' --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -139,6 +140,7 @@ def _live(look: Callable[[], "Look"], view: View, interval: float, count: int) -
 
     from xdpmasq import rates  # noqa: PLC0415  heavy
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the screen is left on the way
     before, done, due, measured = look(), 0, time.monotonic() + min(interval, FIRST_S), None
     with Live(Group("measuring …"), screen=True, auto_refresh=False) as live, _keyboard() as pressed:
         while not count or done < count:
