@@ -22,7 +22,10 @@ BOXES = ("a-box", "b-box", "c-box")
 POOL = [f"203.0.113.{last}" for last in (1, 5, 6, 7)]
 
 
-@pytest.fixture(scope="module", params=["tc", "xdp"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(mode, marks=pytest.mark.xdist_group(f"externals-{mode}")) for mode in ("tc", "xdp")],
+)
 def bare(request: pytest.FixtureRequest) -> Iterator[Gateway]:
     """Not attached yet."""
     with Gateway.in_new_lab(request.param, attach=False) as gateway:

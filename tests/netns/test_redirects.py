@@ -26,6 +26,10 @@ from xdpmasq.lab.topology import HOSTS, INTERNET, INTERNET_TOO, PUBLIC
 INSIDE = "192.168.0.1"
 LOCAL_PORT = 3128
 
+in_one_mode = pytest.mark.parametrize(
+    "shared", [pytest.param("tc", marks=pytest.mark.xdist_group("gateway-tc"))], indirect=True
+)  # where the mode makes no difference
+
 
 @contextlib.contextmanager
 def rule(gateway: Gateway, kind: str, *words: str) -> Iterator[None]:
@@ -189,6 +193,7 @@ REFUSED = [
 ]
 
 
+@in_one_mode
 def test_refused(gateway: Gateway) -> None:
     """Each names both sides, and changes nothing."""
     add = [

@@ -24,7 +24,10 @@ BY_WAN1 = ["via", PROVIDER, "dev", "wan1"]
 ADDRESSES = [PUBLIC, PUBLIC_TOO]
 
 
-@pytest.fixture(scope="module", params=["tc", "xdp"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(mode, marks=pytest.mark.xdist_group(f"wans-{mode}")) for mode in ("tc", "xdp")],
+)
 def lab(request: pytest.FixtureRequest) -> Iterator[Gateway]:
     with Gateway.in_new_lab(request.param, wans=2) as gateway:
         for role, address in (("internet", None), ("far", FAR)):
