@@ -5,30 +5,19 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds nothing itself; tests import netkit
 
-from netkit import Gateway, Wire
+from netkit import Gateway, Servers, Wire
 
 from xdpmasq.lab import netns
 from xdpmasq.lab.servers import DnsServer, EchoServer, IperfServer, SshServer, WebServer
 from xdpmasq.lab.topology import FAR, INTERNET_TOO
 
 MODES = ["tc", "xdp"]
-
-
-@dataclass(frozen=True)
-class Servers:
-    """In internet, on .10; ``echo`` also on .11 and far."""
-
-    web: WebServer
-    dns: DnsServer
-    ssh: SshServer
-    iperf: IperfServer
 
 
 @pytest.fixture(

@@ -30,7 +30,7 @@ from xdpmasq.config import Config, as_fields
 from xdpmasq.datapath import Hook
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import LabError, wait_until
-from xdpmasq.lab.servers import ECHO_PORT
+from xdpmasq.lab.servers import ECHO_PORT, DnsServer, IperfServer, SshServer, WebServer
 from xdpmasq.lab.topology import HOSTS, INTERNET, PUBLIC, TRANSIT
 
 GATE = "masq-gate"
@@ -49,6 +49,16 @@ _BIG_DATAGRAM = 65535
 
 def new_prefix() -> str:
     return f"e{os.getpid()}-{next(_numbers)}"
+
+
+@dataclass(frozen=True)
+class Servers:
+    """In internet, on .10; an echo server also on .11 and far."""
+
+    web: WebServer
+    dns: DnsServer
+    ssh: SshServer
+    iperf: IperfServer
 
 
 # --- the gateway -----------------------------------------------------------------------------------

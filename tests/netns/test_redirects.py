@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Servers
-from netkit import CURL, ECHO, GATE, Gateway, answers, ask, read, soon
+from netkit import CURL, ECHO, GATE, Gateway, Servers, answers, ask, read, soon
 
 from xdpmasq import forwarding, redirecting
 from xdpmasq.lab.servers import ECHO_PORT, DnsServer, WebServer

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import bcrypt
 import pytest
 
 from xdpmasq import exporter
@@ -83,7 +84,6 @@ def test_nonsense_is_refused(serve: Any, words: bytes) -> None:
 
 
 def test_passwords(serve: Any) -> None:
-    bcrypt = pytest.importorskip("bcrypt")
     port = serve(Web(users={"ali": bcrypt.hashpw(b"open", bcrypt.gensalt(4)).decode()}))
     refused = get(port)
     assert (refused.status, refused.headers["WWW-Authenticate"]) == (401, 'Basic realm="xdpmasq"')

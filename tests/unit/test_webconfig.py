@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bcrypt
 import pytest
 
 from xdpmasq.errors import ConfigError, HostError
 from xdpmasq.webconfig import Gate, Web
-
-pytest.importorskip("yaml")
-bcrypt = pytest.importorskip("bcrypt")
 
 
 @pytest.fixture
