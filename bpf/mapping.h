@@ -4,7 +4,7 @@
  */
 #define CLAIM_TRIES 8
 #define CLAIM_WORDS 64
-#define FURTHER_WORDS 16
+#define FURTHER_WORDS 64
 #define RECLAIM_TRIES 8
 
 static __always_inline bool slot_claim(u32 slot)
@@ -107,18 +107,20 @@ static __always_inline bool slot_is_of_pool(const struct settings *cfg, u32 slot
 	return pool_has(&cfg->pool[i], slot % PORTS) || pool_has(&cfg->pool[CLASS_ROOM + i], slot % PORTS);
 }
 
-/* The same for a further session: anywhere behind the mappings. */
+/* The same for a further session: anywhere behind the mappings. Not in a row: words fill up one by one, and in a table
+ * that is 95 % full neighbours would be full all together.
+ */
 static __always_inline u32 slot_claim_further(const struct settings *cfg)
 {
 	u32 first = further_base(cfg) / 64, mask = cfg->further / 64 - 1; /* their number is a power of two */
-	u32 start = bpf_get_prandom_u32(), word = 0;
+	u32 start = bpf_get_prandom_u32(), stride = bpf_get_prandom_u32() | 1, word = 0; /* odd: it meets every word */
 	u64 free = 0;
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < FURTHER_WORDS && !free; i++) {
 		u64 *claim;
 
-		word = first + ((start + i) & mask);
+		word = first + ((start + i * stride) & mask);
 		claim = claims.lookup(&word);
 		if (!claim)
 			return NO_SLOT;
