@@ -36,7 +36,7 @@ def icmp_error(
     """An ICMP error; ``rest`` is what its header's second word holds (the MTU of 3/4)."""
     head = bytes([*type_code, 0, 0]) + rest.to_bytes(4, "big")
     body = head + wire(about)
-    check = (0xFFFF - full_sum(body)).to_bytes(2, "big")
+    check = ((0xFFFF - full_sum(body)) % 0xFFFF).to_bytes(2, "big")
     return IP(src=src, dst=dst, proto=1, **ip) / Raw(head[:2] + check + head[4:] + wire(about))
 
 
@@ -254,7 +254,7 @@ def test_wrong_checksums_about_a_protocol_without_ports(gateway: Gateway, at: in
         spoiled[at] ^= 1
         if at > 22:  # the outer sum covers it: made to agree
             spoiled[22:24] = b"\0\0"
-            spoiled[22:24] = (0xFFFF - full_sum(bytes(spoiled[20:]))).to_bytes(2, "big")
+            spoiled[22:24] = ((0xFFFF - full_sum(bytes(spoiled[20:]))) % 0xFFFF).to_bytes(2, "big")
         assert send(Raw(bytes(spoiled))).ended == "drop_icmp_checksum"
 
 
