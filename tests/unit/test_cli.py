@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import typer
+from records import SESSION, SETTINGS
 from rich.console import Console
 
 import xdpmasq
@@ -33,30 +34,6 @@ EXAMPLE = str(Path(__file__).parents[2] / "docs" / "config.example.toml")
 RULES = ("forward", "redirect", "trigger")
 VERBS = ("attach", "run", "detach", "status", "top", "sessions", "doctor", "check", *RULES, "lab", "bench")
 
-# The fields that the command line reads; their true layout is the business of test_sessions.py.
-ADDR = [("word", "u4", (1,))]
-FLOW = [
-    *(("remote_addr", ADDR), ("new_addr", ADDR), ("remote_port", "u2"), ("new_port", "u2")),
-    *(("last_seen", "u4"), ("tcp_seen", "u1")),
-]
-TRAFFIC = [("packets", "u8"), ("bytes", "u8")]
-SESSION = np.dtype(
-    [
-        *(("out", FLOW), ("opened_at", "u4"), ("sent", TRAFFIC)),
-        *(("in", FLOW), ("mapping", "u4"), ("life", "u8"), ("received", TRAFFIC)),
-    ]
-)
-SETTINGS = np.dtype(
-    [
-        *(
-            ("externals", "u4"),
-            ("external", ADDR, (1,)),
-            ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,)),
-        ),
-        *((name, "u4") for name in ("tcp_established", "tcp_transitory", "udp", "icmp")),
-        ("inbound_refresh", "u1"),
-    ]
-)
 NOW, HZ = 500_000, 100
 
 

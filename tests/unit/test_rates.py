@@ -7,34 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from records import SESSION, SETTINGS
 
 from xdpmasq import rates
 from xdpmasq.rates import Look, Rates
 from xdpmasq.sessions import Selection
 
-ADDR = [("word", "u4", (1,))]
-FLOW = [
-    *(("remote_addr", ADDR), ("new_addr", ADDR), ("remote_port", "u2"), ("new_port", "u2")),
-    *(("last_seen", "u4"), ("tcp_seen", "u1")),
-]
-TRAFFIC = [("packets", "u8"), ("bytes", "u8")]
-SESSION = np.dtype(
-    [
-        *(("out", FLOW), ("opened_at", "u4"), ("sent", TRAFFIC)),
-        *(("in", FLOW), ("mapping", "u4"), ("life", "u8"), ("received", TRAFFIC)),
-    ]
-)
-SETTINGS = np.dtype(
-    [
-        *(
-            ("externals", "u4"),
-            ("external", ADDR, (1,)),
-            ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,)),
-        ),
-        *((name, "u4") for name in ("tcp_established", "tcp_transitory", "udp", "icmp")),
-        ("inbound_refresh", "u1"),
-    ]
-)
 FURTHER_BASE = 3 * 65536
 A, B, C = "192.168.0.2", "192.168.0.3", "192.168.1.1"
 
