@@ -5,7 +5,7 @@ retransmissions, checksums and the order of segments are the agent's business. A
 :class:`Openings`.
 
 A message is a datagram, or of TCP what :meth:`Alg.ready` says is one or several whole ones at the beginning of what a
-side has sent. Of what an ALG cannot read it says so, by raising :class:`Unparsed`; it passes unchanged and is counted.
+side has sent. Of what an ALG cannot read it says so, by raising :class:`Unparsed`; it passes as it came, counted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Openings(Protocol):
     ) -> Endpoint:
         """A pinhole: who comes to the endpoint returned, from ``remote`` (None: anybody), is led to ``internal``.
 
-        The same ``internal`` gets the same endpoint again while its pinhole or a session of its mapping lives, so that
+        The same ``internal`` gets the same endpoint again while its pinhole or a session of it lives, so that
         a message which is repeated gets the same text.
 
         Args:
