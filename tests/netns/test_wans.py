@@ -9,12 +9,15 @@ The default route is by wan0, one by wan1 has a higher metric. provider takes no
 """
 
 import contextlib
+import struct
 import time
 from collections.abc import Iterator
+from ipaddress import IPv4Address
 
 import pytest
 from netkit import MEET, Gateway, Wire, soon, who
 
+from xdpmasq.config import Pcp
 from xdpmasq.lab import netns
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import FAR, PROVIDER, PUBLIC, PUBLIC_TOO, TRANSIT
@@ -311,3 +314,21 @@ def test_one_without_ethernet_header() -> None:
             for called in ADDRESSES:
                 for box in ("far", "b-box"):
                     assert MEET["tcp"](gateway, box, (called, 8080), "a-box", 80).called == f"{called}:8080"
+
+
+def test_hosts_are_given_ports_of_the_wan_that_they_leave_by(bare_two: Gateway) -> None:
+    """By NAT-PMP (RFC 6886 sections 3.2 and 3.3), and that is where strangers reach them."""
+    bare_two.attach_with(pcp=Pcp(enabled=True))
+    with rule(bare_two, "from", "192.168.0.3", "iif", "lan0"):
+        for box, public in (("a-box", PUBLIC), ("b-box", PUBLIC_TOO)):
+            with bare_two.udp(box) as asker, bare_two.udp(box, 4000) as host, bare_two.udp("far") as stranger:
+                asker.connect(("192.168.0.1", 5351))
+                asker.send(bytes(2))
+                assert asker.recv(20)[8:] == IPv4Address(public).packed
+                asker.send(struct.pack("!BBxxHHI", 0, 1, 4000, 0, 600))
+                result, port = struct.unpack_from("!2xH6xH", asker.recv(20))
+                assert result == 0
+                stranger.sendto(b"to", (public, port))
+                _, peer = host.recvfrom(100)
+                host.sendto(b"fro", peer)
+                assert stranger.recvfrom(100) == (b"fro", (public, port))
