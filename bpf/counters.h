@@ -22,7 +22,8 @@
 	X(slow_redirected_answer, "the gateway's answers to them, as if from whoever was called")   \
 	X(exit_other_wan, "sent on to the WAN by which the session was opened, translated there")  \
 	X(punt_fragment, "later fragments before their first, handed to the agent to wait")        \
-	X(punt_return, "fragments that have waited, put back where they came from")                \
+	X(punt_alg, "packets of ALGs' control sessions, handed to the agent to be read")           \
+	X(punt_return, "what the agent has had, put back where it came from")                      \
 	X(up_not_ip, "XDP passed up: not IP, or a truncated header")                               \
 	X(up_not_for_us, "XDP passed up: not addressed to this interface's MAC")                   \
 	X(up_vlan, "XDP passed up: tagged for a VLAN that is none of ours, or not on XDP")          \
@@ -47,6 +48,9 @@
 	X(forward_opened, "sessions that a forward let in")                                        \
 	X(redirect_opened, "connections from a LAN that a redirect took")                          \
 	X(trigger_pulled, "ports that an internal host's own traffic opened to it")                \
+	X(pinhole_opened, "sessions that a pinhole let in")                                        \
+	X(alg_bypassed, "packets of ALGs' control sessions passed unread: no agent, or too many")  \
+	X(alg_full, "ALGs' control sessions opened without their ALG, for want of room")           \
 	X(embryo_evicted, "unanswered sessions from outside that gave way to newer ones")          \
 	X(drop_malformed, "dropped: truncated or contradictory headers")                           \
 	X(drop_source_private, "dropped: would have left the WAN with a private source")           \

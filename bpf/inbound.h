@@ -248,41 +248,92 @@ static __always_inline bool may_change_wan(const struct settings *cfg, const str
 	return true;
 }
 
+/* The pinhole that lets @p in, or NULL. */
+static __always_inline struct pinhole *pinhole_find(const struct packet *p, u32 slot)
+{
+	struct scratch *scratch = scratch_get();
+	addr_t anybody = {};
+	struct pinhole *hole;
+
+	if (!scratch)
+		return NULL;
+	scratch->pinhole_key.mapping = slot;
+	scratch->pinhole_key.remote = p->src;
+	hole = pinholes.lookup(&scratch->pinhole_key);
+	if (!hole) {
+		scratch->pinhole_key.remote = anybody;
+		hole = pinholes.lookup(&scratch->pinhole_key);
+	}
+	if (!hole || idle_longer(p->now, hole->expires, 0) || (hole->remote_port && hole->remote_port != p->src_port))
+		return NULL;
+	return hole;
+}
+
+/* One session less to serve; false when there was none left. */
+static __always_inline bool pinhole_use(struct pinhole *hole)
+{
+	if (hole->counted && (s64)__sync_fetch_and_add(&hole->left, -1) <= 0)
+		return false;
+	count(COUNT_pinhole_opened);
+	return true;
+}
+
+static __always_inline bool pinhole_target(const struct pinhole *hole, struct ends *e)
+{
+	e->internal = hole->internal;
+	e->internal_port = hole->internal_port;
+	return true;
+}
+
 /* The session that @p opens from outside, or NULL with the verdict. @s is the expired one over the same endpoints. */
 static __always_inline struct session *session_admit(const struct settings *cfg, struct packet *p, u32 slot,
 						     struct session *s, enum verdict *verdict)
 {
-	struct ends e = { .marks = SESSION_FROM_OUTSIDE };
+	struct ends *e = ends_blank();
+	struct pinhole *hole;
 	struct forward *f;
+	bool admitted;
 
 	packet_blur(p);
+	if (!e) {
+		*verdict = DROP;
+		return NULL;
+	}
+	e->marks = SESSION_FROM_OUTSIDE;
 	if (!p->hairpin && source_is_impossible(p)) {
 		*verdict = drop(COUNT_drop_source_martian);
 		return NULL;
 	}
-	e.remote = p->src;
-	e.remote_port = p->src_port;
+	e->remote = p->src;
+	e->remote_port = p->src_port;
 	f = forward_for(p, slot);
-	if (f ? !forward_target(f, p, &e) : !filter_admits(cfg, p, slot, &e)) {
+	hole = f ? NULL : pinhole_find(p, slot);
+	admitted = f ? forward_target(f, p, e) : hole ? pinhole_target(hole, e) : filter_admits(cfg, p, slot, e);
+	if (!admitted) {
 		*verdict = stranger_inbound(p, slot);
 		return NULL;
 	}
 	*verdict = may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
-	if (WANS > 1 && !may_change_wan(cfg, p, &e, slot_wan(cfg, slot))) {
+	if (hole && !pinhole_use(hole)) {
+		*verdict = stranger_inbound(p, slot);
+		return NULL;
+	}
+	e->marks |= alg_mark(cfg, p->class, e->internal_port, e->internal);
+	if (WANS > 1 && !may_change_wan(cfg, p, e, slot_wan(cfg, slot))) {
 		*verdict = drop(COUNT_drop_reply_taken);
 		return NULL;
 	}
-	if (s && session_reopen(cfg, s, &e, p->now))
+	if (s && session_reopen(cfg, s, e, p->now))
 		return s;
-	if (f && !slot_adopt(cfg, slot, &e, p->now)) {
+	if (f && !slot_adopt(cfg, slot, e, p->now)) {
 		*verdict = drop(COUNT_drop_session_busy);
 		return NULL;
 	}
-	s = session_join(cfg, &e, &slot, p->now, verdict);
+	s = session_join(cfg, e, &slot, p->now, verdict);
 	if (!s) {
-		event_refused(endpoint(e.internal, e.internal_port, p->class, slot_wan(cfg, slot)), e.remote, e.remote_port,
+		event_refused(endpoint(e->internal, e->internal_port, p->class, slot_wan(cfg, slot)), e->remote, e->remote_port,
 			      p->now);
 		return NULL;
 	}

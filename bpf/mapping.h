@@ -190,6 +190,8 @@ static __always_inline void session_ended(const struct settings *cfg, struct end
 	index_leave(cfg, &ending->flows, slot);
 	if (ending->marks & SESSION_COUNTED)
 		host_session_ended(ending->internal);
+	if (ending->marks & SESSION_ALG)
+		control_close(&ending->flows.in);
 }
 
 /* Ends what is expired in @slot (or, for another reason, what is there): the session, and with its last session the mapping, whose
@@ -430,11 +432,12 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 						    enum verdict *verdict)
 {
 	struct session *m = session_at(*slot), *s;
-	u64 life = m ? m->life : 0;
-	struct flow_keys flows;
+	struct scratch *scratch = scratch_get();
+	u64 life = m && scratch ? m->life : 0;
+	struct flow_keys *flows;
 	u32 place;
 
-	if ((life & LIFE_STATE) != LIFE_LIVE) {
+	if (!scratch || (life & LIFE_STATE) != LIFE_LIVE) {
 		*verdict = deny(COUNT_drop_session_busy, DROP);
 		return NULL;
 	}
@@ -449,22 +452,24 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		return NULL;
 	}
 	session_init(cfg, s, e, *slot, now);
-	flows = session_flows(s);
-	if (!index_enter(cfg, &flows, place)) {
+	flows = &scratch->joining;
+	*flows = session_flows(s);
+	if (!index_enter(cfg, flows, place)) {
 		*verdict = deny(COUNT_drop_sessions_full, DROP);
 		goto undo;
 	}
-	if (session_is_second(cfg, &flows, place, now))
+	if (session_is_second(cfg, flows, place, now))
 		*verdict = deny(COUNT_drop_reply_taken, DROP);
 	else if (place != *slot && !life_swap(m, life, life + LIFE_FURTHER))
 		*verdict = deny(COUNT_drop_session_busy, DROP);
 	if (*verdict == CONTINUE) {
 		count(COUNT_session_opened);
+		control_open(s, now);
 		life_settle(s, place == *slot ? LIFE_SESSION : LIFE_LIVE | LIFE_SESSION);
 		*slot = place;
 		return s;
 	}
-	index_leave(cfg, &flows, place);
+	index_leave(cfg, flows, place);
 undo:
 	if (place == *slot)
 		life_settle(s, 0);
@@ -481,12 +486,13 @@ static __always_inline bool session_reopen(const struct settings *cfg, struct se
 
 	if (!life_is_session(life) || s->in.new_port != e->internal_port || !addr_equal(s->in.new_addr, e->internal))
 		return false;
-	same.marks = (s->out.marks & SESSION_COUNTED) | (e->marks & (SESSION_FROM_OUTSIDE | SESSION_TRIGGERS));
+	same.marks = (s->out.marks & SESSION_COUNTED) | (e->marks & ~SESSION_COUNTED);
 	s->out.last_seen = now; /* as in session_join() */
 	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;
 	event_of_session(s, EVENT_CLOSED, now);
 	session_init(cfg, s, &same, s->mapping, now);
+	control_open(s, now);
 	count(COUNT_session_reopened);
 	return true;
 }

@@ -23,6 +23,9 @@ BPF_TABLE("hash", struct binding_key, struct binding, bindings, 16384);
 BPF_TABLE("lru_hash", struct contact_key, struct contact, contacts, 65536);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
 BPF_TABLE("array", u32, struct budget, budgets, PUNT_REASONS);
+BPF_F_TABLE("lpm_trie", struct alg_key, struct alg, algs, 4096, BPF_F_NO_PREALLOC);
+BPF_TABLE("hash", struct control_key, struct control, controls, 8192);
+BPF_TABLE("hash", struct pinhole_key, struct pinhole, pinholes, 16384);
 BPF_F_TABLE("lpm_trie", struct prefix_key, u32, prefixes, 1024, BPF_F_NO_PREALLOC); /* → prefix_role */
 BPF_TABLE("hash", addr_t, u32, externals, 2 * EXTERNAL_ROOM); /* address → its index, where there are several */
 BPF_F_TABLE("lpm_trie", struct choice_key, struct choice, choices, 256 * WANS, BPF_F_NO_PREALLOC); /* by internal prefix */
@@ -63,6 +66,16 @@ static __always_inline struct settings *settings_get(void)
 static __always_inline struct interface *interface_at(u32 ifindex)
 {
 	return interfaces.lookup(&ifindex);
+}
+
+static __always_inline struct ends *ends_blank(void)
+{
+	struct scratch *scratch = scratch_get();
+
+	if (!scratch)
+		return NULL;
+	__builtin_memset(&scratch->ends, 0, sizeof(scratch->ends));
+	return &scratch->ends;
 }
 
 /* Makes the verifier forget what it has concluded about a packet. It would otherwise follow the long way of opening a

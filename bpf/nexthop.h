@@ -48,7 +48,8 @@ static __always_inline void flow_arm(const struct settings *cfg, const struct pa
 
 static __always_inline bool session_may_fly(const struct settings *cfg, const struct session *s)
 {
-	return cfg->accelerate && (slot_class(s->mapping) != CLASS_TCP || tcp_is_established(s));
+	return cfg->accelerate && !(s->out.marks & SESSION_ALG) &&
+	       (slot_class(s->mapping) != CLASS_TCP || tcp_is_established(s));
 }
 
 /* Where the kernel would send a packet to @dst: an interface index, 0 when nowhere. */

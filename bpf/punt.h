@@ -2,6 +2,7 @@
  * that no flood of one starves the others or the agent; with the agent dead nothing is punted.
  */
 #define PUNT_A_WINDOW 128 /* punts in an eighth of a second */
+#define PUNT_ALG_A_WINDOW 512
 #define PUNT_ALIVE_S 3
 
 static __always_inline bool budget_spend(const struct settings *cfg, u32 reason, u32 now)
@@ -14,7 +15,7 @@ static __always_inline bool budget_spend(const struct settings *cfg, u32 reason,
 		budget->window = now;
 		budget->used = 0;
 	}
-	return budget->used++ < PUNT_A_WINDOW;
+	return budget->used++ < (reason < PUNT_ALG_IN ? PUNT_A_WINDOW : PUNT_ALG_A_WINDOW);
 }
 
 static __always_inline bool punt_is_attended(const struct settings *cfg, u32 now)
@@ -23,13 +24,13 @@ static __always_inline bool punt_is_attended(const struct settings *cfg, u32 now
 }
 
 /* Sends the packet to the agent; false when that is not possible, and the packet is as it was. */
-static __always_inline bool punt_with(const struct settings *cfg, const struct packet *p, enum punt_reason reason, u16 mtu)
+static __always_inline bool punt_with(const struct settings *cfg, const struct packet *p, enum punt_reason reason, u32 about)
 {
 	u32 ifindex = p->skb->ifindex;
 	struct punt_header header = { .local = 2,
 				      .reason = reason,
 				      .ifindex = { bpf_htons(ifindex >> 16), bpf_htons(ifindex & 0xffff) },
-				      .mtu = bpf_htons(mtu),
+				      .about = { bpf_htons(about >> 16), bpf_htons(about & 0xffff) },
 				      .proto = bpf_htons(ETH_P_IP) };
 
 	if (!punt_is_attended(cfg, p->now) || !budget_spend(cfg, reason, p->now))

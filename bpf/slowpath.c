@@ -59,26 +59,30 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 						    enum verdict *verdict)
 {
 	struct host *host = NULL;
-	struct ends e = {};
+	struct ends *e = ends_blank();
 	u32 external, slot;
 
 	packet_blur(p);
-	e.internal = p->src;
-	e.remote = p->dst;
-	e.internal_port = p->src_port;
-	e.remote_port = p->dst_port;
+	if (!e) {
+		*verdict = DROP;
+		return NULL;
+	}
+	e->internal = p->src;
+	e->remote = p->dst;
+	e->internal_port = p->src_port;
+	e->remote_port = p->dst_port;
 	*verdict = p->own ? CONTINUE : source_policy(p);
 	if (*verdict == CONTINUE)
 		*verdict = may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
-	e.marks = p->own ? 0 : trigger_mark(p);
+	e->marks = p->own ? 0 : trigger_mark(p) | alg_mark(cfg, p->class, p->dst_port, p->src);
 	external = slot_blur(p->own ? external_of(cfg, p->src) : external_for(p->src, p->wan));
 	if (addr_is_unset(slot_addr(cfg, slot_of(external, 0, 0)))) {
 		*verdict = deny(COUNT_drop_no_external, REFUSE);
 		return NULL;
 	}
-	if (s && session_reopen(cfg, s, &e, p->now))
+	if (s && session_reopen(cfg, s, e, p->now))
 		return s;
 	slot = slot_of_internal(endpoint(p->src, p->src_port, p->class, p->wan));
 	if (!p->own)
@@ -87,21 +91,21 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		*verdict = host_may_open(cfg, host, p->class, slot == NO_SLOT, p->now);
 	if (*verdict != CONTINUE)
 		return NULL;
-	/* Counted before others can see it: it could end, and be counted off, at once. */
+	/* Counted before others can see it: it could end, and be counted off, at once-> */
 	if (host)
 		__sync_fetch_and_add(&host->sessions, 1);
-	e.marks |= host ? SESSION_COUNTED : 0;
-	asm volatile("" : : "r"(&e) : "memory"); /* or the verifier has much more to walk */
+	e->marks |= host ? SESSION_COUNTED : 0;
+	asm volatile("" : : "r"(e) : "memory"); /* or the verifier has much more to walk */
 	s = NULL;
 	if (slot == NO_SLOT) {
-		slot = mapping_open(cfg, p, &e, external, host);
+		slot = mapping_open(cfg, p, e, external, host);
 		if (slot == NO_SLOT && cfg->overload)
 			slot = slot_to_share(cfg, p, external);
 	}
 	if (slot == NO_SLOT)
 		*verdict = deny(COUNT_drop_ports_exhausted, REFUSE);
 	else
-		s = session_join(cfg, &e, &slot, p->now, verdict);
+		s = session_join(cfg, e, &slot, p->now, verdict);
 	if (!s && host)
 		__sync_fetch_and_add(&host->sessions, -1);
 	return s;
@@ -129,6 +133,13 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 			event_refused(endpoint(p->src, p->src_port, p->class, p->wan), p->dst, p->dst_port, p->now);
 			return refusal_send(cfg, p, verdict);
 		}
+	}
+	if (s->out.marks & SESSION_ALG) {
+		verdict = alg_read(cfg, p, s, PUNT_ALG_OUT);
+		if (verdict != CONTINUE)
+			return verdict;
+		if (alg_shifts(p, s))
+			return alg_again(p, p->alg | ALG_SHIFT, 0);
 	}
 	if (p->class == CLASS_TCP) {
 		if (!tcp_flags_are_sane(p->tcp_flags))
@@ -212,6 +223,14 @@ static __always_inline enum verdict walk_outbound(const struct settings *cfg, st
 	return translate_outbound(cfg, p);
 }
 
+static __always_inline void read_marks(struct packet *p)
+{
+	p->hairpin = hairpin_is_marked(p->skb);
+	p->alg = alg_marks(p->skb);
+	if (p->alg)
+		p->skb->mark = 0;
+}
+
 static __always_inline enum verdict slow_outbound(struct packet *p)
 {
 	struct settings *cfg = settings_get();
@@ -219,8 +238,10 @@ static __always_inline enum verdict slow_outbound(struct packet *p)
 
 	if (verdict != CONTINUE || !cfg)
 		return verdict;
-	p->hairpin = hairpin_is_marked(p->skb);
+	read_marks(p);
 	p->wan = packet_wan(p);
+	if (p->alg & ALG_SHIFT)
+		return alg_shift(cfg, p, OUTBOUND);
 	verdict = walk_outbound(cfg, p);
 	if (verdict == ELSEWHERE)
 		return leave_elsewhere(cfg, p);
@@ -252,6 +273,11 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 		if (!s)
 			return verdict;
 	}
+	if (s->out.marks & SESSION_ALG) {
+		verdict = alg_read(cfg, p, s, PUNT_ALG_IN);
+		if (verdict != CONTINUE)
+			return verdict;
+	}
 	if (p->class == CLASS_TCP) {
 		if (!tcp_flags_are_sane(p->tcp_flags))
 			return drop(COUNT_drop_tcp_flags);
@@ -264,7 +290,10 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 	flow_touch(s, INBOUND, p->now, p->l4 - p->l3 + p->l4_len);
 	if (p->more_fragments && fragment_begin(cfg, p, DESTINATION, s->in.new_addr) != CONTINUE)
 		return DROP;
-	return rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);
+	verdict = rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);
+	if (verdict == PASS && s->out.marks & SESSION_ALG && alg_shifts(p, s))
+		return alg_again(p, p->alg | ALG_SHIFT, BPF_F_INGRESS);
+	return verdict;
 }
 
 static __always_inline enum verdict portless_or_own(const struct settings *cfg, const struct packet *p)
@@ -307,7 +336,11 @@ static __always_inline enum verdict slow_inbound(struct packet *p)
 
 	if (verdict != CONTINUE || !cfg)
 		return verdict;
-	p->hairpin = hairpin_is_marked(p->skb);
+	read_marks(p);
+	if (p->alg & ALG_SHIFT) {
+		p->wan = packet_wan(p);
+		return alg_shift(cfg, p, INBOUND);
+	}
 	verdict = walk_inbound(cfg, p);
 	return verdict == PASS && p->hairpin ? hairpin_send(p) : verdict;
 }
@@ -437,7 +470,7 @@ static __always_inline enum verdict slow_loopback(struct packet *p)
 	return f && !(f->flags & (FORWARD_DEFAULT | FORWARD_TO_GATEWAY)) ? hairpin_come_in(cfg, p) : PASS;
 }
 
-/* The punt port's ingress: a fragment that the agent has kept goes back to the hook that sent it there. */
+/* The punt port's ingress: what the agent has had goes back to the hook that sent it there. */
 static __always_inline enum verdict punt_back(struct __sk_buff *skb)
 {
 	struct settings *cfg = settings_get();
@@ -451,11 +484,15 @@ static __always_inline enum verdict punt_back(struct __sk_buff *skb)
 	interface = interface_at(ifindex);
 	if (header.local != 2 || !interface || interface->role != ROLE_WAN)
 		return drop(COUNT_drop_punt_stray);
-	if (header.reason == PUNT_FRAGMENT_OUT && redirect_neigh(ifindex, NULL, 0, 0) == TC_ACT_REDIRECT) {
+	if (header.reason == PUNT_ALG_OUT || header.reason == PUNT_ALG_IN)
+		skb->mark = ALG_MARK | ALG_READ;
+	if ((header.reason == PUNT_FRAGMENT_OUT || header.reason == PUNT_ALG_OUT) &&
+	    redirect_neigh(ifindex, NULL, 0, 0) == TC_ACT_REDIRECT) {
 		count(COUNT_punt_return);
 		return REDIRECT;
 	}
-	if (header.reason == PUNT_FRAGMENT_IN && !bpf_skb_store_bytes(skb, 0, interface->mac, sizeof(interface->mac), 0) &&
+	if ((header.reason == PUNT_FRAGMENT_IN || header.reason == PUNT_ALG_IN) &&
+	    !bpf_skb_store_bytes(skb, 0, interface->mac, sizeof(interface->mac), 0) &&
 	    bpf_redirect(ifindex, BPF_F_INGRESS) == TC_ACT_REDIRECT) {
 		count(COUNT_punt_return);
 		return REDIRECT;

@@ -62,6 +62,7 @@ struct traffic {
 #define SESSION_COUNTED 2 /* among its internal host's sessions */
 #define SESSION_FROM_OUTSIDE 4 /* the remote opened it */
 #define SESSION_TRIGGERS 8 /* keeps a trigger's ports open to its host */
+#define SESSION_ALG 16 /* its texts are the agent's to read, see alg.h */
 
 /* `life` changes by compare-and-swap only. In the slot of an external endpoint it is the life of the
  * mapping; LIFE_SESSION says that the slot's own session is in use; LIFE_FURTHER counts the further sessions.
@@ -244,6 +245,8 @@ enum punt_reason {
 	PUNT_REFUSED, /* no session possible: the sender is to be told (RFC 5508 REQ-8) */
 	PUNT_TTL, /* its time ended in a hairpin */
 	PUNT_TOO_BIG, /* for the WAN that it belongs to: in pieces to be put back, or the sender is to be told */
+	PUNT_ALG_IN, /* of an ALG's control session: to be read, and put back on the ingress hook of the interface */
+	PUNT_ALG_OUT, /* the same at the egress hook */
 	PUNT_REASONS,
 };
 
@@ -251,8 +254,8 @@ struct punt_header {
 	u8 local; /* 0x02: a locally administered address */
 	u8 reason;
 	__be16 ifindex[2]; /* upper and lower half */
-	__be16 mtu; /* of PUNT_TOO_BIG */
-	u16 src[2];
+	__be16 about[2]; /* upper and lower half: the MTU of PUNT_TOO_BIG, the mapping's slot of PUNT_ALG_* */
+	u16 pad;
 	__be16 proto;
 };
 
@@ -275,6 +278,63 @@ struct binding {
 	addr_t internal;
 	u32 last_seen; /* jiffies */
 	u64 out_packets, out_bytes, in_packets, in_bytes;
+};
+
+/* A server's port that has an ALG, for the internal hosts of a prefix. */
+struct alg_key {
+	u32 bits; /* ALG_ANY and those of the address */
+	u16 class;
+	__be16 port;
+	addr_t addr;
+};
+
+struct alg {
+	char name[16]; /* for the agent */
+};
+
+struct control_key { /* of an ALG's control session */
+	u32 mapping; /* its slot */
+	addr_t remote;
+	__be16 remote_port;
+	u16 pad;
+};
+
+/* By how much sequence numbers of one direction differ for the other side: from `at` on, in the sender's own, by `by`;
+ * before the oldest that is known by `before`. The agent writes them, oldest first.
+ */
+#define SHIFTS 8
+
+struct shifts {
+	u32 count;
+	u32 before;
+	struct {
+		u32 at;
+		u32 by;
+	} shift[SHIFTS];
+};
+
+struct control {
+	struct mapping_key internal;
+	u32 opened_at; /* jiffies */
+	u32 from_outside;
+	struct shifts shifts[2]; /* by enum direction */
+};
+
+/* A pinhole: some remote may come to a mapping for a while (RFC 2663 section 2.9 calls the sessions bundled). */
+struct pinhole_key {
+	u32 mapping; /* its slot */
+	addr_t remote; /* unset: anybody */
+};
+
+struct pinhole {
+	u64 left; /* sessions that it still serves, where it is counted */
+	u32 counted;
+	u32 expires; /* jiffies */
+	addr_t internal;
+	__be16 internal_port;
+	__be16 remote_port; /* 0: any */
+	struct control_key control; /* who has asked for it */
+	u32 owned; /* the mapping's slot was made static for it */
 };
 
 struct contact_key { /* address-dependent filtering: has this mapping sent to this remote address? */
@@ -400,6 +460,7 @@ struct settings { /* times in jiffies */
 	u8 parity; /* even to even, odd to odd (RFC 4787 REQ-4) */
 	u8 overload; /* a used-up pool shares its ports among hosts, for different remotes */
 	u8 drop_other; /* protocols without ports that are not known */
+	u8 algs; /* there are some */
 	u8 basic; /* there are counterparts */
 	u8 last; /* programs take over from each other: what passes one of ours meets no other on its hook */
 	u32 hz; /* jiffies a second */
@@ -444,10 +505,10 @@ struct packet {
 	bool options;
 	bool hairpin; /* one of two translations in one place */
 	bool own; /* from one of the gateway's external addresses */
+	u8 alg; /* ALG_* */
 	u8 wan; /* whose mappings it is a matter of */
 	u8 ttl;
-	u32 fragment_id;
-	addr_t elsewhere; /* the external address as which it leaves by another WAN */
+	__be16 fragment_id;
 };
 
 struct flow_keys { /* of both flows of a session */
@@ -501,5 +562,12 @@ struct scratch {
 	struct packet blurred; /* see packet_blur() */
 	struct fragment fragment;
 	struct ending ending;
+	struct ends ends;
+	struct flow_keys joining;
+	addr_t elsewhere; /* the external address as which the packet leaves by another WAN */
+	struct alg_key alg_key;
+	struct pinhole_key pinhole_key;
+	struct control_key control_key;
+	struct control control;
 	u32 refused; /* why the packet's session was, by enum counter; 0: it was not */
 };

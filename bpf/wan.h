@@ -39,21 +39,24 @@ static __always_inline u32 packet_wan(const struct packet *p)
 /* CONTINUE where @p may leave by the WAN that the kernel has chosen; else how it goes on: by @wan, as @source. */
 static __always_inline enum verdict choose_wan(struct packet *p, u32 wan, addr_t source)
 {
+	struct scratch *scratch;
+
 	if (WANS == 1 || p->hairpin || wan == p->wan)
 		return CONTINUE;
 	p->wan = wan;
-	p->elsewhere = source;
+	scratch = scratch_get();
+	if (scratch)
+		scratch->elsewhere = source;
 	return ELSEWHERE;
 }
 
 /* Sends @p to the egress hook of another WAN, by the kernel's route for its source there. */
 static __always_inline enum verdict leave_elsewhere(const struct settings *cfg, const struct packet *p)
 {
-	struct bpf_fib_lookup way = { .family = ADDR_FAMILY,
-				      .ipv4_src = p->elsewhere.word[0],
-				      .ipv4_dst = p->dst.word[0] };
+	struct bpf_fib_lookup way = { .family = ADDR_FAMILY, .ipv4_dst = p->dst.word[0] };
 	struct bpf_redir_neigh next = { .nh_family = ADDR_FAMILY };
 	u32 length = packet_length(p);
+	struct scratch *scratch = scratch_get();
 	u64 wan = p->wan;
 	u32 exit;
 	long result;
@@ -61,6 +64,7 @@ static __always_inline enum verdict leave_elsewhere(const struct settings *cfg, 
 	asm volatile("" : "+r"(wan)); /* or LLVM drops the check that the verifier wants to see */
 	exit = wan < WANS ? cfg->exit[wan] : 0;
 	way.ifindex = exit;
+	way.ipv4_src = scratch ? scratch->elsewhere.word[0] : 0;
 	way.tot_len = length < 65535 ? length : 65535;
 	result = bpf_fib_lookup(p->skb, &way, sizeof(way), BPF_FIB_LOOKUP_OUTPUT);
 	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED)
