@@ -13,8 +13,9 @@ from typing import Protocol
 from xdpmasq import natpmp, pcp
 from xdpmasq.config import FILTERINGS, Config
 from xdpmasq.errors import ForwardError
-from xdpmasq.leases import EVERYBODY, Endpoint, Filters, Held
+from xdpmasq.leases import EVERYBODY, Filters, Held
 from xdpmasq.pcp import Refused, Result
+from xdpmasq.ports import Endpoint
 
 FILTERS_MOST = 8  # of one mapping: each is a rule
 

@@ -25,7 +25,8 @@ from scapy.packet import Packet
 from xdpmasq import forwarding
 from xdpmasq.config import Config, Pcp, Ports
 from xdpmasq.datapath import LIFE_STATIC, PORTS, REAP_EXPIRED, REAP_RESTED, REAP_TAKE
-from xdpmasq.leases import EVERYBODY, Book, Endpoint, Filters, Held
+from xdpmasq.leases import EVERYBODY, Book, Filters, Held
+from xdpmasq.ports import Endpoint
 
 NONCE = b"abcdefghijkl"
 HERE, ELSEWHERE = Endpoint("udp", IPv4Address(HOST), 5000), Endpoint("udp", IPv4Address(OTHER_HOST), 5000)
@@ -201,7 +202,7 @@ def test_a_port_that_a_packet_has_just_claimed(gateway: Gateway, book: Book) -> 
 def test_a_mapping_that_has_just_become_anothers(gateway: Gateway, book: Book) -> None:
     """Held for the wrong one, it is let go; nobody's sessions suffer."""
     port = gateway.open(udp(OTHER_HOST, 5000, SERVER, 53))
-    assert book._hold(HERE, PORTS + port) is None
+    assert book._ports.hold(HERE, PORTS + port) is None
     assert not gateway.tables.sessions["life"][PORTS + port] & LIFE_STATIC
     assert gateway.inbound(udp(SERVER, 53, GATEWAY, port)).ip.dst == OTHER_HOST
     gateway.assert_tables_agree()

@@ -15,9 +15,10 @@ from xdpmasq.errors import ForwardError
 from xdpmasq.externals import Externals
 from xdpmasq.forwarding import Placed
 from xdpmasq.forwards import Lease, Rule, Target
-from xdpmasq.leases import EVERYBODY, Endpoint, Filters, Held
+from xdpmasq.leases import EVERYBODY, Filters, Held
 from xdpmasq.pcp import LONGEST
 from xdpmasq.pcpserver import FILTERS_MOST, Server
+from xdpmasq.ports import Endpoint
 
 EXTERNAL = IPv4Address("203.0.113.1")
 CLIENT, OTHER = IPv4Address("192.168.0.2"), IPv4Address("192.168.0.3")

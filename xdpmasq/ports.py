@@ -1,0 +1,199 @@
+"""External ports that the agent takes for internal endpoints: nobody else's, and in and out the same.
+
+Such a port's slot is static: it stays without sessions, until it is given back and is a mapping like any other.
+Whoever changes something holds :func:`presence.changing`.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Any
+
+import numpy as np
+
+from xdpmasq import bpf, config, datapath, forwarding, settings
+from xdpmasq.datapath import (
+    CLASSES,
+    EXTERNAL_SLOTS,
+    LIFE_LIVE,
+    LIFE_RESTING,
+    LIFE_STATE,
+    LIFE_STATIC,
+    PORTS,
+    REAP_HOLD,
+    REAP_TAKE,
+    REAP_YIELD,
+    Tables,
+)
+
+TRIES = 8  # packets claim ports, too
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An internal endpoint; the protocol is "tcp" or "udp"."""
+
+    protocol: str
+    address: IPv4Address
+    port: int
+
+
+class Ports:
+    """Finds, takes and gives back.
+
+    Args:
+        pools: how the pools are cut.
+        wan_of: the number of the WAN by which a host's packets leave.
+        first, last: ports that may be taken.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        reaper: bpf.Program,
+        pools: config.Ports,
+        wan_of: Callable[[IPv4Address], int],
+        *,
+        first: int = 1024,
+        last: int = PORTS - 1,
+    ) -> None:
+        self._tables, self._reaper, self._pools, self._wan_of = tables, reaper, pools, wan_of
+        self._first, self._last = first, last
+
+    # --- reading
+
+    def external(self, host: IPv4Address) -> IPv4Address:
+        """As whom a host appears."""
+        return self.address(self._external_of(host) * EXTERNAL_SLOTS)
+
+    def address(self, slot: int) -> IPv4Address:
+        """The external address that a slot is of."""
+        return IPv4Address(self._tables.settings["external"]["word"][slot // EXTERNAL_SLOTS, :1].tobytes())
+
+    def mapped(self, endpoint: Endpoint) -> int | None:
+        """The slot of an endpoint's mapping."""
+        slot = self._tables.maps["mappings"].get(self._key(endpoint))
+        return None if slot is None else int(slot)
+
+    def is_static(self, slot: int) -> bool:
+        life = self._row(slot)["life"]
+        return bool(life & LIFE_STATIC and life & LIFE_STATE == LIFE_LIVE)
+
+    # --- writing
+
+    def hold(self, endpoint: Endpoint, slot: int) -> int | None:
+        """Makes an endpoint's own mapping static, so that in and out agree; None where that cannot be."""
+        if not self._is_allowed(slot % PORTS):
+            return None
+        self._reap(slot, REAP_HOLD)
+        if self.is_static(slot) and self.mapped(endpoint) == slot:
+            return slot
+        self.give_back(slot)  # it ended, and may be another's by now
+        return None
+
+    def take(self, endpoint: Endpoint, suggested: int = 0, *, exact: bool = False) -> int | None:
+        """A port that is nobody's, inscribed as the endpoint's; the suggested one, or with ``exact`` that or none."""
+        base = self._base(endpoint)
+        for port in self._candidates(base, endpoint, suggested, exact):
+            if self._take(endpoint, base + port):
+                return base + port
+        return None
+
+    def take_pair(self, one: Endpoint, other: Endpoint) -> tuple[int, int] | None:
+        """Two neighbouring ports that are nobody's, the first one even."""
+        base = self._base(one)
+        free = set(self._free(base, CLASSES.index(one.protocol)))
+        even = [port for port in free if port % 2 == 0 and port + 1 in free]
+        for port in random.SystemRandom().sample(even, min(TRIES, len(even))):
+            if not self._take(one, base + port):
+                continue
+            if self._take(other, base + port + 1):
+                return base + port, base + port + 1
+            self.give_back(base + port)
+        return None
+
+    def publish(self, endpoint: Endpoint, slot: int) -> None:
+        """From now on what the endpoint sends leaves from there, unless it has another mapping."""
+        forwarding.publish(self._tables, slot, self._key(endpoint))
+
+    def give_back(self, slot: int) -> None:
+        """Static no more: sessions that run go on."""
+        self._reap(slot, REAP_YIELD)
+
+    def _take(self, endpoint: Endpoint, slot: int) -> bool:
+        if _is_own(endpoint.protocol, slot % PORTS):
+            return False
+        self._reap(slot, REAP_TAKE)
+        if not self.is_static(slot):
+            return False
+        row = self._row(slot)
+        row["mapping"] = slot
+        row["out"]["new_port"], row["in"]["new_port"] = socket.htons(slot % PORTS), socket.htons(endpoint.port)
+        row["out"]["new_addr"] = self._tables.settings["external"][slot // EXTERNAL_SLOTS]
+        row["in"]["new_addr"]["word"][0] = datapath.addr(endpoint.address)[0][0]
+        for side in ("out", "in"):
+            for name in ("new_addr", "new_port"):
+                self._tables.sessions[side][name][slot] = row[side][name]
+        self._tables.sessions["mapping"][slot] = slot
+        return True
+
+    def _candidates(self, base: int, endpoint: Endpoint, suggested: int, exact: bool) -> Iterator[int]:
+        if suggested and self._is_allowed(suggested) and self._is_free(base + suggested, endpoint.address):
+            yield suggested
+        if exact:
+            return
+        free = self._free(base, CLASSES.index(endpoint.protocol))
+        yield from random.SystemRandom().sample(free, min(TRIES, len(free)))
+
+    def _free(self, base: int, class_: int) -> list[int]:
+        """Unclaimed ports of the pool."""
+        words = self._tables.claims[base // 64 : (base + PORTS) // 64]
+        claimed = np.unpackbits(words.view(np.uint8), bitorder="little")
+        found: list[int] = []
+        for first, count in zip(*settings.pools(self._pools)[class_], strict=True):
+            start, end = max(first, self._first), min(first + count - 1, self._last)
+            found += (np.flatnonzero(claimed[start : end + 1] == 0) + start).tolist()
+        return found
+
+    def _is_allowed(self, port: int) -> bool:
+        first, last = settings.own_ports()
+        return self._first <= port <= self._last and not first <= port <= last
+
+    def _is_free(self, slot: int, host: IPv4Address) -> bool:
+        """Nobody has it; a port at rest is its last host's (RFC 6888 REQ-8 is about others)."""
+        session = self._row(slot)
+        state = session["life"] & LIFE_STATE
+        last_host = IPv4Address(session["in"]["new_addr"]["word"][:1].tobytes())
+        return bool(state == 0 or (state == LIFE_RESTING and last_host == host))
+
+    def _row(self, slot: int) -> Any:
+        return self._tables.rows(np.array([slot], np.uint32))[0]
+
+    def _reap(self, slot: int, order: int) -> None:
+        self._tables.reap(self._reaper, np.array([slot], np.uint32), order)
+
+    def _external_of(self, host: IPv4Address) -> int:
+        return self._tables.external_of(host, self._wan_of(host))
+
+    def _base(self, endpoint: Endpoint) -> int:
+        return self._external_of(endpoint.address) * EXTERNAL_SLOTS + CLASSES.index(endpoint.protocol) * PORTS
+
+    def _key(self, endpoint: Endpoint) -> tuple[Any, ...]:
+        """``struct mapping_key``."""
+        class_, wan = CLASSES.index(endpoint.protocol), self._wan_of(endpoint.address)
+        return datapath.addr(endpoint.address), socket.htons(endpoint.port), class_, wan
+
+
+def _is_own(protocol: str, port: int) -> bool:
+    """A socket of the gateway's has it, at whatever address."""
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
