@@ -101,8 +101,8 @@ static __always_inline enum verdict alg_read(const struct settings *cfg, const s
 	return CONTINUE;
 }
 
-/* Are there numbers to be shifted? */
-static __always_inline bool alg_shifts(const struct packet *p, const struct session *s)
+/* Are there numbers to be shifted? Acknowledgements are noted for the agent, but not those that it makes up itself. */
+static __always_inline bool alg_shifts(const struct packet *p, const struct session *s, enum direction direction)
 {
 	struct control_key key = control_key_of(s);
 	struct control *control = controls.lookup(&key);
@@ -111,7 +111,9 @@ static __always_inline bool alg_shifts(const struct packet *p, const struct sess
 		return false;
 	/* A new connection over the same endpoints. */
 	if (p->tcp_flags & TCP_SYN && !tcp_is_established(s))
-		__builtin_memset(control->shifts, 0, sizeof(control->shifts));
+		__builtin_memset(control->acked, 0, sizeof(*control) - offsetof(struct control, acked));
+	if (p->tcp_flags & TCP_ACK && !p->alg)
+		control->acked[!direction] = bpf_ntohl(p->ack);
 	return control->shifts[OUTBOUND].count | control->shifts[INBOUND].count;
 }
 

@@ -2,11 +2,12 @@
 #define ALG_ANY 32 /* bits of struct alg_key before the address */
 
 /* SESSION_ALG, if there is an ALG for this server's port and this internal host. */
-static __always_inline u8 alg_mark(const struct settings *cfg, u32 class, __be16 server_port, addr_t internal)
+static __always_inline u8 alg_mark(u32 class, __be16 server_port, addr_t internal)
 {
 	struct scratch *scratch = scratch_get();
+	u32 zero = 0, *some = alg_count.lookup(&zero);
 
-	if (!cfg->algs || !scratch)
+	if (!some || !*some || !scratch)
 		return 0;
 	scratch->alg_key.bits = ALG_ANY + ADDR_BITS;
 	scratch->alg_key.class = class;

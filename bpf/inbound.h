@@ -320,7 +320,7 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 		*verdict = stranger_inbound(p, slot);
 		return NULL;
 	}
-	e->marks |= alg_mark(cfg, p->class, e->internal_port, e->internal);
+	e->marks |= alg_mark(p->class, e->internal_port, e->internal);
 	if (WANS > 1 && !may_change_wan(cfg, p, e, slot_wan(cfg, slot))) {
 		*verdict = drop(COUNT_drop_reply_taken);
 		return NULL;

@@ -24,6 +24,7 @@ BPF_TABLE("lru_hash", struct contact_key, struct contact, contacts, 65536);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
 BPF_TABLE("array", u32, struct budget, budgets, PUNT_REASONS);
 BPF_F_TABLE("lpm_trie", struct alg_key, struct alg, algs, 4096, BPF_F_NO_PREALLOC);
+BPF_TABLE("array", u32, u32, alg_count, 1);
 BPF_TABLE("hash", struct control_key, struct control, controls, 8192);
 BPF_TABLE("hash", struct pinhole_key, struct pinhole, pinholes, 16384);
 BPF_F_TABLE("lpm_trie", struct prefix_key, u32, prefixes, 1024, BPF_F_NO_PREALLOC); /* → prefix_role */

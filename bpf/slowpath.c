@@ -76,7 +76,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		*verdict = may_open(p);
 	if (*verdict != CONTINUE)
 		return NULL;
-	e->marks = p->own ? 0 : trigger_mark(p) | alg_mark(cfg, p->class, p->dst_port, p->src);
+	e->marks = p->own ? 0 : trigger_mark(p) | alg_mark(p->class, p->dst_port, p->src);
 	external = slot_blur(p->own ? external_of(cfg, p->src) : external_for(p->src, p->wan));
 	if (addr_is_unset(slot_addr(cfg, slot_of(external, 0, 0)))) {
 		*verdict = deny(COUNT_drop_no_external, REFUSE);
@@ -138,7 +138,7 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 		verdict = alg_read(cfg, p, s, PUNT_ALG_OUT);
 		if (verdict != CONTINUE)
 			return verdict;
-		if (alg_shifts(p, s))
+		if (alg_shifts(p, s, OUTBOUND))
 			return alg_again(p, p->alg | ALG_SHIFT, 0);
 	}
 	if (p->class == CLASS_TCP) {
@@ -291,7 +291,7 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 	if (p->more_fragments && fragment_begin(cfg, p, DESTINATION, s->in.new_addr) != CONTINUE)
 		return DROP;
 	verdict = rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);
-	if (verdict == PASS && s->out.marks & SESSION_ALG && alg_shifts(p, s))
+	if (verdict == PASS && s->out.marks & SESSION_ALG && alg_shifts(p, s, INBOUND))
 		return alg_again(p, p->alg | ALG_SHIFT, BPF_F_INGRESS);
 	return verdict;
 }

@@ -317,6 +317,7 @@ struct control {
 	struct mapping_key internal;
 	u32 opened_at; /* jiffies */
 	u32 from_outside;
+	u32 acked[2]; /* by enum direction, of what went that way: as its receiver has acknowledged; 0: not known */
 	struct shifts shifts[2]; /* by enum direction */
 };
 
@@ -460,7 +461,6 @@ struct settings { /* times in jiffies */
 	u8 parity; /* even to even, odd to odd (RFC 4787 REQ-4) */
 	u8 overload; /* a used-up pool shares its ports among hosts, for different remotes */
 	u8 drop_other; /* protocols without ports that are not known */
-	u8 algs; /* there are some */
 	u8 basic; /* there are counterparts */
 	u8 last; /* programs take over from each other: what passes one of ours meets no other on its hook */
 	u32 hz; /* jiffies a second */

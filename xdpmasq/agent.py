@@ -131,11 +131,13 @@ class Agent:
         self._rested_at = 0.0
         self._neighbours: dict[tuple[int, str], bytes] = {}
         self._selector = selectors.DefaultSelector()
+        pinholes = Pinholes(self.tables, self._programs["masq_reap"], config.ports, self._hz)
+        self._algs = Service(self.tables, pinholes, registry.find)
         self._punting = Punting(
             self.tables,
             self._programs,
             self._selector,
-            lambda: Punt.open(self.tables, config.timeouts.fragment_s, config.limits.refusal),
+            lambda: Punt.open(self.tables, config.timeouts.fragment_s, config.limits.refusal, self._algs.take),
         )
         self._reserved = self._pool(fresh=adopted is None)
         self._forwards = forwarding.Upkeep(self.tables)
@@ -290,6 +292,17 @@ class Agent:
                 if not adopted:
                     raise
                 log.warning("not in place: %s", error)
+
+    def _switch_algs(self) -> None:
+        """At the start: as the configuration has them, unless it is the earlier agent's, and they have been switched since."""
+        wanted = [use.as_fields() for use in self._config.algs]
+        if self._manifest.get("algs_wanted") == wanted:
+            return
+        for use in algs.read(self.tables):
+            algs.take(self.tables, use.name)
+        for use in self._config.algs:
+            algs.put(self.tables, use)
+        self._manifest["algs_wanted"] = wanted
 
     def _bring_in(self, link: netdev.Link, role: Role, uplinks: list[netdev.Link]) -> tuple[str, str]:
         """Attaches to a link.
@@ -602,6 +615,7 @@ class Agent:
         self._save()
         if adopted:
             self._forwards.adopt(self._programs["masq_reap"])
+        self._switch_algs()
         try:
             self.reconcile()
             self._route()
@@ -651,6 +665,7 @@ class Agent:
         self._safely(self._beat)
         self._safely(self._end_expired_forwards)
         self._safely(self._forwards.run)
+        self._safely(self._algs.tick)
         if self._hairpins_own != ("lo" in self._attached) or self._redirects != self._wants_redirects:
             self._look()
         self._safely(self._route)
@@ -665,8 +680,9 @@ class Agent:
         forwarding.end_expired(self.tables, self._programs["masq_reap"])
 
     def _report(self) -> None:
-        if self._manifest["pcp"] != self._asking.report:
-            self._manifest["pcp"] = self._asking.report
+        reports = {"pcp": self._asking.report, "algs": self._algs.report}
+        if any(self._manifest.get(name) != report for name, report in reports.items()):
+            self._manifest |= reports
             self._save()
 
     def _sweep(self) -> None:

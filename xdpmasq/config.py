@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Any, Literal, get_args
 
-from xdpmasq import forwards, redirects, triggers
+from xdpmasq import algs, forwards, redirects, triggers
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
@@ -158,6 +158,7 @@ class Config:
         mss: to what new TCP connections are clamped: ``off``, ``auto`` (by the WAN's MTUs) or bytes (RFC 6691).
         other: what becomes of protocols without ports; one of :data:`OTHERS`.
         forwards, redirects, triggers: rules to be there from the start.
+        algs: what is on of them from the start.
         external: as whom the internal hosts appear.
         pcp: whether they may ask for mappings, and which.
         metrics: what Prometheus is shown.
@@ -179,6 +180,7 @@ class Config:
     forwards: tuple[Rule, ...] = ()
     redirects: tuple[Redirect, ...] = ()
     triggers: tuple[Trigger, ...] = ()
+    algs: tuple[algs.Use, ...] = field(default_factory=algs.default)
     external: Externals = field(default_factory=Externals)
     pcp: Pcp = field(default_factory=Pcp)
     metrics: Metrics = field(default_factory=Metrics)
@@ -427,6 +429,7 @@ def as_fields(config: Config) -> dict[str, Any]:
         **asdict(config),
         "internal": [str(network) for network in config.internal],
         **{kind: [rule.as_fields() for rule in getattr(config, kind)] for kind in _KINDS},
+        "algs": [use.as_fields() for use in config.algs],
         "external": config.external.as_fields(),
         "pcp": {**asdict(config.pcp), "internal": [str(network) for network in config.pcp.internal]},
     }
@@ -445,6 +448,7 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "filtering": Filtering(**fields["filtering"]),
             "limits": Limits(**fields["limits"]),
             **{kind: tuple(parse(**each) for each in fields[kind]) for kind, parse in _KINDS.items()},
+            "algs": tuple(algs.Use.parse(**each) for each in fields["algs"]),
             "external": Externals.parse(**fields["external"]),
             "pcp": Pcp(**{**fields["pcp"], "internal": tuple(map(IPv4Network, fields["pcp"]["internal"]))}),
             "metrics": Metrics(**fields["metrics"]),

@@ -11,7 +11,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xdpmasq import forwards, redirects, triggers
+from xdpmasq import algs, forwards, redirects, triggers
 from xdpmasq.config import Config, Filtering, Limits, Metrics, Pcp, Ports, Problem, Timeouts, problems
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
@@ -47,6 +47,7 @@ def load(path: Path) -> Config:
         forwards=tuple(document.rules("forward", _forward, 'ports = 8080, to = "192.168.0.2:80"')),
         redirects=tuple(document.rules("redirect", _redirect, 'ports = 80, to = 3128, on = "lan"')),
         triggers=tuple(document.rules("trigger", _trigger, 'ports = 6112, opens = "tcp 6112-6119"')),
+        algs=document.algs(),
         external=document.externals(),
         pcp=Pcp(**{**document.table("pcp"), "internal": document.prefixes("pcp.internal")}),
         metrics=document.metrics(),
@@ -87,8 +88,9 @@ _KEYS: dict[str, dict[str, str]] = {
         **{"from": _TEXT, "not_to": f"{_TEXT} or {_TEXTS}"},
     },
     "trigger": {"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "opens": _TEXT, "lasts_s": _NUMBER},
+    "alg": {"name": _TEXT, "enabled": _SWITCH, "ports": f"{_TEXT} or {_TEXTS}", "internal": f"{_TEXT} or {_TEXTS}"},
 }
-_REPEATED = {"forward", "redirect", "trigger"}  # tables of which there may be many: [[forward]]
+_REPEATED = {"forward", "redirect", "trigger", "alg"}  # tables of which there may be many: [[forward]]
 
 
 def _forward(given: Mapping[str, Any]) -> Rule:
@@ -205,6 +207,23 @@ class _Document:
                 yield parse(given)
             except UsageError as error:
                 raise self._error_at(Problem(kind, None, error.why, error.do, nth), error.what) from error
+
+    def algs(self) -> tuple[algs.Use, ...]:
+        """``[[alg]]``, and what is on by default."""
+        uses = {use.name: use for use in algs.default()}
+        for nth, entries in enumerate(self.tables.get("alg", ())):
+            given = {name: self._value("alg", name, value, nth) for name, value in entries.items()}
+            if "name" not in given:
+                raise self._error_at(Problem("alg", None, 'it says which, as name = "sip"', nth=nth), "[[alg]] without name")
+            try:
+                use = algs.Use.parse(given["name"], *(_several(given.get(key, [])) for key in ("ports", "internal")))
+                uses.pop(use.name, None)
+                if given.get("enabled", True):
+                    uses[use.name] = use
+                algs.check(uses.values())
+            except UsageError as error:
+                raise self._error_at(Problem("alg", None, error.why, error.do, nth), error.what) from error
+        return tuple(uses.values())
 
     def externals(self) -> Externals:
         """``[external]``."""

@@ -2,12 +2,13 @@
 
 A frame's destination MAC says why it comes and of which interface it is (``struct punt_header`` of bpf/types.h), the
 rest is the packet as the hook saw it. Fragments that overtook their first one go back the same way, unchanged, once
-that one is known; the senders of refused packets are told by ICMP; what is too big for the WAN that it has to leave
+that one is known; packets of ALGs' sessions are read (:mod:`xdpmasq.alg.service`); the senders of refused packets are told by ICMP; what is too big for the WAN that it has to leave
 by goes back in pieces, or its sender is told. The TAP lives as long as the agent.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -28,15 +29,18 @@ QUEUE = 500  # frames that wait for the agent
 BUDGET = 64  # frames at one go: expiry and netlink have their turn, whatever comes in here
 
 # enum punt_reason and struct punt_header of bpf/types.h
-FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, TOO_BIG = range(5)
+FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, TOO_BIG, ALG_IN, ALG_OUT = range(7)
 LOCAL = 0x02
-_HEADER = struct.Struct("!BBIH4xH")
+_HEADER = struct.Struct("!BBII2xH")
 _ETH_P_IP = 0x0800
 
 _SOL_RAW, _ICMP_FILTER, _NO_TYPE = 255, 1, struct.pack("=I", 0xFFFFFFFF)  # linux/icmp.h
 
 Refusal = str  # one of config.REFUSALS
 Known = Callable[[Iterable[Key]], list[Key]]
+Algs = Callable[[int, int, bytes], list[tuple[int, bytes]]]  # alg.service.Service.take
+
+log = logging.getLogger("xdpmasq")
 
 
 class Punt:
@@ -48,6 +52,7 @@ class Punt:
         icmp: a raw ICMP socket, this object's from now on.
         patience_s: how long fragments are held.
         refusal_: what is said of packets for which no session was possible.
+        algs: reads packets of ALGs' sessions.
 
     Attributes:
         counts: fragments by what became of them (see :class:`Orphans`), and senders ``told`` and ``untold`` (too
@@ -61,16 +66,17 @@ class Punt:
         icmp: socket.socket,
         patience_s: float,
         refusal_: Refusal = "prohibited",
+        algs: Algs = lambda direction, _, packet: [(direction, packet)],
     ) -> None:
         self._tap, self._known, self._icmp = tap, known, icmp
-        self._orphans = Orphans(patience_s)
+        self._orphans, self._algs = Orphans(patience_s), algs
         self._messages = {REFUSED: refusal.REFUSALS[refusal_], TTL: refusal.TIME_EXCEEDED}
         self._allowance = Allowance(refusal.TO_EACH, refusal.TO_ALL)
         self.counts = self._orphans.counts
         self.counts |= {"told": 0, "untold": 0}
 
     @classmethod
-    def open(cls, tables: Tables, patience_s: float, refusal_: Refusal = "prohibited") -> Self:
+    def open(cls, tables: Tables, patience_s: float, refusal_: Refusal, algs: Algs) -> Self:
         """Makes the TAP and brings it up; settings and the program on it are the caller's.
 
         Raises:
@@ -82,7 +88,7 @@ class Punt:
         except OSError as error:
             os.close(tap.fd)
             raise HostError("cannot open a raw ICMP socket", error.strerror or "", "run it as root") from error
-        return cls(tap, lambda keys: known_firsts(tables, keys), icmp, patience_s, refusal_)
+        return cls(tap, lambda keys: known_firsts(tables, keys), icmp, patience_s, refusal_, algs)
 
     def fileno(self) -> int:
         return self._tap.fd
@@ -135,7 +141,7 @@ class Punt:
     def _take(self, frame: bytes, now: float) -> None:
         if len(frame) < _HEADER.size:
             return
-        local, reason, ifindex, mtu, ethertype = _HEADER.unpack_from(frame)
+        local, reason, ifindex, about, ethertype = _HEADER.unpack_from(frame)
         # The TAP is an interface like any other: who likes can send to it.
         if local != LOCAL or ethertype != _ETH_P_IP:
             return
@@ -147,12 +153,23 @@ class Punt:
                 self._orphans.hold(key, header.offset, frame, now)
         elif reason in self._messages:
             self._tell(packet, self._messages[reason], now)
-        elif reason == TOO_BIG and (pieces := ipv4.fragments(packet, mtu)):
+        elif reason == TOO_BIG and (pieces := ipv4.fragments(packet, about)):
             back = _HEADER.pack(LOCAL, FRAGMENT_OUT, ifindex, 0, _ETH_P_IP)
             for piece in pieces:
                 self._put_back(back + piece)
         elif reason == TOO_BIG:
-            self._tell(packet, refusal.TOO_BIG, now, mtu)
+            self._tell(packet, refusal.TOO_BIG, now, about)
+        elif reason in (ALG_IN, ALG_OUT):
+            for direction, text in self._read(reason == ALG_IN, about, packet):
+                back = ALG_IN if direction else ALG_OUT
+                self._put_back(_HEADER.pack(LOCAL, back, ifindex, 0, _ETH_P_IP) + text)
+
+    def _read(self, inbound: bool, mapping: int, packet: bytes) -> list[tuple[int, bytes]]:
+        try:
+            return self._algs(int(inbound), mapping, packet)
+        except Exception:  # a mistake of ours: traffic goes on
+            log.exception("a packet has passed unread")
+            return [(int(inbound), packet)]
 
     def _put_back(self, frame: bytes) -> bool:
         try:

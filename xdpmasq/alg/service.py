@@ -1,0 +1,301 @@
+"""The agent's part of ALGs: packets that come by the punt port are read, edited, and given back.
+
+Whose a packet is stands in the kernel's tables (``struct control`` of bpf/types.h), so an agent that was started anew
+goes on where it can: it knows the shifts of an earlier one, and takes the first text that it sees of a session for the
+beginning of a message.
+
+An ALG is somebody's code, and what it reads is anybody's text. Of one that raises, or takes longer than :data:`LONG_S`,
+the message passes unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from typing import Any
+
+import numpy as np
+
+from xdpmasq import bpf, datapath
+from xdpmasq.alg import packets
+from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
+from xdpmasq.alg.packets import Packet
+from xdpmasq.alg.stream import Outcome, Shifts, Stream
+from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, PORTS, Tables
+from xdpmasq.errors import ConfigError
+from xdpmasq.pinholes import Pinholes, SessionsOpenings
+
+log = logging.getLogger("xdpmasq")
+
+LONG_S = 0.1
+WINDOW = 1024  # of an acknowledgement to somebody whose other side has not said one yet
+SIDES = (Side.INSIDE, Side.OUTSIDE)  # by enum direction
+ALG_ANY = 32  # bpf/control.h
+
+
+class _TooLongError(BaseException):
+    """Not to be caught by an ALG."""
+
+
+@dataclass
+class _Session:
+    alg: Alg
+    control: Control
+    openings: SessionsOpenings
+    opened_at: int
+    streams: list[Stream] = field(default_factory=list)  # by direction
+    window: list[int] = field(default_factory=lambda: [WINDOW, WINDOW])
+    acked: list[int] = field(default_factory=lambda: [0, 0])
+
+
+class Service:
+    """Reads what is punted.
+
+    Args:
+        find: an ALG by its name; raises ConfigError.
+
+    Attributes:
+        counts: by ALG: messages that came, of those edited, unparsed, refused, failed and late ones.
+    """
+
+    def __init__(self, tables: Tables, pinholes: Pinholes, find: Callable[[str], Alg]) -> None:
+        self._tables, self._pinholes, self._find = tables, pinholes, find
+        self._controls, self._algs = tables.maps["controls"], tables.maps["algs"]
+        self._sessions: dict[bytes, _Session] = {}
+        self._loaded: dict[str, Alg | None] = {}
+        self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._blamed: set[tuple[str, str]] = set()
+
+    # --- packets
+
+    def take(self, direction: int, mapping: int, packet: bytes) -> list[tuple[int, bytes]]:
+        """What becomes of a packet: those that go on, each with its direction (0: out, 1: in).
+
+        Args:
+            mapping: slot of the mapping that it is of.
+        """
+        parsed = packets.parse(packet)
+        session = self._session(direction, mapping, parsed) if parsed else None
+        if not parsed or not session:
+            return [(direction, packet)]
+        if parsed.protocol == "udp":
+            return [(direction, self._datagram(session, direction, parsed, packet))]
+        return self._segment(session, direction, parsed)
+
+    def _datagram(self, session: _Session, direction: int, parsed: Packet, packet: bytes) -> bytes:
+        text = self._edited(session, SIDES[direction], parsed.text)
+        try:
+            return packet if text == parsed.text else packets.datagram(parsed, text)
+        except ValueError:
+            self.counts[session.alg.name]["failed"] += 1
+            return packet
+
+    def _segment(self, session: _Session, direction: int, parsed: Packet) -> list[tuple[int, bytes]]:
+        stream = session.streams[direction]
+        session.window[direction] = parsed.window
+        if parsed.flags & packets.ACK:
+            session.acked[1 - direction] = parsed.ack
+        if parsed.flags & packets.SYN:
+            if not parsed.flags & packets.ACK:
+                self._begin(session)
+            session.streams[direction].begin(parsed.sequence)
+            return [(direction, each) for each in packets.segments(parsed, parsed.sequence, parsed.text)]
+        outcome = stream.segment(parsed.sequence, parsed.text, last=bool(parsed.flags & packets.FIN))
+        if outcome.shifted:
+            self._write_shifts(session)
+        pieces = [
+            (direction, each)
+            for piece in outcome.pieces
+            for each in packets.segments(parsed, piece.sequence, piece.text)
+        ]
+        return pieces + self._acknowledged(session, direction, parsed, outcome)
+
+    def _acknowledged(
+        self, session: _Session, direction: int, parsed: Packet, outcome: Outcome
+    ) -> list[tuple[int, bytes]]:
+        """To the sender of what is held. The numbers are as the other side would say them."""
+        if outcome.acked is None:
+            return []
+        ends = session.control.remote, session.control.external
+        source, destination = ends if direction == 0 else (session.control.internal, session.control.remote)
+        answer = packets.acknowledgement(
+            parsed,
+            source,
+            destination,
+            sequence=parsed.ack,
+            ack=session.streams[direction].shifts.seen(outcome.acked),
+            window=session.window[1 - direction],
+        )
+        return [(1 - direction, answer)]
+
+    # --- sessions
+
+    def _session(self, direction: int, mapping: int, parsed: Packet) -> _Session | None:
+        remote = parsed.source if direction else parsed.destination
+        assert isinstance(remote.address, IPv4Address)
+        key = (mapping, datapath.addr(remote.address), socket.htons(remote.port), 0)
+        record = self._controls.get(key)
+        name = np.array(key, self._controls.key).tobytes()
+        if record is None:  # it has just ended
+            self._sessions.pop(name, None)
+            return None
+        known = self._sessions.get(name)
+        if known is None or known.opened_at != int(record["opened_at"]):
+            made = self._open(key, record, parsed.protocol, remote)
+            if made is None:
+                return None
+            self._sessions[name] = known = made
+        for nth in range(2):
+            known.acked[nth] = int(record["acked"][nth]) or known.acked[nth]
+        return known
+
+    def _open(self, key: tuple[Any, ...], record: Any, protocol: str, remote: Endpoint) -> _Session | None:
+        mapping, settings = key[0], self._tables.settings
+        external = mapping // EXTERNAL_SLOTS
+        address = IPv4Address(settings["external"]["word"][external, :1].tobytes())
+        inner = record["internal"]
+        internal = Endpoint(IPv4Address(inner["addr"]["word"][:1].tobytes()), socket.ntohs(int(inner["port"])))
+        from_outside = bool(record["from_outside"])
+        alg = self._alg_of(protocol, internal.port if from_outside else remote.port, internal)
+        if alg is None:
+            return None
+        control = Control(protocol, internal, Endpoint(address, mapping % PORTS), remote, from_outside)
+        openings = SessionsOpenings(
+            self._pinholes, self._tables, key, int(settings["external_wan"][external]), control, alg.pinholes
+        )
+        session = _Session(alg, control, openings, int(record["opened_at"]))
+        if protocol == "tcp":
+            self._begin(session, [_shifts(each) for each in record["shifts"]])
+        return session
+
+    def _begin(self, session: _Session, shifts: Sequence[Shifts | None] = (None, None)) -> None:
+        """Both directions anew."""
+        session.control.memory.clear()
+        session.streams = [
+            Stream(
+                lambda data, side=SIDES[nth]: self._ready(session, side, data),  # type: ignore[misc]
+                lambda data, side=SIDES[nth]: self._edited(session, side, data),  # type: ignore[misc]
+                session.alg.longest,
+                lambda nth=nth: self._delivered(session, nth),  # type: ignore[misc]
+                shifts[nth],
+            )
+            for nth in range(2)
+        ]
+
+    def _alg_of(self, protocol: str, port: int, internal: Endpoint) -> Alg | None:
+        assert isinstance(internal.address, IPv4Address)
+        bits = ALG_ANY + internal.address.max_prefixlen
+        class_ = CLASSES.index(protocol)
+        record = self._algs.get((bits, class_, socket.htons(port), datapath.addr(internal.address)))
+        if record is None:
+            return None
+        name = bytes(record["name"]).rstrip(b"\0").decode()
+        if name not in self._loaded:
+            try:
+                self._loaded[name] = self._find(name)
+            except ConfigError as error:
+                log.warning("%s; its sessions are carried without it", error)
+                self._loaded[name] = None
+        return self._loaded[name]
+
+    def _delivered(self, session: _Session, direction: int) -> int | None:
+        acked = session.acked[direction]
+        return session.streams[direction].shifts.acked(acked) if acked else None
+
+    def _write_shifts(self, session: _Session) -> None:
+        record = self._controls.get(session.openings.owner)
+        if record is None:
+            return
+        for direction, stream in enumerate(session.streams):
+            shifts, steps = record["shifts"][direction], stream.shifts.steps
+            shifts["before"], shifts["count"] = stream.shifts.base, len(steps)
+            for nth, (at, by) in enumerate(steps):
+                shifts["shift"]["at"][nth], shifts["shift"]["by"][nth] = at, by
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            self._controls.set(session.openings.owner, record, bpf.UPDATE_EXIST)
+
+    # --- texts
+
+    def _ready(self, session: _Session, side: Side, data: bytes) -> int:
+        alg = session.alg
+        found = self._trusted(alg, lambda: alg.ready(data, side))
+        return found if isinstance(found, int) and 0 <= found <= len(data) else len(data)
+
+    def _edited(self, session: _Session, side: Side, data: bytes) -> bytes:
+        alg, counts = session.alg, self.counts[session.alg.name]
+        counts["messages"] += 1
+        found = self._trusted(alg, lambda: alg.translate(data, side, session.control, session.openings))
+        if not isinstance(found, bytes):
+            return data
+        counts["edited"] += found != data
+        return found
+
+    def _trusted(self, alg: Alg, call: Callable[[], Any]) -> Any:
+        """What it returns; None, and it is counted, where it does not."""
+        counts = self.counts[alg.name]
+        try:
+            with _no_longer_than(LONG_S):
+                return call()
+        except Refused:
+            counts["refused"] += 1
+        except Unparsed:
+            counts["unparsed"] += 1
+        except _TooLongError:
+            counts["late"] += 1
+            self._blame(alg, f"took longer than {LONG_S * 1000:.0f} ms", None)
+        except Exception as error:
+            counts["failed"] += 1
+            self._blame(alg, f"failed: {error!r}", error)
+        return None
+
+    def _blame(self, alg: Alg, what: str, error: Exception | None) -> None:
+        kind = "late" if error is None else type(error).__name__
+        if (alg.name, kind) not in self._blamed:
+            self._blamed.add((alg.name, kind))
+            log.warning("the ALG %s %s; the message has passed unchanged", alg.name, what, exc_info=error)
+
+    # --- the rest
+
+    @property
+    def report(self) -> dict[str, dict[str, int]]:
+        """The counts, for the manifest."""
+        return {name: dict(counts) for name, counts in sorted(self.counts.items())}
+
+    def tick(self) -> None:
+        """Forgets sessions that have ended; ends pinholes."""
+        for name, session in list(self._sessions.items()):
+            record = self._controls.get(session.openings.owner)
+            if record is None or int(record["opened_at"]) != session.opened_at:
+                del self._sessions[name]
+        self._pinholes.tick()
+
+
+def _shifts(record: Any) -> Shifts:
+    steps = record["shift"][: int(record["count"])]
+    return Shifts(int(record["before"]), [(int(each["at"]), int(each["by"])) for each in steps])
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: float) -> Iterator[None]:
+    """Raises _TooLongError. A signal does it, so it is for the main thread; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,269 @@
+"""Pinholes: for a while some remote may come to an internal endpoint, because an ALG has read that it will.
+
+They stand in the kernel's table, and so outlive the agent. The port that is named to the remote is one that the agent
+holds (:mod:`xdpmasq.ports`): the endpoint's own mapping, or a new one; it is given back when its last pinhole is
+gone, and lives on as long as its sessions.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Any
+
+import numpy as np
+
+from xdpmasq import bpf, config, datapath, expiry
+from xdpmasq.alg.api import Address, Control, Endpoint, Refused
+from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, Tables
+from xdpmasq.ports import Endpoint as Mapped
+from xdpmasq.ports import Ports
+
+LASTS_S = 300  # at most
+ANYBODY = IPv4Address(0)
+
+Owner = tuple[Any, ...]  # ``struct control_key``
+
+
+@dataclass(frozen=True)
+class Pinhole:
+    """One, as people read it.
+
+    Attributes:
+        remote: None: anybody.
+        remote_port: 0: any.
+        left: sessions that it still serves; None: all that come.
+        left_s: seconds until it is gone.
+    """
+
+    protocol: str
+    internal: Endpoint
+    external: Endpoint
+    remote: IPv4Address | None
+    remote_port: int
+    left: int | None
+    left_s: float
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be opened, for an endpoint of ``host``; ``pair``: for the next port, too.
+
+    Attributes:
+        remote: None: anybody.
+        sessions: 0: all that come while it lasts.
+    """
+
+    protocol: str
+    host: IPv4Address
+    port: int
+    remote: IPv4Address | None
+    remote_port: int = 0
+    lasts_s: float = LASTS_S
+    sessions: int = 1
+    pair: bool = False
+
+    @property
+    def endpoints(self) -> list[Mapped]:
+        return [Mapped(self.protocol, self.host, self.port + nth) for nth in range(1 + self.pair)]
+
+
+class Pinholes:
+    """All of a datapath."""
+
+    def __init__(self, tables: Tables, reaper: bpf.Program, pools: config.Ports, hz: int) -> None:
+        self._tables, self._reaper, self._pools, self._hz = tables, reaper, pools, hz
+        self._table = tables.maps["pinholes"]
+
+    def ports(self, wan: int) -> Ports:
+        return Ports(self._tables, self._reaper, self._pools, lambda _: wan)
+
+    # --- reading
+
+    def records(self) -> Iterator[tuple[Any, Any]]:
+        """``struct pinhole_key`` and ``struct pinhole`` of each."""
+        for keys, values in self._table.items(chunk=self._table.max_entries):
+            yield from zip(keys, values, strict=True)
+
+    def listed(self) -> list[Pinhole]:
+        """Those that are open."""
+        now, addresses = bpf.jiffies(), self._tables.settings["external"]["word"][:, 0]
+        found = []
+        for key, value in self.records():
+            left_s = _left(now, value) / self._hz
+            if left_s < 0 or _is_served(value):
+                continue
+            slot = int(key["mapping"])
+            external = IPv4Address(addresses[slot // EXTERNAL_SLOTS].tobytes())
+            remote = _address(key["remote"])
+            found.append(
+                Pinhole(
+                    CLASSES[slot // PORTS % len(CLASSES)],
+                    Endpoint(_address(value["internal"]), socket.ntohs(int(value["internal_port"]))),
+                    Endpoint(external, slot % PORTS),
+                    None if remote == ANYBODY else remote,
+                    socket.ntohs(int(value["remote_port"])),
+                    int(value["left"]) if value["counted"] else None,
+                    left_s,
+                )
+            )
+        return sorted(found, key=lambda each: (each.protocol, each.internal.address, each.internal.port))
+
+    # --- writing
+
+    def open(self, owner: Owner, wan: int, wish: Wish) -> Endpoint:
+        """One, or two neighbours; see :meth:`xdpmasq.alg.api.Openings.open`.
+
+        Raises:
+            Refused: there is no port, or no room.
+        """
+        ports, endpoints = self.ports(wan), wish.endpoints
+        if wish.pair and all(ports.mapped(each) is None for each in endpoints):
+            places = [(slot, True) for slot in ports.take_pair(*endpoints) or ()]
+        else:  # of a pair that has a mapping already the second is where there is room
+            places = [self._place(ports, each) for each in endpoints]
+        if not places:
+            raise Refused("no two neighbouring ports are left")
+        for endpoint, (slot, owned) in zip(endpoints, places, strict=True):
+            self._put(owner, slot, wish, endpoint.port, owned)
+            ports.publish(endpoint, slot)
+        first = places[0][0]
+        return Endpoint(ports.address(first), first % PORTS)
+
+    def end_those(self, ended: Callable[[Any, Any], bool]) -> None:
+        """Ends some, by key and value."""
+        records = list(self.records())
+        gone = [(key, value) for key, value in records if ended(key, value)]
+        if not gone:
+            return
+        kept = {int(key["mapping"]) for key, value in records if not ended(key, value)}
+        owned = {int(key["mapping"]) for key, value in records if value["owned"]}
+        for key, _ in gone:
+            self._table.delete(key)
+        for slot in {int(key["mapping"]) for key, _ in gone} & owned - kept:
+            self.ports(0).give_back(slot)
+
+    def keep_latest(self, owner: Owner, most: int) -> None:
+        """Of what a control session has, the oldest go."""
+        now, mine = bpf.jiffies(), np.array(owner, self._tables.maps["controls"].key)
+        left = sorted((_left(now, value) for _, value in self.records() if value["control"] == mine), reverse=True)
+        if len(left) > most:
+            limit = left[most]
+            self.end_those(lambda _, value: value["control"] == mine and _left(now, value) <= limit)
+
+    def tick(self) -> None:
+        """Ends those that are over, and those whose address is no longer ours."""
+        now = bpf.jiffies()
+        self.end_those(lambda key, value: _left(now, value) < 0 or _is_served(value) or self._is_moved(key))
+
+    def _is_moved(self, key: Any) -> bool:
+        slot = int(key["mapping"])
+        row = self._tables.rows(np.array([slot], np.uint32))[0]
+        return bool(row["out"]["new_addr"] != self._tables.settings["external"][slot // EXTERNAL_SLOTS])
+
+    def _place(self, ports: Ports, mapped: Mapped) -> tuple[int, bool]:
+        """The endpoint's slot, and whether it is ours to give back."""
+        slot = ports.mapped(mapped)
+        if slot is not None and ports.is_static(slot):
+            return slot, any(int(key["mapping"]) == slot and value["owned"] for key, value in self.records())
+        held = ports.hold(mapped, slot) if slot is not None else None
+        if held is None:
+            held = ports.take(mapped)
+        if held is None:
+            raise Refused("no port is left")
+        return held, True
+
+    def _put(self, owner: Owner, slot: int, wish: Wish, port: int, owned: bool) -> None:
+        value = np.zeros((), self._table.value)
+        value["left"], value["counted"] = wish.sessions, wish.sessions > 0
+        value["expires"] = (bpf.jiffies() + int(min(wish.lasts_s, LASTS_S) * self._hz)) % 2**32
+        value["internal"]["word"][0] = datapath.addr(wish.host)[0][0]
+        value["internal_port"], value["remote_port"] = socket.htons(port), socket.htons(wish.remote_port)
+        value["control"], value["owned"] = np.array(owner, value["control"].dtype), owned
+        try:
+            self._table.set((slot, datapath.addr(wish.remote)), value)
+        except OSError as error:
+            if owned:
+                self.ports(0).give_back(slot)
+            raise Refused("the table of pinholes is full") from error
+
+
+@dataclass(frozen=True)
+class SessionsOpenings:
+    """What one control session may have: :class:`xdpmasq.alg.api.Openings`.
+
+    Attributes:
+        most: how many at once.
+    """
+
+    pinholes: Pinholes
+    tables: Tables
+    owner: Owner
+    wan: int
+    control: Control
+    most: int
+
+    def open(
+        self,
+        protocol: str,
+        internal: Endpoint,
+        *,
+        remote: Address | None,
+        remote_port: int | None = None,
+        lasts_s: float = 120.0,
+        sessions: int = 1,
+        pair: bool = False,
+    ) -> Endpoint:
+        if protocol not in ("tcp", "udp"):
+            raise Refused(f"no pinholes for {protocol}")
+        if internal.address != self.control.internal.address:
+            raise Refused(f"{internal} is not of the host that says so")
+        if not 1024 <= internal.port <= PORTS - 1 - pair or (pair and internal.port % 2):
+            raise Refused(f"port {internal.port}")
+        assert isinstance(internal.address, IPv4Address)
+        assert remote is None or isinstance(remote, IPv4Address)
+        wish = Wish(
+            protocol, internal.address, internal.port, remote, remote_port or 0, lasts_s, sessions=sessions, pair=pair
+        )
+        if not self._has(wish):
+            self.pinholes.keep_latest(self.owner, (self.most - 1) * (1 + pair))
+        return self.pinholes.open(self.owner, self.wan, wish)
+
+    def external(self, protocol: str, internal: Endpoint) -> Endpoint | None:
+        if protocol not in CLASSES or internal.address != self.control.internal.address:
+            return None
+        ports = self.pinholes.ports(self.wan)
+        slot = ports.mapped(_mapped(protocol, internal))
+        return None if slot is None else Endpoint(ports.address(slot), slot % PORTS)
+
+    def internal(self, protocol: str, external: Endpoint) -> Endpoint | None:
+        if protocol not in CLASSES or external.address != self.control.external.address:
+            return None
+        base = self.owner[0] // EXTERNAL_SLOTS * EXTERNAL_SLOTS
+        row = self.tables.rows(np.array([base + CLASSES.index(protocol) * PORTS + external.port], np.uint32))[0]
+        found = Endpoint(_address(row["in"]["new_addr"]), socket.ntohs(int(row["in"]["new_port"])))
+        mine = row["life"] & LIFE_STATE == LIFE_LIVE and found.address == self.control.internal.address
+        return found if mine else None
+
+    def _has(self, wish: Wish) -> bool:
+        slot = self.pinholes.ports(self.wan).mapped(wish.endpoints[0])
+        return slot is not None and self.tables.maps["pinholes"].get((slot, datapath.addr(wish.remote))) is not None
+
+
+def _mapped(protocol: str, internal: Endpoint) -> Mapped:
+    assert isinstance(internal.address, IPv4Address)
+    return Mapped(protocol, internal.address, internal.port)
+
+
+def _address(field: Any) -> IPv4Address:
+    return IPv4Address(field["word"][:1].tobytes())
+
+
+def _left(now: int, value: Any) -> int:
+    return -int(expiry.age(now, np.array([value["expires"]], np.uint32))[0])
+
+
+def _is_served(value: Any) -> bool:
+    return bool(value["counted"]) and int(np.int64(value["left"].astype(np.int64))) <= 0
