@@ -53,6 +53,7 @@ class Control:
         external: what the remote knows the internal endpoint as.
         from_outside: the remote has opened it: the server is inside, behind a forward.
         memory: the ALG's own, for this session; empty at its beginning, and again when the agent has been restarted.
+            With a true value for "over" in it, all that the session still says passes, and the ALG need not be asked.
     """
 
     protocol: str

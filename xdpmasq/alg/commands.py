@@ -63,16 +63,16 @@ class CommandAlg(Alg):
 
     def _line(self, line: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         memory, inside_a_line = control.memory, f"{side.value} is inside a line"
-        if memory.get("foreign"):
+        if memory.get("over"):
             return line
         whole = line.endswith(b"\n") and not memory.get(inside_a_line)
         if self.binary.search(line) or (line[:1] in _TLS and not memory.get(inside_a_line)):
-            memory["foreign"] = True
+            memory["over"] = True
         memory[inside_a_line] = not line.endswith(b"\n")
         if not whole or len(line) > LONGEST_LINE + 1:
             return line
         if side is control.client and not self.command.fullmatch(line):
-            memory["foreign"] = True
-        if memory.get("foreign"):
+            memory["over"] = True
+        if memory.get("over"):
             return line
         return self.translate_line(line, side, control, openings)

@@ -41,7 +41,7 @@ class Ftp(CommandAlg):
             return _command(line, control, openings) if side is Side.INSIDE else line
         answers = _answer_to(line, control)
         if answers == b"AUTH":
-            control.memory["foreign"] = True
+            control.memory["over"] = True
         if side is Side.INSIDE and answers == b"PASV":
             return _passive(line, control, openings)
         if side is Side.INSIDE and answers == b"EPSV":

@@ -91,11 +91,11 @@ class Form:
         pieces, at = [], 0
         while at < len(data):
             try:
-                length = None if control.memory.get("lost") else self._next(data[at:])
+                length = None if control.memory.get("over") else self._next(data[at:])
             except Unparsed:
                 length = None
             if not length:
-                control.memory["lost"] = True
+                control.memory["over"] = True
                 length = len(data) - at
             pieces.append(data[at : at + length])
             at += length

@@ -55,7 +55,7 @@ class Rtsp(Alg):
 
 
 def _translated(piece: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-    if control.memory.get("lost") or not piece.strip(b"\r\n"):
+    if control.memory.get("over") or not piece.strip(b"\r\n"):
         return piece
     message = _FORM.read(piece)
     headers = [each for each in message.headers if each.name.lower() == b"transport"]

@@ -63,7 +63,7 @@ class Sip(Alg):
         done: list[bytes] = []
         unparsed: list[Unparsed] = []
         for piece in pieces:
-            if control.memory.get("lost") or not piece.strip(b"\r\n\0"):  # keep-alives
+            if control.memory.get("over") or not piece.strip(b"\r\n\0"):  # keep-alives
                 done.append(piece)
                 continue
             exchange = _Exchange(side, control, openings, unparsed)
