@@ -56,7 +56,7 @@ def _offer(offer: re.Match[bytes], control: Control, openings: Openings) -> byte
         raise Unparsed("no address")
     internal = words.own(control, IPv4Address(int(host)), words.port(number))
     opened = openings.open("tcp", internal, remote=None, lasts_s=300)  # a person is asked
-    offers = control.memory.setdefault("offers", {})
+    offers = _offers(control)
     offers[internal.port] = opened.port
     if len(offers) > Irc.pinholes:
         del offers[next(iter(offers))]
@@ -64,25 +64,29 @@ def _offer(offer: re.Match[bytes], control: Control, openings: Openings) -> byte
 
 
 def _offered_as(number: bytes, control: Control, openings: Openings) -> int | None:
-    """The external port of an internal one."""
-    offers: dict[int, int] = control.memory.get("offers", {})
-    if int(number) in offers:
-        return offers[int(number)]
+    """The external port of an internal one; memory knows it still when the pinhole has served."""
     if int(number) < 1024:
         return None
-    known = openings.external("tcp", Endpoint(control.internal.address, words.port(number)))
-    return known.port if known else None
+    internal = Endpoint(control.internal.address, words.port(number))
+    if known := openings.external("tcp", internal):
+        return known.port
+    return _offers(control).get(internal.port)
 
 
 def _offered(number: bytes, control: Control, openings: Openings) -> int | None:
     """The internal port of an external one."""
-    for internal, external in control.memory.get("offers", {}).items():
-        if external == int(number):
-            return int(internal)
     if int(number) == 0:
         return None
-    known = openings.internal("tcp", Endpoint(control.external.address, words.port(number)))
-    return known.port if known else None
+    external = Endpoint(control.external.address, words.port(number))
+    if known := openings.internal("tcp", external):
+        return known.port
+    return next((old for old, new in _offers(control).items() if new == external.port), None)
+
+
+def _offers(control: Control) -> dict[int, int]:
+    """Internal to external ports."""
+    offers: dict[int, int] = control.memory.setdefault("offers", {})
+    return offers
 
 
 def _with_port(resume: re.Match[bytes], number: int | None) -> bytes:

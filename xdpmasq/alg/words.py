@@ -53,6 +53,7 @@ def known_inside(protocol: str, external: Endpoint, control: Control, openings: 
     """Whose an endpoint of ours is, if it is the session's own host's."""
     if external.address != control.external.address:
         return None
-    if (protocol, external) == (control.protocol, control.external):
+    known = openings.internal(protocol, external)
+    if known is None and (protocol, external) == (control.protocol, control.external):
         return control.internal
-    return openings.internal(protocol, external)
+    return known
