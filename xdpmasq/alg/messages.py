@@ -7,6 +7,7 @@ where two readers could differ, one could be told something that the other is no
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xdpmasq.alg.api import Control, Unparsed
@@ -81,14 +82,14 @@ class Form:
             return len(data)
         return at
 
-    def split(self, data: bytes, control: Control) -> list[bytes]:
+    def split(self, data: bytes, control: Control) -> Iterator[bytes]:
         """Messages, and CRLFs between them (keep-alives, RFC 5626 section 4.4.1).
 
-        What follows something that is no message is one piece, and the session's memory notes that nothing is ever
-        to be read again: where a message begins cannot be known any more, and what looks like one may be the body
-        of another protocol's.
+        What is no message is one piece with all that follows, and when it is given, the session's memory says that
+        the session is over for its ALG: where a message begins cannot be known any more, and what looks like one may
+        be the body of another protocol's.
         """
-        pieces, at = [], 0
+        at = 0
         while at < len(data):
             try:
                 length = None if control.memory.get("over") else self._next(data[at:])
@@ -97,9 +98,8 @@ class Form:
             if not length:
                 control.memory["over"] = True
                 length = len(data) - at
-            pieces.append(data[at : at + length])
+            yield data[at : at + length]
             at += length
-        return pieces
 
     def read(self, data: bytes) -> Message:
         """A datagram, or a message that :meth:`first` has found.

@@ -38,7 +38,7 @@ _URI = re.compile(
 )
 _TRANSPORT = re.compile(rb";transport=([^;?>]*)", re.IGNORECASE)
 _VIA = re.compile(
-    rb"((?:\A|,)\s*SIP\s*/\s*2\.0\s*/\s*(UDP|TCP)\s+)(" + words.DOTTED + rb")(?:\s*:\s*(\d{1,5}))?"
+    rb"((?:\A|,)\s*SIP\s*/\s*2\.0\s*/\s*(UDP|TCP)\s+)(" + words.DOTTED + rb")(?:(\s*:\s*)(\d{1,5}))?"
     rb"((?:\s*;(?:" + _QUOTED + rb'|[^",])*)?)(?=\s*(?:,|\Z))',
     re.IGNORECASE | re.DOTALL,
 )
@@ -59,7 +59,7 @@ class Sip(Alg):
         return _FORM.ready(data)
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-        pieces = _FORM.split(data, control) if control.protocol == "tcp" else [data]
+        pieces = _FORM.split(data, control) if control.protocol == "tcp" else iter([data])
         done: list[bytes] = []
         unparsed: list[Unparsed] = []
         for piece in pieces:
@@ -137,13 +137,13 @@ class _Exchange:
         return text if new is None else before + new + after
 
     def _via(self, via: re.Match[bytes]) -> bytes:
-        before, protocol, host, digits, after = via.groups()
+        before, protocol, host, colon, digits, after = via.groups()
         new = self._host_port("Via", protocol.decode().lower(), host, digits)
         if new is None:
             return via[0]
         if self.side is Side.OUTSIDE:
             after = _RECEIVED.sub(self._received, _RPORT.sub(self._rport, after))
-        return before + new + after
+        return before + new.replace(b":", colon or b":") + after
 
     def _received(self, old: re.Match[bytes]) -> bytes:
         ours = old[2] == str(self.control.external.address).encode()

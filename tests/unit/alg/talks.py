@@ -81,6 +81,9 @@ class Line:
             assert 0 <= ready <= len(held)
             heard += self._translated(held[:ready], side) if ready else b""
             self.held[side] = held[ready:]
+            if self.control.memory.get("over"):
+                heard += self.held[side]
+                self.held[side] = b""
             assert len(self.held[side]) <= self.alg.longest
         return heard
 

@@ -164,7 +164,7 @@ CONVERSATIONS = [
         [
             header(
                 "Via : SIP / 2.0 / UDP 192.168.1.10 : 5060 ; branch=1, SIP/2.0/UDP 192.168.1.10:5060",
-                "Via : SIP / 2.0 / UDP 203.0.113.1:30000 ; branch=1, SIP/2.0/UDP 203.0.113.1:30000",
+                "Via : SIP / 2.0 / UDP 203.0.113.1 : 30000 ; branch=1, SIP/2.0/UDP 203.0.113.1:30000",
             ),
             header("Via: SIP/2.0/UDP 192.168.1.11 : 5060"),
         ],
