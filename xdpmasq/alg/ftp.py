@@ -30,8 +30,8 @@ _ANSWERS = {b"227": b"PASV", b"229": b"EPSV", b"234": b"AUTH"}
 class Ftp(CommandAlg):
     name = "ftp"
     ports: ClassVar = {"tcp": (21,)}
-    # Telnet's own (RFC 854) may stand before ABOR. A name of an HTTP header has a colon or is longer.
-    command = re.compile(rb"[\xf0-\xff]*(?:[A-Za-z]{3,4}(?: [^\r\n]*)?)?\r?\n")
+    # Telnet's own (RFC 854) may stand before ABOR. What is no FTP has a colon there: every header of HTTP.
+    command = re.compile(rb"[\xf0-\xff]*(?:[A-Za-z][A-Za-z0-9]{1,15}(?: [^\r\n]*)?)?\r?\n")
     binary = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")
 
     def translate_line(self, line: bytes, side: Side, control: Control, openings: Openings) -> bytes:

@@ -6,6 +6,7 @@ are told to each ALG.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import os
@@ -138,6 +139,7 @@ def heard(
 
 
 def one_input(alg: Alg, talk: Talk, chance: random.Random) -> None:
+    talk = dataclasses.replace(talk, protocol=chance.choice((talk.protocol, *alg.ports)))
     said = spoilt_talk(talk, chance)
     times = {"restart": chance.randint(0, 3 * len(said)), "limit": chance.choice((alg.pinholes, alg.pinholes, 1, 0))}
     at_once = heard(alg, talk, said, whole, **times)
