@@ -94,8 +94,13 @@ class Line:
         except Unparsed:
             return data
         if (self.openings.asked, self.openings.looked_up) == before:
-            assert new == data, "changed, though nothing was asked for"
+            assert new == data or self._names_an_address(data), "changed, though nothing was asked for"
         return new
+
+    def _names_an_address(self, data: bytes) -> bool:
+        """Which an ALG knows how to replace without asking."""
+        known = (self.control.internal.address, self.control.external.address)
+        return any(address.packed in data or str(address).encode() in data for address in known)
 
 
 def check(alg: Alg, talk: Talk) -> None:

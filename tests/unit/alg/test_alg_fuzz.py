@@ -1,7 +1,6 @@
 """Every ALG is told nonsense, most of it near to the truth, and does no harm.
 
-Talks are taken from CONVERSATIONS of the module test_<name of the ALG>, and spoilt. XDPMASQ_ALG_INPUTS says how many
-are told to each ALG.
+Talks are taken from the module test_<name of the ALG>, and spoilt. XDPMASQ_ALG_INPUTS says how many are told to each.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -85,17 +84,30 @@ def noise(chance: random.Random) -> bytes:
 
 
 def talks_of(alg: Alg) -> list[Talk]:
+    """Those of its tests, or what can be made of the bytes that are in their constants."""
     try:
-        known: list[Talk] = importlib.import_module(f"test_{alg.name}").CONVERSATIONS
-    except (ModuleNotFoundError, AttributeError):
-        known = []
-    return known or [
-        Talk(
-            "noise", [inside(b""), outside(b""), inside(b"")], port=numbers[0], protocol=protocol, from_outside=turned
-        )
-        for protocol, numbers in alg.ports.items()
+        constants = vars(importlib.import_module(f"test_{alg.name}"))
+    except ModuleNotFoundError:
+        constants = {}
+    if "CONVERSATIONS" in constants:
+        talks: list[Talk] = constants["CONVERSATIONS"]
+        return talks
+    return [
+        Talk("", [inside(data), outside(data), inside(data)], port=ports[0], protocol=protocol, from_outside=turned)
+        for data in sorted({b"", *bytes_in([value for name, value in constants.items() if name.isupper()])})
+        for protocol, ports in alg.ports.items()
         for turned in (False, True)
     ]
+
+
+def bytes_in(thing: Any) -> Iterator[bytes]:
+    if isinstance(thing, bytes):
+        yield thing
+    elif isinstance(thing, dict | list | tuple):
+        for each in thing.values() if isinstance(thing, dict) else thing:
+            yield from bytes_in(each)
+    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        yield from bytes_in(list(vars(thing).values()) if hasattr(thing, "__dict__") else [])
 
 
 def spoilt_talk(talk: Talk, chance: random.Random) -> list[tuple[Side, bytes]]:
