@@ -206,6 +206,7 @@ class _Medium:
     protocol: str
     host: Address | None = None
     rtcp: int | None = None
+    rtcp_host: Address | None = None
     rtcp_line: int | None = None
 
 
@@ -246,6 +247,7 @@ def _media(lines: list[bytes]) -> list[_Medium]:
                 session = words.address(connection[2])
         elif media and (rtcp := _RTCP.fullmatch(line)):
             media[-1].rtcp, media[-1].rtcp_line = words.port(rtcp[2]), at
+            media[-1].rtcp_host = words.address(rtcp[4]) if rtcp[4] else None
     return media
 
 
@@ -254,6 +256,8 @@ def _open(medium: _Medium, lines: list[bytes], control: Control, openings: Openi
     carries_rtp = "RTP/" in medium.protocol
     if medium.protocol.startswith("TCP/") or not (carries_rtp or medium.protocol.startswith(("UDP", "DTLS/"))):
         raise Unparsed(f"a medium over {medium.protocol}")
+    if medium.rtcp_host not in {None, medium.host}:
+        raise Unparsed("RTCP is another host's")
     remote = control.remote.address
     rtp = words.own(control, control.internal.address, medium.port)
     next_to_it = medium.rtcp in {None, medium.port + 1}

@@ -118,6 +118,7 @@ CONVERSATIONS = [
         ],
         OPENED,
     ),
+    Server("PASV without numbers", [outside(b"PASV\r\n"), inside(b"227 ok\r\n")]),
     Server("EPSV with an address", [outside(b"EPSV\r\n"), inside(b"229 ok (|1|192.168.1.10|51221|)\r\n")]),
     Server("EPSV below 1024", [outside(b"EPSV\r\n"), inside(b"229 ok (|||22|)\r\n")]),
     Server("EPSV ALL is no question", [outside(b"EPSV ALL\r\n"), inside(b"229 ok (|||51221|)\r\n")]),
@@ -186,6 +187,15 @@ def test_one_that_is_refused_keeps_no_other_from_being_changed() -> None:
     openings = FakeOpenings(control)
     bad = b"PORT 10,0,0,1,200,21\r\n"
     assert Ftp().translate(bad + PORT, Side.INSIDE, control, openings) == bad + PORT_OUTSIDE
+
+
+def test_epsv_has_no_place_for_another_address() -> None:
+    control = session(21, from_outside=True)
+    openings = FakeOpenings(control)
+    openings.mappings["tcp", Endpoint(HOST, 5000)] = Endpoint(REMOTE, 5000)
+    Ftp().translate(b"EPSV\r\n", Side.OUTSIDE, control, openings)
+    with pytest.raises(Refused, match="another address"):
+        Ftp().translate(b"229 ok (|||5000|)\r\n", Side.INSIDE, control, openings)
 
 
 def test_a_restarted_agent_reads_on() -> None:

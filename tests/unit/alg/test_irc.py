@@ -149,6 +149,17 @@ def test_a_restarted_agent_knows_the_offers_still() -> None:
     assert Irc().translate(accept % 5000, Side.INSIDE, control, openings) == accept % 40000
 
 
+def test_offers_that_are_remembered_are_as_many_as_pinholes() -> None:
+    control = session(6667)
+    for n in range(20):
+        offer = dcc(b"SEND f " + OURS + b" %d" % (5000 + n))
+        Irc().translate(offer, Side.INSIDE, control, FakeOpenings(control, 8, first=40000 + n))
+    forgotten = FakeOpenings(control, 8)
+    resume = dcc(b"RESUME f %d 5", FROM_BOB)
+    assert Irc().translate(resume % 40019, Side.OUTSIDE, control, forgotten) == resume % 5019
+    assert Irc().translate(resume % 40011, Side.OUTSIDE, control, forgotten) == resume % 40011
+
+
 def test_a_pinhole_serves_once_and_is_not_only_for_the_server() -> None:
     control = session(6667)
     openings = FakeOpenings(control, 8)

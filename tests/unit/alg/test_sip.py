@@ -228,6 +228,18 @@ CONVERSATIONS = [
     ),
     Phone("keep-alives", [inside(b"\r\n\r\n"), outside(b"\r\n"), inside(b"\0\0\0\0"), inside(b"")]),
     Phone("not at the beginning", [inside(b"x" + sip(REQUEST, SDP)), inside(b"\r\n" + sip(REQUEST, SDP))]),
+    Phone(
+        "a body that ends with the datagram",
+        [
+            inside(
+                sip(REQUEST, SDP).replace(b"Content-Length", b"Not-the-Length"),
+                sip(REQUEST_OUTSIDE, SDP_OUTSIDE)
+                .replace(b"Content-Length", b"Not-the-Length")
+                .replace(b": %d" % (len(SDP_OUTSIDE) + 7), b": %d" % (len(SDP) + 7)),
+            )
+        ],
+        AUDIO,
+    ),
     Phone("bare LF", [inside(sip(REQUEST, SDP).replace(b"\r\n", b"\n"))]),
     Phone("NUL in a header", [inside(sip(REQUEST.replace("Alice", "Al\0ice"), SDP))]),
     Phone("cut off", [inside(sip(REQUEST, SDP)[:-1])]),
@@ -309,6 +321,7 @@ CONVERSATIONS = [
             "below 1024": SDP.replace("5004", "1022"),
             "port 65536": SDP.replace("5004", "65536"),
             "forty digits": SDP.replace("5004", "5" * 40),
+            "RTCP of another host": SDP + "a=rtcp:5999 IN IP4 192.168.1.11\n",
             "several pairs": SDP.replace("5004", "5004/2"),
             "over TCP": SDP.replace("RTP/AVP", "TCP/MSRP"),
             "NUL": SDP.replace("0 8", "0 \0"),
@@ -377,6 +390,17 @@ def test_headers_are_changed_though_a_medium_is_refused() -> None:
     control = session(5060, "udp", internal_port=5060)
     changed = Sip().translate(sip(REQUEST, SDP), Side.INSIDE, control, FakeOpenings(control, 0))
     assert changed == sip(REQUEST_OUTSIDE, SDP)
+
+
+def test_the_session_s_own_endpoints_are_known_whatever_the_table_says() -> None:
+    control = session(5060, "udp", internal_port=5060)
+    openings = FakeOpenings(control, 0)
+    openings.mappings.clear()
+    for side, given, expected in [
+        (Side.INSIDE, sip(REQUEST), sip(REQUEST_OUTSIDE)),
+        (Side.OUTSIDE, sip(RINGS.format(at=OUTSIDE)), sip(RINGS.format(at=INSIDE))),
+    ]:
+        assert Sip().translate(given, side, control, openings) == expected
 
 
 def test_a_restarted_agent_reads_on() -> None:
