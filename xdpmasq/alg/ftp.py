@@ -32,7 +32,7 @@ class Ftp(CommandAlg):
     ports: ClassVar = {"tcp": (21,)}
     # Telnet's own (RFC 854) may stand before ABOR. What is no FTP has a colon there: every header of HTTP.
     command = re.compile(rb"[\xf0-\xff]*(?:[A-Za-z][A-Za-z0-9]{1,15}(?: [^\r\n]*)?)?\r?\n")
-    binary = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")
+    binary = re.compile(rb"[\0-\x06\x0e-\x1a\x1c-\x1f]")  # a greeting may have colours and a bell
 
     def translate_line(self, line: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         if side is control.client:

@@ -31,6 +31,7 @@ CONVERSATIONS = [
         ],
         OPENED,
     ),
+    Client("a greeting in colour", [outside(b"220 \x1b[31mhi\x07\r\n"), inside(PORT, PORT_OUTSIDE)], OPENED),
     Client("in small letters", [inside(b"port 192,168,1,10,200,21\r\n", b"port 203,0,113,1,156,64\r\n")], OPENED),
     Client("without CR", [inside(b"PORT 192,168,1,10,200,21\n", b"PORT 203,0,113,1,156,64\n")], OPENED),
     Client("repeated: the same text", [inside(PORT, PORT_OUTSIDE), inside(PORT, PORT_OUTSIDE)], OPENED),
