@@ -39,7 +39,7 @@ class CommandAlg(Alg):
 
     def ready(self, data: bytes, side: Side) -> int:
         whole = data.rfind(b"\n") + 1
-        if len(data) - whole > LONGEST_LINE or data[:1] in _TLS or self.binary.search(data):
+        if len(data) - whole > LONGEST_LINE or data[whole : whole + 1] in _TLS or self.binary.search(data):
             return len(data)
         return whole
 

@@ -19,6 +19,7 @@ CASES = {
     "ftp: TLS": (Ftp(), b"\x16\x03\x01", 3),
     "ftp: the middle of a TLS record": (Ftp(), b"abc\ndef\x02gh", 10),
     "irc: whole lines": (Irc(), b":irc 001 a :hi\r\nPRIVMSG b :\x01DCC", 16),
+    "irc: TLS after a line": (Irc(), b"STARTTLS\r\n\x16\x03\x01", 13),
     "irc: NUL": (Irc(), b"PRIVMSG\0", 8),
     "pna: the beginning of one": (Pna(), b"PN", 0),
     "pna: none": (Pna(), b"PNG", 3),
