@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from xdpmasq.alg.api import Alg, Control, Endpoint, Openings, Side, Unparsed
+from xdpmasq.alg.api import Control, Endpoint, Openings, Side, Unparsed
+from xdpmasq.alg.framed import FramedAlg
 
 _HEADER = struct.Struct("!HHIHH")  # length, message type, cookie, control message type, reserved (section 1.4)
 _CONTROL_MESSAGE = 1
@@ -66,82 +67,41 @@ _LAYOUTS: Mapping[int, _Layout] = {
 }
 
 
-class Pptp(Alg):
-    """What nf_conntrack_pptp and nf_nat_pptp do, for the end that is inside, client or server.
-
-    A stream in which something else than a control message stands where one should begin is not looked at again.
-    """
+class Pptp(FramedAlg):
+    """What nf_conntrack_pptp and nf_nat_pptp do, for the end that is inside, client or server."""
 
     name = "pptp"
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"tcp": (1723,)}
+    head = 10
     longest = _LONGEST
     pinholes = 4
 
-    def ready(self, data: bytes, side: Side) -> int:
-        end = max(_ends(data), default=0)
-        return end if _may_begin(data[end:]) else len(data)
+    def length(self, head: bytes) -> int:
+        fixed = struct.pack("!HI", _CONTROL_MESSAGE, _COOKIE)
+        if head[:1] > b"\0" or head[2:8] != fixed[: len(head[2:8])]:
+            raise Unparsed("no control message")
+        if len(head) < self.head:
+            return 0
+        length, layout = _number(head, 0), _LAYOUTS.get(_number(head, 8))
+        if not _HEADER.size <= length <= _LONGEST or (layout and layout.length != length):
+            raise Unparsed(f"no control message is {length} bytes long")
+        return length
 
-    def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-        lost = f"lost {side.value}"
-        if lost in control.memory:
-            raise Unparsed("the stream is not PPTP")
-        done, begin, unparsed = [], 0, None
-        for end in _ends(data):
-            try:
-                done.append(_message(data[begin:end], side, control, openings))
-            except Unparsed as error:
-                unparsed = error
-                done.append(data[begin:end])
-            begin = end
-        if begin < len(data):
-            control.memory[lost] = True
-            unparsed = Unparsed("no control message begins here")
-            done.append(data[begin:])
-        changed = b"".join(done)
-        if unparsed and changed == data:
-            raise unparsed
-        return changed
-
-
-def _ends(data: bytes) -> Iterator[int]:
-    """Where whole messages end, as long as one follows the other."""
-    end = 0
-    while len(data) >= end + _HEADER.size and _may_begin(data[end : end + _HEADER.size]):
-        end += int.from_bytes(data[end : end + 2], "big")
-        if end > len(data):
-            return
-        yield end
-
-
-def _may_begin(data: bytes) -> bool:
-    """Is that, as far as it goes, the beginning of a control message?"""
-    known = data[2:8]
-    if known != struct.pack("!HI", _CONTROL_MESSAGE, _COOKIE)[: len(known)]:
-        return False
-    if len(data) < 2:
-        return data in (b"", b"\0")
-    length = int.from_bytes(data[:2], "big")
-    if not _HEADER.size <= length <= _LONGEST:
-        return False
-    layout = _LAYOUTS.get(_number(data, 8)) if len(data) >= 10 else None
-    return layout is None or layout.length == length
-
-
-def _message(message: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-    kind = _number(message, 8)
-    layout = _LAYOUTS.get(kind)
-    if layout is None:
+    def translate_message(self, message: bytes, side: Side, control: Control, openings: Openings) -> bytes:
+        kind = _number(message, 8)
+        layout = _LAYOUTS.get(kind)
+        if layout is None:
+            return message
+        if side is Side.INSIDE:
+            return message if layout.own is None else _out(message, layout, layout.own, control, openings)
+        if layout.peer is not None:
+            message = _in(message, layout.peer, control, openings)
+        if layout.own is not None and layout.begins:
+            _remember(_number(message, layout.own), control)
+        if kind == _Type.CALL_DISCONNECT_NOTIFY and _number(message, 12) not in control.memory.get("peers", ()):
+            # section 2.13 has the sender's number here; some servers send the receiver's, as nf_nat_pptp expects
+            return _in(message, 12, control, openings)
         return message
-    if side is Side.INSIDE:
-        return message if layout.own is None else _out(message, layout, layout.own, control, openings)
-    if layout.own is not None and kind != _Type.CALL_DISCONNECT_NOTIFY:
-        _remember(_number(message, layout.own), control)
-    if layout.peer is not None:
-        return _in(message, layout.peer, control, openings)
-    if kind == _Type.CALL_DISCONNECT_NOTIFY and _number(message, 12) not in control.memory.get("peers", ()):
-        # section 2.13 has the sender's number here; some servers send the receiver's, as nf_nat_pptp expects of all
-        return _in(message, 12, control, openings)
-    return message
 
 
 def _out(message: bytes, layout: _Layout, at: int, control: Control, openings: Openings) -> bytes:
