@@ -108,6 +108,14 @@ class Openings(Protocol):
     def internal(self, protocol: str, external: Endpoint) -> Endpoint | None:
         """Whose an external endpoint is, if it is the session's own host's."""
 
+    def follow(self, alg: str, endpoint: Endpoint) -> None:
+        """The ALG of that name, if it is enabled, reads the TCP sessions that are opened to an endpoint.
+
+        Args:
+            endpoint: of the session's own remote, or, as inside, of its host, where a pinhole is open. It is
+                forgotten when 300 s have passed, or the session ends.
+        """
+
 
 class Alg:
     """One protocol; subclasses are made without arguments, once.

@@ -96,7 +96,7 @@ class Pptp(FramedAlg):
             return message if layout.own is None else _out(message, layout, layout.own, control, openings)
         if layout.peer is not None:
             message = _in(message, layout.peer, control, openings)
-        if layout.own is not None and layout.begins:
+        if layout.own is not None and _begins(message, layout):
             _remember(_number(message, layout.own), control)
         if kind == _Type.CALL_DISCONNECT_NOTIFY and _number(message, 12) not in control.memory.get("peers", ()):
             # section 2.13 has the sender's number here; some servers send the receiver's, as nf_nat_pptp expects
@@ -106,12 +106,16 @@ class Pptp(FramedAlg):
 
 def _out(message: bytes, layout: _Layout, at: int, control: Control, openings: Openings) -> bytes:
     call = Endpoint(control.internal.address, _number(message, at))
-    if layout.begins and (layout.result is None or message[layout.result] == _CONNECTED):
+    if _begins(message, layout):
         remote = control.remote.address
         known: Endpoint | None = openings.open("gre", call, remote=remote, lasts_s=300.0, sessions=0)
     else:
         known = openings.external("gre", call)
     return _with(message, at, known)
+
+
+def _begins(message: bytes, layout: _Layout) -> bool:
+    return layout.begins and (layout.result is None or message[layout.result] == _CONNECTED)
 
 
 def _in(message: bytes, at: int, control: Control, openings: Openings) -> bytes:
