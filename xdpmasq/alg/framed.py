@@ -12,7 +12,7 @@ class FramedAlg(Alg):
     """Messages follow one another without a gap.
 
     Where something else stands in place of one, the stream is not what it should be, or its beginning was not seen;
-    it is not looked at again: who can choose where segments end could else put a message of his own into other text.
+    the session is over then: who can choose where segments end could else put a message of his own into other text.
 
     Attributes:
         head: bytes at the beginning of a message that tell its length.
@@ -41,8 +41,7 @@ class FramedAlg(Alg):
         Raises:
             Unparsed: of one, when none was changed.
         """
-        key = f"lost {side.value}"
-        if key in control.memory:
+        if control.memory.get("over"):
             raise Unparsed("the stream has something else in it")
         ends, _ = self._ends(data)
         done, unparsed = [], None
@@ -54,7 +53,7 @@ class FramedAlg(Alg):
                 unparsed = error
                 done.append(message)
         if ends[-1] < len(data):
-            control.memory[key] = True
+            control.memory["over"] = True
             unparsed = Unparsed("no message begins here")
         changed = b"".join([*done, data[ends[-1] :]])
         if unparsed and changed == data:

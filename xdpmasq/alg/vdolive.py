@@ -35,11 +35,11 @@ class Vdolive(Alg):
         at = _TAGS.get(number, 0)
         end = at + len(_TAG) + 4
         memory = control.memory
-        if not at or data[at : end - 4] != _TAG or len(data) < end or (number == 1 and "begun" not in memory):
-            memory.setdefault("begun", False)
+        begins = number == 6 or "begun" in memory
+        if memory.get("over") or not at or data[at : end - 4] != _TAG or len(data) < end or not begins:
+            memory["over"] = "begun" not in memory
             raise Unparsed("the port is not announced here")
-        if not memory.setdefault("begun", True):
-            raise Unparsed("the connection has begun with something else")
+        memory["begun"] = True
         port = own(control, int.from_bytes(data[end - 4 : end], "big"))
         outside = openings.open("udp", port, remote=control.remote.address)
         return data[: end - 4] + outside.port.to_bytes(4, "big") + data[end:]

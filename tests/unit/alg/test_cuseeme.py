@@ -77,7 +77,7 @@ ANYBODY = st.sampled_from([NOBODY, HOST, GATEWAY, REMOTE])
 
 
 @pytest.mark.req("alg_fuzz")
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=80)
     | st.builds(packet, ANYBODY, ANYBODY, st.integers(99, 102), st.binary(max_size=60), st.integers(0, 120)),

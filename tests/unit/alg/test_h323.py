@@ -294,7 +294,7 @@ SEEDS = [FAST, connect(at(HOST, 5500)), setup(PEER, OWN, tunnelled=(system(sent(
 
 
 @pytest.mark.req("alg_fuzz")
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=60).map(lambda text: q931(5, text))
     | st.tuples(st.sampled_from(SEEDS), st.integers(4, 260), st.binary(min_size=1, max_size=2)).map(

@@ -145,7 +145,7 @@ def test_ready_waits_for_whole_messages() -> None:
 
 
 @pytest.mark.req("alg_fuzz")
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.binary(max_size=40)

@@ -61,7 +61,7 @@ def test_nothing_is_opened(control: Control, side: Side, text: bytes) -> None:
 
 
 @pytest.mark.req("alg_fuzz")
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=20) | st.builds(accept, st.integers(0, 2**32 - 1), st.binary(max_size=4)),
     st.sampled_from(Side),

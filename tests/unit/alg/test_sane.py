@@ -60,7 +60,7 @@ def test_nothing_is_opened(control: Control, steps: Steps) -> None:
 
 
 @pytest.mark.req("alg_fuzz")
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -85,7 +85,7 @@ def test_addresses(side: Side, before: bytes, after: bytes) -> None:
 
 
 @pytest.mark.req("alg_fuzz")
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=60)
     | st.tuples(

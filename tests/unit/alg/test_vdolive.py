@@ -57,7 +57,7 @@ def test_only_a_player_inside_is_heard(inside: bool) -> None:
 
 
 @pytest.mark.req("alg_fuzz")
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(
