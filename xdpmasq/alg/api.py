@@ -108,8 +108,8 @@ class Openings(Protocol):
     def internal(self, protocol: str, external: Endpoint) -> Endpoint | None:
         """Whose an external endpoint is, if it is the session's own host's."""
 
-    def follow(self, alg: str, endpoint: Endpoint) -> None:
-        """The ALG of that name, if it is enabled, reads the TCP sessions that are opened to an endpoint.
+    def follow(self, endpoint: Endpoint) -> None:
+        """The same ALG reads the TCP sessions that are opened to an endpoint, too.
 
         Args:
             endpoint: of the session's own remote, or, as inside, of its host, where a pinhole is open. It is

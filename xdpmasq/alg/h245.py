@@ -1,56 +1,19 @@
 """H.245 (control of H.323 media): the addresses that logical channels are opened with.
 
-It comes in TCP sessions of its own, of which :mod:`xdpmasq.alg.h323` tells the agent, and within H.225.0 messages.
+It comes within H.225.0 messages, and in TCP sessions of its own: :mod:`xdpmasq.alg.h323` reads both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from xdpmasq.alg.api import Control, Endpoint, Openings, Side, Unparsed
 from xdpmasq.alg.checks import own
-from xdpmasq.alg.framed import FramedAlg
 from xdpmasq.alg.per import OPEN_LOGICAL_CHANNEL, SYSTEM_CONTROL, Place, Type, place
 
 _MEDIA_S = 300.0  # they begin when the call is answered
 _WITHIN = 64  # messages in a message: a terminal offers each of its codecs once or twice
-
-
-class TpktAlg(FramedAlg):
-    """Messages in TPKT (RFC 1006 section 6): 3, 0, the length of all."""
-
-    head = 4
-    longest = 8192  # reading takes up to 20 µs a byte
-    pinholes = 8
-
-    def length(self, head: bytes) -> int:
-        if head[:2] != b"\3\0"[: len(head)]:
-            raise Unparsed("no TPKT")
-        if len(head) < self.head:
-            return 0
-        length = int.from_bytes(head[2:4], "big")
-        if not self.head <= length <= self.longest:
-            raise Unparsed(f"a TPKT of {length} bytes")
-        return length
-
-    def translate_message(self, message: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-        if len(message) == self.head:  # keeps the connection open
-            return message
-        return message[: self.head] + self.translate_content(message[self.head :], Changes(side, control, openings))
-
-    def translate_content(self, content: bytes, changes: Changes) -> bytes:
-        raise NotImplementedError
-
-
-class H245(TpktAlg):
-    """What nf_conntrack_h323 and nf_nat_h323 do with an H.245 session; it has no port of its own."""
-
-    name = "h245"
-    ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"tcp": ()}
-
-    def translate_content(self, content: bytes, changes: Changes) -> bytes:
-        return changes.system_control(content)
 
 
 class Changes:

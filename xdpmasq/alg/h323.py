@@ -9,33 +9,57 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from xdpmasq.alg.api import Side, Unparsed
-from xdpmasq.alg.h245 import Changes, TpktAlg
+from xdpmasq.alg.api import Control, Openings, Side, Unparsed
+from xdpmasq.alg.framed import FramedAlg
+from xdpmasq.alg.h245 import Changes
 from xdpmasq.alg.per import USER_INFORMATION, Place, place
 
-_Q931 = 8  # protocol discriminator
+_Q931 = 8  # protocol discriminator; of H.245, only the request requestMode begins so, which has no addresses
 _USER_USER = 0x7E
 _ASN1 = 5  # protocol discriminator of user information (H.225.0 section 7.2.2.31)
 _SIGNALLING = ("sourceCallSignalAddress", "destCallSignalAddress", "alternativeAddress")
 
 
-class H323(TpktAlg):
-    """What nf_conntrack_h323 and nf_nat_h323 do with a call, but for gatekeepers (RAS, UDP 1719)."""
+class H323(FramedAlg):
+    """What nf_conntrack_h323 and nf_nat_h323 do with a call, but for gatekeepers (RAS, UDP 1719).
+
+    Sessions for H.245 are read, too: their messages stand in TPKT without Q.931.
+    """
 
     name = "h323"
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"tcp": (1720,)}
+    head = 4
+    longest = 8192  # reading takes up to 20 µs a byte
+    pinholes = 8
 
-    def translate_content(self, content: bytes, changes: Changes) -> bytes:
+    def length(self, head: bytes) -> int:
+        """Of a TPKT (RFC 1006 section 6): 3, 0, the length of all."""
+        if head[:2] != b"\3\0"[: len(head)]:
+            raise Unparsed("no TPKT")
+        if len(head) < self.head:
+            return 0
+        length = int.from_bytes(head[2:4], "big")
+        if not self.head <= length <= self.longest:
+            raise Unparsed(f"a TPKT of {length} bytes")
+        return length
+
+    def translate_message(self, message: bytes, side: Side, control: Control, openings: Openings) -> bytes:
+        head, content = message[: self.head], message[self.head :]
+        if not content:  # keeps the connection open
+            return message
+        changes = Changes(side, control, openings)
+        if content[0] != _Q931:
+            return head + changes.system_control(content)
         at, end = _user_information(content)
         if at == end:
-            return content
+            return message
         text = changes.apply(USER_INFORMATION, content[at:end], lambda value: _change(value, changes))
-        return content[:at] + text + content[end:]
+        return head + content[:at] + text + content[end:]
 
 
 def _user_information(message: bytes) -> tuple[int, int]:
     """Where a Q.931 message (Q.931 section 4) has H.225.0 in it; nothing: nowhere."""
-    if len(message) < 3 or message[0] != _Q931:
+    if len(message) < 2:
         raise Unparsed("no Q.931 message")
     at = 2 + (message[1] & 0x0F) + 1  # call reference, message type
     found = []
@@ -73,15 +97,15 @@ def _change(value: dict[str, Any], changes: Changes) -> bool:
 
 
 def _h245(where: Place | None, changes: Changes) -> bool:
-    """The address that the other end is to connect to, for a session that :class:`xdpmasq.alg.h245.H245` reads."""
+    """The address that the other end is to connect to for H.245."""
     if where is None:
         return False
     endpoint = where.endpoint
     if changes.side is Side.OUTSIDE:
         if endpoint.address == changes.control.remote.address and endpoint.port >= 1024:
-            changes.openings.follow("h245", endpoint)
+            changes.openings.follow(endpoint)
         return False
     if changes.tcp(where):
-        changes.openings.follow("h245", endpoint)
+        changes.openings.follow(endpoint)
         return True
     return False

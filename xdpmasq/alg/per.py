@@ -1,6 +1,6 @@
 """The messages of H.225.0 and H.245 as values, by pycrate, which has their ASN.1 compiled; and the addresses in them.
 
-Imported by the ALGs that need it only, as pycrate is an optional dependency. Values are pycrate's: a SEQUENCE is a
+Imported by the ALG that needs it only, as pycrate is an optional dependency. Values are pycrate's: a SEQUENCE is a
 dict, a CHOICE a pair of name and value, a SEQUENCE OF a list.
 """
 
@@ -18,7 +18,7 @@ try:
     from pycrate_asn1rt.asnobj import ASN1Obj
 except ImportError as error:
     raise ConfigError(
-        "the ALGs h323 and h245 need the Python package pycrate", str(error), "pip install 'xdpmasq[alg]'"
+        "the ALG h323 needs the Python package pycrate", str(error), "pip install 'xdpmasq[alg]'"
     ) from error
 
 ASN1Obj._SILENT = True  # it prints what it finds unusual

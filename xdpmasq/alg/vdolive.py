@@ -1,8 +1,8 @@
 """VDOLive: the player tells the server, over TCP 7000, at which UDP port it wants the film.
 
-There is no published specification; VDOnet had told the author of Linux's ip_masq_vdolive how these two messages
-look, and that module tells: words of 32 bits, of which the second is the message's number, 6 or 1; "VDO Live" from
-the 7th or the 3rd on, and the port behind it.
+There is no published specification; VDOnet had told the author of Linux's ip_masq_vdolive how the message looks, and
+that module tells: words of 32 bits, of which the second is the number of the message, 6; "VDO Live" from the 7th on,
+and the port behind it.
 """
 
 from __future__ import annotations
@@ -13,33 +13,37 @@ from typing import ClassVar
 from xdpmasq.alg.api import Alg, Control, Openings, Side, Unparsed
 from xdpmasq.alg.checks import own
 
-_TAG = b"VDO Live"
-_TAGS = {6: 24, 1: 8}  # message number to the tag's place
+_NUMBER, _TAG, _PORT = slice(4, 8), slice(24, 32), slice(32, 36)
+_FIXED = ((_NUMBER, b"\0\0\0\6"), (_TAG, b"VDO Live"))
 
 
 class Vdolive(Alg):
-    """What ip_masq_vdolive did.
+    """What ip_masq_vdolive did with the message that begins a connection.
 
-    How messages end is not known, so the second one is looked for where the player sends something, and nothing is
-    held: one in pieces passes unchanged. The first must have begun the connection: no browser can be led to send its
-    like.
+    A later one repeats the port. How messages end is not known, so it cannot be said where that one begins, and it
+    passes as it is.
     """
 
     name = "vdolive"
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"tcp": (7000,)}
+    longest = _PORT.stop
+
+    def ready(self, data: bytes, side: Side) -> int:
+        return 0 if side is Side.INSIDE and len(data) < _PORT.stop and _is_announcement(data) else len(data)
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-        if side is Side.OUTSIDE or control.client is not Side.INSIDE or not data:
+        if side is Side.OUTSIDE:
             return data
-        number = int.from_bytes(data[4:8], "big")
-        at = _TAGS.get(number, 0)
-        end = at + len(_TAG) + 4
-        memory = control.memory
-        begins = number == 6 or "begun" in memory
-        if memory.get("over") or not at or data[at : end - 4] != _TAG or len(data) < end or not begins:
-            memory["over"] = "begun" not in memory
+        if control.memory.get("over"):
+            raise Unparsed("the port is announced at the beginning, or never")
+        control.memory["over"] = True
+        if control.client is not side or len(data) < _PORT.stop or not _is_announcement(data):
             raise Unparsed("the port is not announced here")
-        memory["begun"] = True
-        port = own(control, int.from_bytes(data[end - 4 : end], "big"))
+        port = own(control, int.from_bytes(data[_PORT], "big"))
         outside = openings.open("udp", port, remote=control.remote.address)
-        return data[: end - 4] + outside.port.to_bytes(4, "big") + data[end:]
+        return data[: _PORT.start] + outside.port.to_bytes(4, "big") + data[_PORT.stop :]
+
+
+def _is_announcement(data: bytes) -> bool:
+    """As far as it goes."""
+    return all(text.startswith(data[place]) for place, text in _FIXED)

@@ -31,7 +31,7 @@ class FakeOpenings:
         opened: the pinholes, in their order; the same internal endpoint is there once.
         asked: calls of :meth:`open`, refused ones, too.
         looked_up: calls of :meth:`external` and :meth:`internal`.
-        followed: ALG and endpoint of calls of :meth:`follow`.
+        followed: endpoints of calls of :meth:`follow`.
         mappings: internal endpoint to external one, by protocol; those of pinholes are among them.
     """
 
@@ -42,7 +42,7 @@ class FakeOpenings:
         self.opened: list[Pinhole] = []
         self.asked = 0
         self.looked_up = 0
-        self.followed: list[tuple[str, Endpoint]] = []
+        self.followed: list[Endpoint] = []
         self.mappings: dict[tuple[str, Endpoint], Endpoint] = {
             (control.protocol, control.internal): control.external,
         }
@@ -97,10 +97,10 @@ class FakeOpenings:
                 return internal
         return None
 
-    def follow(self, alg: str, endpoint: Endpoint) -> None:
+    def follow(self, endpoint: Endpoint) -> None:
         opened = [pinhole.internal for pinhole in self.opened if pinhole.protocol == "tcp"]
         assert endpoint in opened or endpoint.address == self.control.remote.address, f"{endpoint} is neither's"
-        self.followed.append((alg, endpoint))
+        self.followed.append(endpoint)
 
     def _fresh(self, pair: bool) -> Endpoint:
         if self.next > 65000:

@@ -52,7 +52,7 @@ def test_replies(before: bytes, after: bytes, ports: list[int]) -> None:
     ]
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize(
     ("text", "error"),
     {
@@ -83,7 +83,7 @@ def test_only_a_client_inside_is_heard(control: object, side: Side) -> None:
     assert carry(AMANDA, control, (side, text)) == ([text], [])  # type: ignore[arg-type]
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=60)

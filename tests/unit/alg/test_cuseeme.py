@@ -76,7 +76,7 @@ def test_addresses(side: Side, before: bytes, after: bytes) -> None:
 ANYBODY = st.sampled_from([NOBODY, HOST, GATEWAY, REMOTE])
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=80)

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdpmasq.alg.api import Control, Endpoint, Refused, Side, Unparsed
-from xdpmasq.alg.h245 import H245 as H245Alg
 from xdpmasq.alg.h323 import H323 as H323Alg
 from xdpmasq.errors import ConfigError
 
-H323, H245 = H323Alg(), H245Alg()
+H323 = H323Alg()
 CALLER, CALLED = session(1720), session(1720, from_outside=True)
 IN, OUT = Side.INSIDE, Side.OUTSIDE
 OTHER = IPv4Address("198.51.100.99")
@@ -71,11 +70,11 @@ def setup(to: bytes, by: bytes, *channels: bytes, tunnelled: tuple[bytes, ...] =
     return q931(5, call + more + last + bytes.fromhex("10 c0 01 80") + bytes([len(control)]) + control)
 
 
-def opened(alg: H323Alg | H245Alg, control: Control, side: Side, text: bytes) -> tuple[bytes, FakeOpenings]:
+def opened(control: Control, side: Side, text: bytes) -> tuple[bytes, FakeOpenings]:
     control = fresh(control)
-    openings = FakeOpenings(control, alg.pinholes)
-    assert alg.ready(text, side) == len(text)
-    return alg.translate(text, side, control, openings), openings
+    openings = FakeOpenings(control, H323.pinholes)
+    assert H323.ready(text, side) == len(text)
+    return H323.translate(text, side, control, openings), openings
 
 
 def system(channel: bytes) -> bytes:
@@ -90,17 +89,17 @@ OWN, OWN_OUTSIDE, PEER = at(HOST, 50000), at(GATEWAY, 30000), at(REMOTE, 1720)
 def test_captured_setup(kind: str) -> None:
     text = tpkt(CAPTURED)
     if kind == "as captured":
-        assert opened(H323, CALLED, OUT, text)[0] == text
+        assert opened(CALLED, OUT, text)[0] == text
         return
     control = replace(CALLED, external=Endpoint(IPv4Address("134.134.213.21"), 1720))
-    done, openings = opened(H323, control, OUT, text)
+    done, openings = opened(control, OUT, text)
     assert done == text.replace(bytes.fromhex("86 86 d5 15 06 b8"), at(HOST, 1720))
     assert not openings.opened
 
 
 def test_a_call_that_begins_fast() -> None:
     text = setup(PEER, OWN, sent(HOST, 5001), wanted(HOST, 5000, 5001))
-    done, openings = opened(H323, CALLER, IN, text)
+    done, openings = opened(CALLER, IN, text)
     assert done == setup(PEER, OWN_OUTSIDE, sent(GATEWAY, 40001), wanted(GATEWAY, 40000, 40001))
     (hole,) = openings.opened
     assert (hole.protocol, hole.internal, hole.remote) == ("udp", Endpoint(HOST, 5000), REMOTE)
@@ -109,7 +108,7 @@ def test_a_call_that_begins_fast() -> None:
 
 def test_tunnelled_control() -> None:
     text = setup(PEER, OWN, tunnelled=(system(wanted(HOST, 5000, 5001)), system(sent(HOST, 6001))))
-    done, openings = opened(H323, CALLER, IN, text)
+    done, openings = opened(CALLER, IN, text)
     outside = system(wanted(GATEWAY, 40000, 40001)), system(sent(GATEWAY, 40003))
     assert done == setup(PEER, OWN_OUTSIDE, tunnelled=outside)
     assert [hole.internal.port for hole in openings.opened] == [5000, 6000]
@@ -131,7 +130,7 @@ CHANNELS = {
 
 @pytest.mark.parametrize(("before", "after", "holes"), CHANNELS.values(), ids=CHANNELS)
 def test_channels(before: bytes, after: bytes, holes: list[tuple[int, bool]]) -> None:
-    done, openings = opened(H245, CALLER, IN, tpkt(system(before)))
+    done, openings = opened(CALLER, IN, tpkt(system(before)))
     assert done == tpkt(system(after))
     assert [(hole.internal.port, hole.pair) for hole in openings.opened] == holes
 
@@ -143,15 +142,15 @@ def acknowledged(address: IPv4Address, media: int, reports: int) -> bytes:
 
 
 def test_acknowledgement() -> None:
-    done, openings = opened(H245, CALLER, IN, acknowledged(HOST, 5000, 5001))
+    done, openings = opened(CALLER, IN, acknowledged(HOST, 5000, 5001))
     assert done == acknowledged(GATEWAY, 40000, 40001)
     assert [hole.internal.port for hole in openings.opened] == [5000]
-    assert opened(H245, CALLER, OUT, acknowledged(REMOTE, 5000, 5001))[0] == acknowledged(REMOTE, 5000, 5001)
+    assert opened(CALLER, OUT, acknowledged(REMOTE, 5000, 5001))[0] == acknowledged(REMOTE, 5000, 5001)
 
 
 def test_t120() -> None:
     head, last = bytes.fromhex("22 c0 00 06 07 00 09 08 00"), b"\0"
-    done, openings = opened(H245, CALLED, IN, tpkt(head + at(HOST, 1503) + last))
+    done, openings = opened(CALLED, IN, tpkt(head + at(HOST, 1503) + last))
     assert done == tpkt(head + at(GATEWAY, 40000) + last)
     (hole,) = openings.opened
     assert (hole.protocol, hole.internal, hole.remote, hole.sessions) == ("tcp", Endpoint(HOST, 1503), REMOTE, 1)
@@ -177,21 +176,21 @@ def connect(h245: bytes) -> bytes:
 
 def test_h245_of_a_host_inside() -> None:
     text = connect(at(HOST, 5500))
-    done, openings = opened(H323, CALLED, IN, text)
+    done, openings = opened(CALLED, IN, text)
     assert done == connect(at(GATEWAY, 40000))
     (hole,) = openings.opened
     assert (hole.protocol, hole.internal, hole.remote, hole.sessions) == ("tcp", Endpoint(HOST, 5500), REMOTE, 1)
-    assert openings.followed == [("h245", Endpoint(HOST, 5500))]
+    assert openings.followed == [Endpoint(HOST, 5500)]
 
 
 @pytest.mark.parametrize(
     ("address", "port", "followed"), [(REMOTE, 5500, True), (OTHER, 5500, False), (REMOTE, 22, False)]
 )
 def test_h245_of_the_peer(address: IPv4Address, port: int, followed: bool) -> None:
-    done, openings = opened(H323, CALLER, OUT, connect(at(address, port)))
+    done, openings = opened(CALLER, OUT, connect(at(address, port)))
     assert done == connect(at(address, port))
     assert not openings.opened
-    assert openings.followed == ([("h245", Endpoint(address, port))] if followed else [])
+    assert openings.followed == ([Endpoint(address, port)] if followed else [])
 
 
 FAST = setup(PEER, OWN, wanted(HOST, 5000, 5001))
@@ -208,12 +207,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize(("side", "text"), REFUSED.values(), ids=REFUSED)
 def test_nothing_is_opened(side: Side, text: bytes) -> None:
     assert carry(H323, CALLER, (side, text)) == ([text], [])
     with pytest.raises(Unparsed):
-        opened(H323, CALLER, side, text)
+        opened(CALLER, side, text)
 
 
 def test_more_messages_than_a_terminal_has_codecs_are_not_read() -> None:
@@ -223,22 +222,22 @@ def test_more_messages_than_a_terminal_has_codecs_are_not_read() -> None:
 
 def test_others_go_on_beside_one_that_is_refused() -> None:
     text = setup(PEER, OWN, wanted(HOST, 1022, 1023), wanted(HOST, 5000, 5001))
-    done, openings = opened(H323, CALLER, IN, text)
+    done, openings = opened(CALLER, IN, text)
     assert done == setup(PEER, OWN_OUTSIDE, wanted(HOST, 1022, 1023), wanted(GATEWAY, 40000, 40001))
     assert len(openings.opened) == 1
 
 
-@pytest.mark.req("pinholes")
+@pytest.mark.req("attacks-pinholes")
 def test_pinholes_are_bounded() -> None:
     control = fresh(CALLER)
-    openings = FakeOpenings(control, H245.pinholes)
-    for port in range(5000, 5000 + 2 * H245.pinholes, 2):
-        H245.translate(tpkt(system(wanted(HOST, port, port + 1))), IN, control, openings)
+    openings = FakeOpenings(control, H323.pinholes)
+    for port in range(5000, 5000 + 2 * H323.pinholes, 2):
+        H323.translate(tpkt(system(wanted(HOST, port, port + 1))), IN, control, openings)
     with pytest.raises(Refused):
-        H245.translate(tpkt(system(wanted(HOST, 6000, 6001))), IN, control, openings)
+        H323.translate(tpkt(system(wanted(HOST, 6000, 6001))), IN, control, openings)
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize(
     "text", [b"POST / HTTP/1.1\r\n\r\n", b"\0\3\0\x54!\x12\xa4\x42" + b"username", b"\3\0\xff\xff", b"\3\0\0\3"]
 )
@@ -265,22 +264,21 @@ IPV6 = (
     + GUID
 )
 OTHERS = {
-    "request of a later version": (H245, tpkt(bytes.fromhex("17 e0 01 aa"))),
-    "message of a later version": (H245, tpkt(bytes.fromhex("80 01 aa"))),
-    "terminal capabilities": (
-        H245,
-        tpkt(bytes.fromhex("02 40 01 06 00 08 81 75 00 03 80 0d 00 00 3c 00 01 00 00 01 00 00 01 00 00")),
+    "request of a later version": tpkt(bytes.fromhex("17 e0 01 aa")),
+    "message of a later version": tpkt(bytes.fromhex("80 01 aa")),
+    "terminal capabilities": tpkt(
+        bytes.fromhex("02 40 01 06 00 08 81 75 00 03 80 0d 00 00 3c 00 01 00 00 01 00 00 01 00 00")
     ),
-    "an alternative address of IPv6": (H323, q931(0x62, IPV6 + bytes.fromhex("01 00 01 00"))),
-    "without user information": (H323, tpkt(bytes.fromhex("08 02 00 01 5a 08 02 80 90"))),
-    "empty": (H323, q931(0x62, bytes.fromhex("28 10 01 00 10 c0 01 80 05 01 03 61 62 63"))),
+    "an alternative address of IPv6": q931(0x62, IPV6 + bytes.fromhex("01 00 01 00")),
+    "without user information": tpkt(bytes.fromhex("08 02 00 01 5a 08 02 80 90")),
+    "empty": q931(0x62, bytes.fromhex("28 10 01 00 10 c0 01 80 05 01 03 61 62 63")),
 }
 
 
 @pytest.mark.parametrize("side", Side)
-@pytest.mark.parametrize(("alg", "text"), OTHERS.values(), ids=OTHERS)
-def test_others_pass(alg: H323Alg | H245Alg, text: bytes, side: Side) -> None:
-    assert carry(alg, CALLER, (side, text)) == ([text], [])
+@pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
+def test_others_pass(text: bytes, side: Side) -> None:
+    assert carry(H323, CALLER, (side, text)) == ([text], [])
 
 
 def test_without_pycrate_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +291,7 @@ def test_without_pycrate_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 SEEDS = [FAST, connect(at(HOST, 5500)), setup(PEER, OWN, tunnelled=(system(sent(HOST, 5001)),)), tpkt(CAPTURED)]
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=60).map(lambda text: q931(5, text))
@@ -305,4 +303,4 @@ SEEDS = [FAST, connect(at(HOST, 5500)), setup(PEER, OWN, tunnelled=(system(sent(
 )
 def test_anything(text: bytes, side: Side) -> None:
     harmless(H323, CALLER, (side, text))
-    harmless(H245, CALLER, (side, tpkt(text[17:])))
+    harmless(H323, CALLER, (side, tpkt(text[17:])))

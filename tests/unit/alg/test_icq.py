@@ -60,13 +60,13 @@ LEFT = {
 }
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize(("control", "side", "text"), LEFT.values(), ids=LEFT)
 def test_nothing_is_opened(control: Control, side: Side, text: bytes) -> None:
     assert carry(ICQ, control, (side, text), (Side.INSIDE, KEEP_ALIVE)) == ([text, KEEP_ALIVE], [])
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=60)

@@ -46,7 +46,7 @@ CLOSED = {
 }
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize(("control", "side", "text"), CLOSED.values(), ids=CLOSED)
 def test_nothing_is_opened(control: Control, side: Side, text: bytes) -> None:
     assert carry(NETBIOS, control, (side, text)) == ([text], [])
@@ -71,7 +71,7 @@ def test_datagrams(side: Side, before: bytes, after: bytes) -> None:
     assert carry(NETBIOS, SENDER, (side, before)) == ([after], [])
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from([ASKER, SENDER]),

@@ -126,7 +126,7 @@ WRONG = {
 }
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
 def test_after_something_else_nothing_is_believed(text: bytes) -> None:
     control, openings = fresh(CLIENTS)
@@ -144,7 +144,7 @@ def test_ready_waits_for_whole_messages() -> None:
         assert PPTP.ready(stream[:cut], Side.INSIDE) == whole
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(

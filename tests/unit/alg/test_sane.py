@@ -53,13 +53,13 @@ def test_port_is_opened(steps: Steps) -> None:
     assert (hole.protocol, hole.internal, hole.remote, hole.sessions) == ("tcp", Endpoint(HOST, 32900), REMOTE, 1)
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize(("control", "steps"), LEFT.values(), ids=LEFT)
 def test_nothing_is_opened(control: Control, steps: Steps) -> None:
     assert carry(SANE, control, *steps) == ([text for _, text in steps], [])
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(

@@ -84,7 +84,7 @@ def test_addresses(side: Side, before: bytes, after: bytes) -> None:
     assert carry(SNMP, AGENT, (side, before)) == ([after], [])
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=60)

@@ -1,4 +1,4 @@
-"""VDOLive: the two messages in which a player announces its UDP port."""
+"""VDOLive: the message in which a player announces its UDP port."""
 
 import struct
 
@@ -19,23 +19,22 @@ def first(port: int, tag: bytes = b"VDO Live") -> bytes:
     return struct.pack("!II16s", 36, 6, b"sixteen bytes...") + tag + struct.pack("!I", port) + b"rest"
 
 
-def second(port: int) -> bytes:
-    return struct.pack("!II", 20, 1) + b"VDO Live" + struct.pack("!I", port)
-
-
-def test_both_messages_name_one_port() -> None:
-    done, opened = carry(
-        VDOLIVE, PLAYER, (Side.INSIDE, first(4000)), (Side.OUTSIDE, b"x"), (Side.INSIDE, second(4000))
-    )
-    assert done == [first(40000), b"x", second(40000)]
+def test_the_port_is_opened() -> None:
+    done, opened = carry(VDOLIVE, PLAYER, (Side.INSIDE, first(4000)), (Side.OUTSIDE, b"x"), (Side.INSIDE, b"y"))
+    assert done == [first(40000), b"x", b"y"]
     (hole,) = opened
     assert (hole.protocol, hole.internal, hole.remote, hole.sessions) == ("udp", Endpoint(HOST, 4000), REMOTE, 1)
 
 
+def test_ready_waits_for_the_port() -> None:
+    assert [VDOLIVE.ready(first(4000)[:cut], Side.INSIDE) for cut in range(41)] == [0] * 36 + list(range(36, 41))
+    assert VDOLIVE.ready(b"GET / HTTP/1.0", Side.INSIDE) == 14
+    assert VDOLIVE.ready(first(4000)[:5], Side.OUTSIDE) == 5
+
+
 LEFT = {
-    "the second alone": [second(4000)],
     "after something else": [b"GET / HTTP/1.0\r\n\r\n", first(4000)],
-    "and later, too": [b"GET / HTTP/1.0\r\n\r\n", first(4000), second(4000)],
+    "another number": [first(4000).replace(b"\0\6", b"\0\1")],
     "another tag": [first(4000, b"VDO Lime")],
     "not at the beginning": [b"x" + first(4000)],
     "cut": [first(4000)[:35]],
@@ -44,7 +43,7 @@ LEFT = {
 }
 
 
-@pytest.mark.req("slipstream")
+@pytest.mark.req("attacks-slipstream")
 @pytest.mark.parametrize("texts", LEFT.values(), ids=LEFT)
 def test_nothing_is_opened(texts: list[bytes]) -> None:
     assert carry(VDOLIVE, PLAYER, *((Side.INSIDE, text) for text in texts)) == (texts, [])
@@ -56,15 +55,14 @@ def test_only_a_player_inside_is_heard(inside: bool) -> None:
     assert carry(VDOLIVE, control, (side, first(4000))) == ([first(4000)], [])
 
 
-@pytest.mark.req("alg_fuzz")
+@pytest.mark.req("attacks-alg_fuzz")
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from(Side),
             st.binary(max_size=40)
-            | st.builds(first, st.integers(0, 2**32 - 1), st.binary(min_size=7, max_size=9) | st.just(b"VDO Live"))
-            | st.builds(second, st.integers(0, 2**32 - 1)),
+            | st.builds(first, st.integers(0, 2**32 - 1), st.binary(min_size=7, max_size=9) | st.just(b"VDO Live")),
         ),
         max_size=4,
     )
