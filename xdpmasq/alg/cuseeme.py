@@ -28,6 +28,7 @@ class Cuseeme(Alg):
 
     name = "cuseeme"
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"udp": (7648,)}
+    pinholes = 0
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         if len(data) < _HEADER.size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from xdpmasq.alg.api import Control, Endpoint, Openings, Side, Unparsed
+from xdpmasq.alg.api import Control, Endpoint, Openings, Refused, Side, Unparsed
 from xdpmasq.alg.checks import own
 from xdpmasq.alg.per import OPEN_LOGICAL_CHANNEL, SYSTEM_CONTROL, Place, Type, place
 
@@ -91,12 +91,19 @@ class Changes:
         wanted = [(each, self._pair(each.endpoint.port, each is rtcp)) for each in (rtp, rtcp) if each]
         for each, (port, second, pair) in wanted:
             outside = self.openings.open("udp", port, remote=self.control.remote.address, lasts_s=_MEDIA_S, pair=pair)
-            each.put(Endpoint(outside.address, outside.port + second))
+            each.put(self._second(port) if second else outside)
         return bool(wanted)
 
     def _pair(self, port: int, is_report: bool) -> tuple[Endpoint, int, bool]:
         second = int(is_report and port % 2)
         return own(self.control, port - second), second, (port - second) % 2 == 0 and second == is_report
+
+    def _second(self, first: Endpoint) -> Endpoint:
+        """What the second port of a pair is known as: it has none, when the first has been opened alone before."""
+        outside = self.openings.external("udp", Endpoint(first.address, first.port + 1))
+        if outside is None:
+            raise Refused(f"{first} is open without a neighbour")
+        return outside
 
     def _in_system_control(self, message: Any) -> bool:
         match message:

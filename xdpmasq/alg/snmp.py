@@ -23,6 +23,7 @@ class Snmp(Alg):
 
     name = "snmp"
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"udp": (161, 162)}
+    pinholes = 0
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         old, new = addresses(control)

@@ -227,6 +227,15 @@ def test_others_go_on_beside_one_that_is_refused() -> None:
     assert len(openings.opened) == 1
 
 
+def test_reports_have_no_neighbours_port() -> None:
+    control = fresh(CALLER)
+    openings = FakeOpenings(control, H323.pinholes)
+    H323.translate(tpkt(system(sent(HOST, 5000))), IN, control, openings)
+    with pytest.raises(Refused):
+        H323.translate(tpkt(system(wanted(HOST, 5000, 5001))), IN, control, openings)
+    assert len(openings.opened) == 1
+
+
 @pytest.mark.req("attacks-pinholes")
 def test_pinholes_are_bounded() -> None:
     control = fresh(CALLER)

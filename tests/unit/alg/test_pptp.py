@@ -90,6 +90,10 @@ def test_call_ids(control: Control, case: Case) -> None:
         assert (hole.protocol, hole.remote, hole.sessions) == ("gre", REMOTE, 0)
 
 
+# for test_alg_fuzz.py
+CALLS = [message(1) + message(7, (12, 5)), message(8, (12, 5), (14, 40000), OK), message(12, (12, 5)), message(9)]
+
+
 def test_disconnect_with_the_servers_own_number_is_left() -> None:
     control, openings = fresh(CLIENTS)
     request = PPTP.translate(message(7, (12, 5)), Side.INSIDE, control, openings)
