@@ -18,6 +18,7 @@ from xdpmasq.alg.checks import addresses
 _HEADER = struct.Struct("!HH4sHH4sIHHH")
 _DESTINATION, _SOURCE = 4, 12
 _FAMILIES = range(3)
+_KINDS = frozenset({1, 2, 3, *range(100, 112), 256, 257})  # video, audio, control, auxiliary data
 _OPEN_CONTINUE = 101
 _CLIENTS = struct.Struct("!H28x")  # how many follow; behind the header
 _CLIENT = 12  # the address first
@@ -33,16 +34,16 @@ class Cuseeme(Alg):
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         if len(data) < _HEADER.size:
             raise Unparsed("shorter than a header")
-        to, _, _, by, *_, kind, length = _HEADER.unpack_from(data)
-        if to not in _FAMILIES or by not in _FAMILIES or not _HEADER.size <= length <= len(data):
+        to, _, _, by, *_, kind, _ = _HEADER.unpack_from(data)
+        if to not in _FAMILIES or by not in _FAMILIES or kind not in _KINDS:
             raise Unparsed("not a header")
         internal, external = addresses(control)
         if side is Side.INSIDE:
             return _with(data, [_SOURCE], internal, external)
         places = [_DESTINATION]
         begin = _HEADER.size + _CLIENTS.size
-        if kind == _OPEN_CONTINUE and length >= begin:
-            count = min(_CLIENTS.unpack_from(data, _HEADER.size)[0], (length - begin) // _CLIENT)
+        if kind == _OPEN_CONTINUE and len(data) >= begin:
+            count = min(_CLIENTS.unpack_from(data, _HEADER.size)[0], (len(data) - begin) // _CLIENT)
             places += range(begin, begin + count * _CLIENT, _CLIENT)
         return _with(data, places, external, internal)
 
