@@ -53,6 +53,7 @@ class Control:
         external: what the remote knows the internal endpoint as.
         from_outside: the remote has opened it: the server is inside, behind a forward.
         memory: the ALG's own, for this session; empty at its beginning, and again when the agent has been restarted.
+            With a true value for "over" in it, all that the session still says passes, and the ALG need not be asked.
     """
 
     protocol: str
@@ -107,6 +108,14 @@ class Openings(Protocol):
 
     def internal(self, protocol: str, external: Endpoint) -> Endpoint | None:
         """Whose an external endpoint is, if it is the session's own host's."""
+
+    def follow(self, endpoint: Endpoint) -> None:
+        """The same ALG reads the TCP sessions that are opened to an endpoint, too.
+
+        Args:
+            endpoint: of the session's own remote, or, as inside, of its host, where a pinhole is open. It is
+                forgotten when 300 s have passed, or the session ends.
+        """
 
 
 class Alg:

@@ -1,0 +1,74 @@
+"""SANE: the port of the picture of a scanner inside."""
+
+import struct
+
+import pytest
+from carried import carry, harmless
+from fakes import HOST, REMOTE, session
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xdpmasq.alg.api import Control, Endpoint, Side
+from xdpmasq.alg.sane import Sane
+
+SANE = Sane()
+SERVER, CLIENT = session(6566, from_outside=True), session(6566)
+START, CANCEL = struct.pack("!II", 7, 0), struct.pack("!II", 8, 0)
+
+
+def reply(port: int, status: int = 0, order: int = 0x1234, resource: bytes = b"") -> bytes:
+    return struct.pack("!IIII", status, port, order, len(resource)) + resource
+
+
+Steps = list[tuple[Side, bytes]]
+OUT, IN = Side.OUTSIDE, Side.INSIDE
+OPENED: dict[str, Steps] = {
+    "start": [(OUT, START), (IN, reply(32900))],
+    "after other calls": [(OUT, CANCEL), (IN, b"\0\0\0\0"), (OUT, START), (IN, reply(32900))],
+    "in the middle of a session": [(IN, b"\0\0\0\0"), (OUT, START), (IN, reply(32900))],
+    "big-endian picture": [(OUT, START), (IN, reply(32900, order=0x4321))],
+}
+LEFT: dict[str, tuple[Control, Steps]] = {
+    "not asked": (SERVER, [(IN, reply(32900))]),
+    "another call": (SERVER, [(OUT, CANCEL), (IN, reply(32900))]),
+    "a call's other bytes": (SERVER, [(OUT, CANCEL), (OUT, START), (IN, reply(32900))]),
+    "more than the call": (SERVER, [(OUT, START + b"x"), (IN, reply(32900))]),
+    "more of the answer": (SERVER, [(OUT, START), (IN, reply(0, status=7)), (IN, reply(32900))]),
+    "failed": (SERVER, [(OUT, START), (IN, reply(32900, status=3))]),
+    "a password first": (SERVER, [(OUT, START), (IN, reply(32900, resource=b"net\0"))]),
+    "system port": (SERVER, [(OUT, START), (IN, reply(1023))]),
+    "no such port": (SERVER, [(OUT, START), (IN, reply(0x18084))]),
+    "byte order": (SERVER, [(OUT, START), (IN, reply(32900, order=1))]),
+    "in pieces": (SERVER, [(OUT, START), (IN, reply(32900)[:7]), (IN, reply(32900)[7:])]),
+    "client inside": (CLIENT, [(IN, START), (OUT, reply(32900))]),
+}
+
+
+@pytest.mark.parametrize("steps", OPENED.values(), ids=OPENED)
+def test_port_is_opened(steps: Steps) -> None:
+    done, opened = carry(SANE, SERVER, *steps)
+    assert done[:-1] == [text for _, text in steps[:-1]]
+    assert done[-1] == steps[-1][1].replace(struct.pack("!I", 32900), struct.pack("!I", 40000))
+    (hole,) = opened
+    assert (hole.protocol, hole.internal, hole.remote, hole.sessions) == ("tcp", Endpoint(HOST, 32900), REMOTE, 1)
+
+
+@pytest.mark.req("attacks-slipstream")
+@pytest.mark.parametrize(("control", "steps"), LEFT.values(), ids=LEFT)
+def test_nothing_is_opened(control: Control, steps: Steps) -> None:
+    assert carry(SANE, control, *steps) == ([text for _, text in steps], [])
+
+
+@pytest.mark.req("attacks-alg_fuzz")
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(Side),
+            st.binary(max_size=20) | st.just(START) | st.builds(reply, st.integers(0, 2**32 - 1), st.integers(0, 2)),
+        ),
+        max_size=5,
+    )
+)
+def test_anything(steps: Steps) -> None:
+    harmless(SANE, SERVER, *steps)
