@@ -290,6 +290,8 @@ struct alg_key {
 
 struct alg {
 	char name[16]; /* for the agent */
+	u32 passing; /* it was put there by a session, as another of its sessions is to come, and ends */
+	u32 expires; /* jiffies */
 };
 
 struct control_key { /* of an ALG's control session */

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from xdpmasq import (
     __version__,
+    algs,
     attachment,
     bpf,
     checks,
@@ -40,12 +41,15 @@ from xdpmasq import (
     wans,
 )
 from xdpmasq import config as configuration
+from xdpmasq.alg import registry
+from xdpmasq.alg.service import Service
 from xdpmasq.asking import Asking
 from xdpmasq.config import Config
 from xdpmasq.datapath import Hook, Role
 from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
 from xdpmasq.externals import Place
+from xdpmasq.pinholes import Pinholes
 from xdpmasq.pulse import Pulse
 from xdpmasq.punt import Punt
 from xdpmasq.punting import Punting
@@ -294,7 +298,7 @@ class Agent:
                 log.warning("not in place: %s", error)
 
     def _switch_algs(self) -> None:
-        """At the start: as the configuration has them, unless it is the earlier agent's, and they have been switched since."""
+        """At the start: as the configuration has them; as they are, where the earlier agent had the same one."""
         wanted = [use.as_fields() for use in self._config.algs]
         if self._manifest.get("algs_wanted") == wanted:
             return

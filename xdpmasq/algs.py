@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from xdpmasq import bpf, datapath
+import numpy as np
+
+from xdpmasq import bpf, datapath, expiry
 from xdpmasq.alg import registry
 from xdpmasq.datapath import CLASSES, Tables
 from xdpmasq.errors import ConfigError, UsageError
@@ -85,6 +87,8 @@ def read(tables: Tables) -> tuple[Use, ...]:
     table = tables.maps["algs"]
     for keys, values in table.items(chunk=table.max_entries):
         for key, value in zip(keys, values, strict=True):
+            if value["passing"]:
+                continue
             name = bytes(value["name"]).rstrip(b"\0").decode()
             ports[name].add((CLASSES[int(key["class"])], socket.ntohs(int(key["port"]))))
             address = IPv4Address(key["addr"]["word"][:1].tobytes())
@@ -101,7 +105,7 @@ def put(tables: Tables, use: Use) -> None:
     others = [each for each in read(tables) if each.name != use.name]
     check([*others, use])
     for key in {*_keys(use)}:
-        tables.maps["algs"].set(key, (use.name.encode().ljust(16, b"\0"),))
+        tables.maps["algs"].set(key, (_name(use.name), 0, 0))
     for mine in read(tables):
         if mine.name == use.name:
             _delete(tables, {*_keys(mine)} - {*_keys(use)})
@@ -115,6 +119,25 @@ def take(tables: Tables, name: str) -> bool:
         _delete(tables, _keys(use))
     _count(tables)
     return bool(mine)
+
+
+def follow(tables: Tables, name: str, host: IPv4Address, port: int, ticks: int) -> None:
+    """Has an ALG read sessions of a host with another TCP port, for so many jiffies."""
+    (key,) = _keys(Use(name, (("tcp", port),), (IPv4Network(host),)))
+    if (there := tables.maps["algs"].get(key)) is None or there["passing"]:
+        tables.maps["algs"].set(key, (_name(name), 1, (bpf.jiffies() + ticks) % 2**32))
+
+
+def forget(tables: Tables) -> None:
+    """Ends what :func:`follow` began, when its time is over."""
+    table, now = tables.maps["algs"], bpf.jiffies()
+    for keys, values in table.items(chunk=table.max_entries):
+        for key in keys[(values["passing"] != 0) & (expiry.age(now, values["expires"]) > 0)]:
+            table.delete(key)
+
+
+def _name(name: str) -> Any:
+    return np.frombuffer(name.encode().ljust(16, b"\0"), np.int8)
 
 
 def _keys(use: Use) -> list[tuple[Any, ...]]:

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Any, Literal, get_args
 
-from xdpmasq import algs, forwards, redirects, triggers
+from xdpmasq import forwards, redirects, triggers
+from xdpmasq.algs import Use, default
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
@@ -180,7 +181,7 @@ class Config:
     forwards: tuple[Rule, ...] = ()
     redirects: tuple[Redirect, ...] = ()
     triggers: tuple[Trigger, ...] = ()
-    algs: tuple[algs.Use, ...] = field(default_factory=algs.default)
+    algs: tuple[Use, ...] = field(default_factory=default)
     external: Externals = field(default_factory=Externals)
     pcp: Pcp = field(default_factory=Pcp)
     metrics: Metrics = field(default_factory=Metrics)
@@ -448,7 +449,7 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "filtering": Filtering(**fields["filtering"]),
             "limits": Limits(**fields["limits"]),
             **{kind: tuple(parse(**each) for each in fields[kind]) for kind, parse in _KINDS.items()},
-            "algs": tuple(algs.Use.parse(**each) for each in fields["algs"]),
+            "algs": tuple(Use.parse(**each) for each in fields["algs"]),
             "external": Externals.parse(**fields["external"]),
             "pcp": Pcp(**{**fields["pcp"], "internal": tuple(map(IPv4Network, fields["pcp"]["internal"]))}),
             "metrics": Metrics(**fields["metrics"]),

@@ -214,7 +214,9 @@ class _Document:
         for nth, entries in enumerate(self.tables.get("alg", ())):
             given = {name: self._value("alg", name, value, nth) for name, value in entries.items()}
             if "name" not in given:
-                raise self._error_at(Problem("alg", None, 'it says which, as name = "sip"', nth=nth), "[[alg]] without name")
+                raise self._error_at(
+                    Problem("alg", None, 'it says which, as name = "sip"', nth=nth), "[[alg]] without name"
+                )
             try:
                 use = algs.Use.parse(given["name"], *(_several(given.get(key, [])) for key in ("ports", "internal")))
                 uses.pop(use.name, None)

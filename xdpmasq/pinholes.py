@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, config, datapath, expiry
+from xdpmasq import algs, bpf, config, datapath, expiry
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, Tables
 from xdpmasq.ports import Endpoint as Mapped
@@ -120,12 +120,7 @@ class Pinholes:
             Refused: there is no port, or no room.
         """
         ports, endpoints = self.ports(wan), wish.endpoints
-        if wish.pair and all(ports.mapped(each) is None for each in endpoints):
-            places = [(slot, True) for slot in ports.take_pair(*endpoints) or ()]
-        else:  # of a pair that has a mapping already the second is where there is room
-            places = [self._place(ports, each) for each in endpoints]
-        if not places:
-            raise Refused("no two neighbouring ports are left")
+        places = self._places(ports, endpoints) if wish.pair else [self._place(ports, endpoints[0])]
         for endpoint, (slot, owned) in zip(endpoints, places, strict=True):
             self._put(owner, slot, wish, endpoint.port, owned)
             ports.publish(endpoint, slot)
@@ -162,6 +157,28 @@ class Pinholes:
         slot = int(key["mapping"])
         row = self._tables.rows(np.array([slot], np.uint32))[0]
         return bool(row["out"]["new_addr"] != self._tables.settings["external"][slot // EXTERNAL_SLOTS])
+
+    def _places(self, ports: Ports, endpoints: list[Mapped]) -> list[tuple[int, bool]]:
+        """Of neighbours; where one has a mapping already, beside that."""
+        slots = [ports.mapped(each) for each in endpoints]
+        if slots == [None, None]:
+            if pair := ports.take_pair(*endpoints):
+                return [(slot, True) for slot in pair]
+            raise Refused("no two neighbouring ports are left")
+        first = slots[0] if slots[0] is not None else (slots[1] or 0) - 1
+        if first % 2 or slots[1] not in (None, first + 1):
+            raise Refused("its ports are mapped to others than neighbours")
+        found = []
+        for nth, endpoint in enumerate(endpoints):
+            if slots[nth] is not None:
+                found.append(self._place(ports, endpoint))
+            elif ports.take(endpoint, (first + nth) % PORTS, exact=True) is not None:
+                found.append((first + nth, True))
+            else:
+                for slot in (slot for slot, owned in found if owned):
+                    ports.give_back(slot)
+                raise Refused("the port beside its own is another's")
+        return found
 
     def _place(self, ports: Ports, mapped: Mapped) -> tuple[int, bool]:
         """The endpoint's slot, and whether it is ours to give back."""
@@ -204,6 +221,7 @@ class SessionsOpenings:
     wan: int
     control: Control
     most: int
+    alg: str
 
     def open(
         self,
@@ -246,6 +264,14 @@ class SessionsOpenings:
         found = Endpoint(_address(row["in"]["new_addr"]), socket.ntohs(int(row["in"]["new_port"])))
         mine = row["life"] & LIFE_STATE == LIFE_LIVE and found.address == self.control.internal.address
         return found if mine else None
+
+    def follow(self, endpoint: Endpoint) -> None:
+        host = self.control.internal.address
+        if endpoint.address not in (host, self.control.remote.address):
+            raise Refused(f"{endpoint} is neither of the host nor of its remote")
+        assert isinstance(host, IPv4Address)
+        hz = int(self.tables.settings["hz"])
+        algs.follow(self.tables, self.alg, host, endpoint.port, LASTS_S * hz)
 
     def _has(self, wish: Wish) -> bool:
         slot = self.pinholes.ports(self.wan).mapped(wish.endpoints[0])

@@ -2,8 +2,9 @@
 
 A frame's destination MAC says why it comes and of which interface it is (``struct punt_header`` of bpf/types.h), the
 rest is the packet as the hook saw it. Fragments that overtook their first one go back the same way, unchanged, once
-that one is known; packets of ALGs' sessions are read (:mod:`xdpmasq.alg.service`); the senders of refused packets are told by ICMP; what is too big for the WAN that it has to leave
-by goes back in pieces, or its sender is told. The TAP lives as long as the agent.
+that one is known. Packets of ALGs' sessions are read, and go back edited (:mod:`xdpmasq.alg.service`). Senders of
+refused packets are told by ICMP; what is too big for the WAN that it has to leave by goes back in pieces, or its
+sender is told. The TAP lives as long as the agent.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Punt:
         icmp: socket.socket,
         patience_s: float,
         refusal_: Refusal = "prohibited",
+        *,
         algs: Algs = lambda direction, _, packet: [(direction, packet)],
     ) -> None:
         self._tap, self._known, self._icmp = tap, known, icmp
@@ -88,7 +90,7 @@ class Punt:
         except OSError as error:
             os.close(tap.fd)
             raise HostError("cannot open a raw ICMP socket", error.strerror or "", "run it as root") from error
-        return cls(tap, lambda keys: known_firsts(tables, keys), icmp, patience_s, refusal_, algs)
+        return cls(tap, lambda keys: known_firsts(tables, keys), icmp, patience_s, refusal_, algs=algs)
 
     def fileno(self) -> int:
         return self._tap.fd
@@ -161,8 +163,7 @@ class Punt:
             self._tell(packet, refusal.TOO_BIG, now, about)
         elif reason in (ALG_IN, ALG_OUT):
             for direction, text in self._read(reason == ALG_IN, about, packet):
-                back = ALG_IN if direction else ALG_OUT
-                self._put_back(_HEADER.pack(LOCAL, back, ifindex, 0, _ETH_P_IP) + text)
+                self._put_back(_HEADER.pack(LOCAL, ALG_IN if direction else ALG_OUT, ifindex, 0, _ETH_P_IP) + text)
 
     def _read(self, inbound: bool, mapping: int, packet: bytes) -> list[tuple[int, bytes]]:
         try:

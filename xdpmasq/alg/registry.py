@@ -16,12 +16,22 @@ GROUP = "xdpmasq.alg"
 
 # Modules of this package, whose names are the ALGs' names: one a line.
 BUILT_IN = (
+    "amanda:Amanda",
+    "cuseeme:Cuseeme",
     "ftp:Ftp",
+    "h323:H323",
+    "icq:Icq",
     "irc:Irc",
+    "netbios:Netbios",
     "pna:Pna",
+    "pptp:Pptp",
+    "quake:Quake",
     "rtsp:Rtsp",
+    "sane:Sane",
     "sip:Sip",
+    "snmp:Snmp",
     "tftp:Tftp",
+    "vdolive:Vdolive",
 )
 
 

@@ -1,11 +1,11 @@
 """The agent's part of ALGs: packets that come by the punt port are read, edited, and given back.
 
 Whose a packet is stands in the kernel's tables (``struct control`` of bpf/types.h), so an agent that was started anew
-goes on where it can: it knows the shifts of an earlier one, and takes the first text that it sees of a session for the
-beginning of a message.
+goes on where it can: it knows the shifts of an earlier one, and takes the first text that it sees of a session for
+the beginning of a message.
 
-An ALG is somebody's code, and what it reads is anybody's text. Of one that raises, or takes longer than :data:`LONG_S`,
-the message passes unchanged.
+An ALG is somebody's code, and what it reads is anybody's text. Of one that raises, or takes longer than
+:data:`LONG_S`, the message passes unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, datapath
+from xdpmasq import algs, bpf, datapath
 from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
@@ -37,7 +37,6 @@ log = logging.getLogger("xdpmasq")
 LONG_S = 0.1
 WINDOW = 1024  # of an acknowledgement to somebody whose other side has not said one yet
 SIDES = (Side.INSIDE, Side.OUTSIDE)  # by enum direction
-ALG_ANY = 32  # bpf/control.h
 
 
 class _TooLongError(BaseException):
@@ -168,7 +167,13 @@ class Service:
             return None
         control = Control(protocol, internal, Endpoint(address, mapping % PORTS), remote, from_outside)
         openings = SessionsOpenings(
-            self._pinholes, self._tables, key, int(settings["external_wan"][external]), control, alg.pinholes
+            self._pinholes,
+            self._tables,
+            key,
+            int(settings["external_wan"][external]),
+            control,
+            alg.pinholes,
+            alg.name,
         )
         session = _Session(alg, control, openings, int(record["opened_at"]))
         if protocol == "tcp":
@@ -191,7 +196,7 @@ class Service:
 
     def _alg_of(self, protocol: str, port: int, internal: Endpoint) -> Alg | None:
         assert isinstance(internal.address, IPv4Address)
-        bits = ALG_ANY + internal.address.max_prefixlen
+        bits = algs.ALG_ANY + internal.address.max_prefixlen
         class_ = CLASSES.index(protocol)
         record = self._algs.get((bits, class_, socket.htons(port), datapath.addr(internal.address)))
         if record is None:
@@ -225,11 +230,15 @@ class Service:
 
     def _ready(self, session: _Session, side: Side, data: bytes) -> int:
         alg = session.alg
+        if session.control.memory.get("over"):
+            return len(data)
         found = self._trusted(alg, lambda: alg.ready(data, side))
         return found if isinstance(found, int) and 0 <= found <= len(data) else len(data)
 
     def _edited(self, session: _Session, side: Side, data: bytes) -> bytes:
         alg, counts = session.alg, self.counts[session.alg.name]
+        if session.control.memory.get("over"):
+            return data
         counts["messages"] += 1
         found = self._trusted(alg, lambda: alg.translate(data, side, session.control, session.openings))
         if not isinstance(found, bytes):
@@ -274,6 +283,7 @@ class Service:
             record = self._controls.get(session.openings.owner)
             if record is None or int(record["opened_at"]) != session.opened_at:
                 del self._sessions[name]
+        algs.forget(self._tables)
         self._pinholes.tick()
 
 
