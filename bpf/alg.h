@@ -79,12 +79,12 @@ static __always_inline long sequences_change(const struct packet *p, const struc
 	return 0;
 }
 
-/* Is there anything to be read? SYNs too, so that the agent knows where texts begin. */
+/* Is there anything to be read? SYN and FIN too, so that the agent knows where texts begin and end. */
 static __always_inline bool alg_wants(const struct packet *p)
 {
 	if (p->alg || p->hairpin || p->own)
 		return false;
-	return p->class != CLASS_TCP || p->tcp_flags & TCP_SYN || p->l4 + p->l4_len > p->payload;
+	return p->class != CLASS_TCP || p->tcp_flags & (TCP_SYN | TCP_FIN) || p->l4 + p->l4_len > p->payload;
 }
 
 /* The first look at a packet of a control session: REDIRECT when the agent is to read it. */

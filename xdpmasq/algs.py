@@ -89,7 +89,7 @@ def read(tables: Tables) -> tuple[Use, ...]:
         for key, value in zip(keys, values, strict=True):
             if value["passing"]:
                 continue
-            name = bytes(value["name"]).rstrip(b"\0").decode()
+            name = value["name"].tobytes().rstrip(b"\0").decode()
             ports[name].add((CLASSES[int(key["class"])], socket.ntohs(int(key["port"]))))
             address = IPv4Address(key["addr"]["word"][:1].tobytes())
             prefixes[name].add(IPv4Network((address, int(key["bits"]) - ALG_ANY)))
@@ -105,7 +105,7 @@ def put(tables: Tables, use: Use) -> None:
     others = [each for each in read(tables) if each.name != use.name]
     check([*others, use])
     for key in {*_keys(use)}:
-        tables.maps["algs"].set(key, (_name(use.name), 0, 0))
+        tables.maps["algs"].set(key, _record(tables, use.name))
     for mine in read(tables):
         if mine.name == use.name:
             _delete(tables, {*_keys(mine)} - {*_keys(use)})
@@ -125,7 +125,7 @@ def follow(tables: Tables, name: str, host: IPv4Address, port: int, ticks: int) 
     """Has an ALG read sessions of a host with another TCP port, for so many jiffies."""
     (key,) = _keys(Use(name, (("tcp", port),), (IPv4Network(host),)))
     if (there := tables.maps["algs"].get(key)) is None or there["passing"]:
-        tables.maps["algs"].set(key, (_name(name), 1, (bpf.jiffies() + ticks) % 2**32))
+        tables.maps["algs"].set(key, _record(tables, name, (bpf.jiffies() + ticks) % 2**32))
 
 
 def forget(tables: Tables) -> None:
@@ -136,8 +136,11 @@ def forget(tables: Tables) -> None:
             table.delete(key)
 
 
-def _name(name: str) -> Any:
-    return np.frombuffer(name.encode().ljust(16, b"\0"), np.int8)
+def _record(tables: Tables, name: str, expires: int | None = None) -> Any:
+    record = np.zeros((), tables.maps["algs"].value)
+    record["name"] = np.frombuffer(name.encode().ljust(record["name"].nbytes, b"\0"), record["name"].dtype)
+    record["passing"], record["expires"] = expires is not None, expires or 0
+    return record
 
 
 def _keys(use: Use) -> list[tuple[Any, ...]]:

@@ -201,7 +201,7 @@ class Service:
         record = self._algs.get((bits, class_, socket.htons(port), datapath.addr(internal.address)))
         if record is None:
             return None
-        name = bytes(record["name"]).rstrip(b"\0").decode()
+        name = record["name"].tobytes().rstrip(b"\0").decode()
         if name not in self._loaded:
             try:
                 self._loaded[name] = self._find(name)
