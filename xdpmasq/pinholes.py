@@ -47,6 +47,36 @@ class Pinhole:
     left_s: float
 
 
+def records(tables: Tables) -> Iterator[tuple[Any, Any]]:
+    """``struct pinhole_key`` and ``struct pinhole`` of each."""
+    table = tables.maps["pinholes"]
+    for keys, values in table.items(chunk=table.max_entries):
+        yield from zip(keys, values, strict=True)
+
+
+def listed(tables: Tables) -> list[Pinhole]:
+    """Those that are open."""
+    now, settings, found = bpf.jiffies(), tables.settings, []
+    for key, value in records(tables):
+        left_s = _left(now, value) / int(settings["hz"])
+        if left_s < 0 or _is_served(value):
+            continue
+        slot, remote = int(key["mapping"]), _address(key["remote"])
+        external = IPv4Address(settings["external"]["word"][slot // EXTERNAL_SLOTS, :1].tobytes())
+        found.append(
+            Pinhole(
+                CLASSES[slot // PORTS % len(CLASSES)],
+                Endpoint(_address(value["internal"]), socket.ntohs(int(value["internal_port"]))),
+                Endpoint(external, slot % PORTS),
+                None if remote == ANYBODY else remote,
+                socket.ntohs(int(value["remote_port"])),
+                int(value["left"]) if value["counted"] else None,
+                left_s,
+            )
+        )
+    return sorted(found, key=lambda each: (each.protocol, str(each.internal.address), each.internal.port))
+
+
 @dataclass(frozen=True)
 class Wish:
     """What is to be opened, for an endpoint of ``host``; ``pair``: for the next port, too.
@@ -84,32 +114,7 @@ class Pinholes:
 
     def records(self) -> Iterator[tuple[Any, Any]]:
         """``struct pinhole_key`` and ``struct pinhole`` of each."""
-        for keys, values in self._table.items(chunk=self._table.max_entries):
-            yield from zip(keys, values, strict=True)
-
-    def listed(self) -> list[Pinhole]:
-        """Those that are open."""
-        now, addresses = bpf.jiffies(), self._tables.settings["external"]["word"][:, 0]
-        found = []
-        for key, value in self.records():
-            left_s = _left(now, value) / self._hz
-            if left_s < 0 or _is_served(value):
-                continue
-            slot = int(key["mapping"])
-            external = IPv4Address(addresses[slot // EXTERNAL_SLOTS].tobytes())
-            remote = _address(key["remote"])
-            found.append(
-                Pinhole(
-                    CLASSES[slot // PORTS % len(CLASSES)],
-                    Endpoint(_address(value["internal"]), socket.ntohs(int(value["internal_port"]))),
-                    Endpoint(external, slot % PORTS),
-                    None if remote == ANYBODY else remote,
-                    socket.ntohs(int(value["remote_port"])),
-                    int(value["left"]) if value["counted"] else None,
-                    left_s,
-                )
-            )
-        return sorted(found, key=lambda each: (each.protocol, each.internal.address, each.internal.port))
+        return records(self._tables)
 
     # --- writing
 

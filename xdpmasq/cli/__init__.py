@@ -15,7 +15,7 @@ import typer
 from typer.main import get_command
 
 from xdpmasq import __version__
-from xdpmasq.cli import forward, redirect, sessions, trigger
+from xdpmasq.cli import alg, forward, redirect, sessions, trigger
 from xdpmasq.cli.attach import attach
 from xdpmasq.cli.check import check
 from xdpmasq.cli.detach import detach
@@ -66,6 +66,7 @@ app.add_typer(sessions.app, name="sessions")
 app.add_typer(forward.app, name="forward")
 app.add_typer(redirect.app, name="redirect")
 app.add_typer(trigger.app, name="trigger")
+app.add_typer(alg.app, name="alg")
 
 
 def _lab() -> typer.Typer:

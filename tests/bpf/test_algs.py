@@ -1,0 +1,203 @@
+"""ALGs in the kernel: which packets the agent gets, and the numbers that are shifted, with it and without."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import (
+    ACK,
+    FIN,
+    GATEWAY,
+    HOST,
+    OTHER_HOST,
+    PSH,
+    SERVER,
+    SYN,
+    TC_VERDICTS,
+    Gateway,
+    full_sum,
+    tcp,
+    udp,
+    wire,
+)
+from harness import _frame as framed
+from scapy.layers.inet import IP, TCP
+from scapy.packet import Packet
+
+from xdpmasq import algs, bpf, datapath
+from xdpmasq.alg.stream import ROUND, Shifts
+
+FTP = algs.Use("ftp", (("tcp", 21), ("udp", 69)), (IPv4Network("192.168.0.2/32"),))
+ALG_MARK = 0x4D600000
+READ, SHIFT = 1, 2
+PUNT_ALG_IN, PUNT_ALG_OUT = 5, 6
+OUT, IN = 0, 1
+WAN_MAC, NEIGHBOUR = "02:00:00:00:00:02", "02:00:00:00:00:01"
+
+
+@pytest.fixture(autouse=True)
+def on(gateway: Gateway) -> Iterator[None]:
+    algs.put(gateway.tables, FTP)
+    yield
+    algs.take(gateway.tables, "ftp")
+
+
+def passes(gateway: Gateway, packet: Any, direction: int, mark: int = 0) -> tuple[str, bytes, int]:
+    """A packet at the WAN's hook, as often as it comes by: verdict, frame, and how often."""
+    frame, function = framed(packet, WAN_MAC, NEIGHBOUR), ("masq_wan_out", "masq_wan_in")[direction]
+    times, verdict, came_by = 0, "", (gateway.lan, gateway.wan)[direction]
+    while not times or (verdict == "redirect" and mark & ALG_MARK):
+        skb = bytearray(192)  # struct __sk_buff
+        struct.pack_into("<I", skb, 8, mark)
+        struct.pack_into("<II", skb, 36, came_by, gateway.wan)
+        run = gateway.bench.programs[function].test_run(frame, context=bytes(skb))
+        verdict, frame, mark = TC_VERDICTS[run.verdict], run.data, struct.unpack_from("<I", run.context, 8)[0]
+        times += 1
+    gateway.counted()
+    return verdict, frame, times
+
+
+def edges(packet: Packet) -> list[int]:
+    return [each for name, value in packet[TCP].options if name == "SAck" for each in value]
+
+
+def control(gateway: Gateway, port: int) -> tuple[tuple[Any, ...], Any]:
+    key = (port, datapath.addr(IPv4Address(SERVER)), int(np.uint16(21).byteswap()), 0)
+    return key, gateway.tables.maps["controls"].get(key)
+
+
+def shift(gateway: Gateway, port: int, direction: int, shifts: Shifts) -> None:
+    key, record = control(gateway, port)
+    record["shifts"]["before"][direction] = shifts.base
+    record["shifts"]["count"][direction] = len(shifts.steps)
+    for nth, (at, by) in enumerate(shifts.steps):
+        record["shifts"]["shift"]["at"][direction, nth], record["shifts"]["shift"]["by"][direction, nth] = at, by
+    gateway.tables.maps["controls"].set(key, record, bpf.UPDATE_EXIST)
+
+
+def control_session(gateway: Gateway) -> int:
+    return gateway.connect(HOST, 5000, SERVER, 21)
+
+
+def test_what_the_agent_reads(gateway: Gateway) -> None:
+    """Texts, SYN and FIN; other packets, and other hosts' sessions, are nobody's business."""
+    port = control_session(gateway)
+    gateway.attend()
+    for flags, text, read in (
+        (ACK, b"", False),
+        (ACK | PSH, b"USER me\r\n", True),
+        (ACK | FIN, b"", True),
+        (SYN, b"", True),
+    ):
+        packet = tcp(HOST, 5000, SERVER, 21, flags, seq=101, ack=501, payload=text)
+        verdict, frame, _ = passes(gateway, packet, OUT)
+        assert verdict == ("redirect" if read else "pass")
+        if read:
+            assert frame[:2] == bytes((2, PUNT_ALG_OUT))
+            assert struct.unpack_from("!II", frame, 2) == (gateway.wan, port)
+            assert frame[14:] == wire(packet)
+    answer = tcp(SERVER, 21, GATEWAY, port, ACK | PSH, seq=501, ack=101, payload=b"220 hello\r\n")
+    verdict, frame, _ = passes(gateway, answer, IN)
+    assert (verdict, frame[1]) == ("redirect", PUNT_ALG_IN)
+    other = gateway.connect(OTHER_HOST, 5000, SERVER, 21)
+    assert (
+        passes(gateway, tcp(SERVER, 21, GATEWAY, other, ACK | PSH, seq=501, ack=101, payload=b"x"), IN)[0] == "pass"
+    )
+    assert passes(gateway, udp(HOST, 5000, SERVER, 69), OUT)[0] == "redirect"
+
+
+def test_without_an_agent_they_pass_unread(gateway: Gateway) -> None:
+    control_session(gateway)
+    packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"PORT 1\r\n")
+    result = gateway.outbound(packet)
+    assert (result.ended, result.counted["alg_bypassed"]) == ("slow_outbound", 1)
+    assert result.ip[TCP].payload == packet[TCP].payload
+
+
+def test_what_it_has_read_is_translated(gateway: Gateway) -> None:
+    control_session(gateway)
+    gateway.attend()
+    packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"PORT 1\r\n")
+    assert passes(gateway, packet, OUT, ALG_MARK | READ)[0] == "pass"
+
+
+@pytest.mark.parametrize("options", [0, 1, 2, 3], ids=lambda count: f"{count} blocks")
+@pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
+@pytest.mark.parametrize("first", [1000, ROUND - 40], ids=["", "wrap"])
+def test_numbers_are_shifted(gateway: Gateway, options: int, odd: bool, first: int) -> None:
+    """Sequence numbers, acknowledgements and the edges of SACK, as the agent reckons; checksums stay right."""
+    port = control_session(gateway)
+    chance = random.Random(options)
+    mine, theirs = Shifts(), Shifts()
+    for nth in range(8):
+        mine.add((first + 20 * nth) % ROUND, chance.randint(-7, 7))
+        theirs.add((first + 500 + 20 * nth) % ROUND, chance.randint(-7, 7))
+    shift(gateway, port, OUT, mine)
+    shift(gateway, port, IN, theirs)
+    for _ in range(60):
+        seq, ack = (first + chance.randint(-30, 200)) % ROUND, (first + 500 + chance.randint(-30, 200)) % ROUND
+        blocks = tuple((first + 500 + chance.randint(-30, 200)) % ROUND for _ in range(2 * options))
+        sack = [("NOP", None)] * (1 if odd else 2) + [("SAck", blocks)] if options else []
+        packet = tcp(HOST, 5000, SERVER, 21, ACK, seq=seq, ack=ack)
+        packet[TCP].options = sack
+        verdict, frame, times = passes(gateway, packet, OUT)
+        got = IP(frame[14:])
+        assert (verdict, times) == ("pass", 3)
+        assert (got[TCP].seq, got[TCP].ack) == (mine.seen(seq), theirs.acked(ack))
+        assert edges(got) == [*map(theirs.acked, blocks)]
+        assert_sums(frame)
+        packet = tcp(SERVER, 21, GATEWAY, port, ACK, seq=ack, ack=seq)
+        packet[TCP].options = sack
+        verdict, frame, times = passes(gateway, packet, IN)
+        got = IP(frame[14:])
+        assert (verdict, times, got.dst) == ("pass", 2, HOST)
+        assert (got[TCP].seq, got[TCP].ack) == (theirs.seen(ack), mine.acked(seq))
+        assert edges(got) == [*map(mine.acked, blocks)]
+        assert_sums(frame)
+
+
+def test_the_agents_own_sequence_numbers_are_right_already(gateway: Gateway) -> None:
+    port = control_session(gateway)
+    shift(gateway, port, OUT, Shifts(5))
+    shift(gateway, port, IN, Shifts(0, [(400, 9)]))
+    packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501 + 9, payload=b"text")
+    _, frame, times = passes(gateway, packet, OUT, ALG_MARK | READ)
+    got = IP(frame[14:])
+    assert (times, got[TCP].seq, got[TCP].ack) == (3, 101, 501)
+
+
+def test_a_new_connection_is_not_shifted(gateway: Gateway) -> None:
+    """Over the same endpoints, after the earlier one was closed."""
+    port = control_session(gateway)
+    shift(gateway, port, OUT, Shifts(0, [(50, 9)]))
+    session = gateway.session(HOST, 5000, "tcp", SERVER, 21)
+    session["out"]["tcp_seen"] = session["in"]["tcp_seen"] = FIN | ACK | SYN
+    _, frame, _ = passes(gateway, tcp(HOST, 5000, SERVER, 21, SYN, seq=900), OUT)
+    assert IP(frame[14:])[TCP].seq == 900
+    assert control(gateway, port)[1]["shifts"]["count"].sum() == 0
+
+
+def test_the_record_goes_with_the_session(gateway: Gateway) -> None:
+    port = control_session(gateway)
+    assert control(gateway, port)[1] is not None
+    gateway.reap([port], datapath.REAP_FORCED)
+    assert control(gateway, port)[1] is None
+
+
+def test_acknowledgements_are_noted(gateway: Gateway) -> None:
+    port = control_session(gateway)
+    assert control(gateway, port)[1]["acked"].tolist() == [101, 501]
+
+
+def assert_sums(frame: bytes) -> None:
+    packet = frame[14:]
+    assert full_sum(packet[:20]) == 0
+    length = int.from_bytes(packet[2:4], "big")
+    pseudo = packet[12:20] + struct.pack("!BBH", 0, 6, length - 20)
+    assert full_sum(pseudo + packet[20:length]) == 0
