@@ -20,6 +20,8 @@ BPF_F_TABLE("lpm_trie", struct spared_key, u32, spared, 8192, BPF_F_NO_PREALLOC)
 BPF_TABLE("array", u32, u32, embryos, EMBRYOS); /* ring of slots opened from outside and not yet answered */
 BPF_TABLE("hash", addr_t, struct host, hosts, 16384); /* internal hosts */
 BPF_TABLE("hash", struct binding_key, struct binding, bindings, 16384);
+BPF_TABLE("hash", struct call_key, struct call, calls, 4096);
+BPF_TABLE("hash", struct caller_key, u32, callers, 4096); /* → jiffies of its last packet */
 BPF_TABLE("lru_hash", struct contact_key, struct contact, contacts, 65536);
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment, fragments, 16384);
 BPF_TABLE("array", u32, struct budget, budgets, PUNT_REASONS);

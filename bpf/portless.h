@@ -34,6 +34,53 @@ static __always_inline struct binding *binding_get(const struct settings *cfg, c
 	return bindings.lookup(key);
 }
 
+/* Enhanced GRE (RFC 2637 section 4.1): version 1, with a key, of which the lower half is the call. */
+struct gre_header {
+	__be16 flags;
+	__be16 proto;
+	__be16 length;
+	__be16 call;
+};
+
+static __always_inline struct gre_header *gre_of_call(const struct packet *p)
+{
+	struct gre_header *gre = packet_at(p, p->l4, sizeof(*gre));
+
+	if (p->proto != IPPROTO_GRE || !gre || p->l4_len < sizeof(*gre) || packet_is_later_fragment(p))
+		return NULL;
+	return (gre->flags & bpf_htons(0x2007)) == bpf_htons(0x2001) && gre->proto == bpf_htons(0x880b) ? gre : NULL;
+}
+
+/* Has the host calls with this remote, that an ALG knows of? Which one it is, is the remote's to know. */
+static __always_inline bool call_goes_out(const struct packet *p)
+{
+	struct caller_key key = { .remote = p->dst, .internal = p->src };
+	u32 *last_seen = gre_of_call(p) ? callers.lookup(&key) : NULL;
+
+	if (last_seen)
+		*last_seen = p->now;
+	return last_seen;
+}
+
+/* The call that @p is of, whose number it then has as its host knows it; or NULL. */
+static __always_inline struct call *call_comes_in(const struct settings *cfg, const struct packet *p)
+{
+	struct gre_header *gre = gre_of_call(p);
+	struct call_key key = { .remote = p->src, .external = external_of(cfg, p->dst) };
+	struct call *call;
+
+	if (!gre)
+		return NULL;
+	key.call = gre->call;
+	call = calls.lookup(&key);
+	gre = packet_at(p, p->l4, sizeof(*gre));
+	if (!call || !gre)
+		return NULL;
+	call->last_seen = p->now;
+	gre->call = call->call;
+	return call;
+}
+
 static __always_inline enum verdict portless_outbound(const struct settings *cfg, const struct packet *p)
 {
 	u32 external = external_for(p->src, p->wan);
@@ -49,6 +96,9 @@ static __always_inline enum verdict portless_outbound(const struct settings *cfg
 		return drop(COUNT_drop_protocol);
 	if (addr_is_unset(external_addr))
 		return refuse(COUNT_drop_no_external);
+	if (call_goes_out(p))
+		return portless_rewrite(p, SOURCE, external_addr) ? drop(COUNT_drop_rewrite) :
+								    pass(COUNT_slow_portless_outbound);
 	b = binding_get(cfg, p, &key);
 	if (!b)
 		return refuse(COUNT_drop_portless_full);
@@ -73,8 +123,13 @@ static __always_inline enum verdict portless_inbound(const struct settings *cfg,
 				   .port = p->dst_port,
 				   .proto = p->proto,
 				   .external = external_of(cfg, p->dst) };
-	struct binding *b = binding_find(cfg, &key, p->now);
+	struct call *call = call_comes_in(cfg, p);
+	struct binding *b;
 
+	if (call)
+		return portless_rewrite(p, DESTINATION, call->internal) ? drop(COUNT_drop_rewrite) :
+									  translated(p, COUNT_slow_portless_inbound);
+	b = binding_find(cfg, &key, p->now);
 	if (!b)
 		return CONTINUE;
 	if (cfg->inbound_refresh)

@@ -340,6 +340,24 @@ struct pinhole {
 	u32 owned; /* the mapping's slot was made static for it */
 };
 
+/* PPTP's calls (RFC 2637): what GRE has in place of ports is the receiver's number of the call. */
+struct call_key {
+	addr_t remote;
+	__be16 call; /* as the remote knows it */
+	u16 external;
+};
+
+struct call {
+	addr_t internal;
+	__be16 call; /* as the internal host knows it */
+	u16 pad;
+	u32 last_seen; /* jiffies */
+};
+
+struct caller_key { /* an internal host that has calls with this remote: anybody else has one tunnel, see portless.h */
+	addr_t remote, internal;
+};
+
 struct contact_key { /* address-dependent filtering: has this mapping sent to this remote address? */
 	u32 mapping;
 	addr_t remote_addr;

@@ -55,7 +55,7 @@ TRANSLATED = _counter(
 BY_REASON = {
     "up": _counter("passed_up_packets", "Packets that XDP left to the slow path.", "reason", most=_KINDS["up"]),
     "own": _counter("own_packets", "Packets that are not ours to translate.", "reason", most=_KINDS["own"]),
-    "punt": _counter("punted_packets", "Fragments that went by way of the agent.", "reason", most=_KINDS["punt"]),
+    "punt": _counter("punted_packets", "Packets that went by way of the agent.", "reason", most=_KINDS["punt"]),
     "drop": _counter("dropped_packets", "Packets dropped.", "reason", most=_KINDS["drop"]),
 }
 # The turns of a session's life, by their help texts.
@@ -122,6 +122,13 @@ def _punts() -> Iterator[Family]:
     yield _counter("refusals", "Senders of refused packets, told by ICMP or not.", "outcome", most=2)
 
 
+def _algs() -> Iterator[Family]:
+    yield _counter("alg_messages", "Messages that an ALG has been given to read.", "alg", most="ALGs")
+    outcomes = "edited; or passed unchanged: unparsed, refused (no pinhole), failed, late"
+    yield _counter("alg_outcomes", f"What became of them: {outcomes}.", "alg", "outcome", most="5 × ALGs")
+    yield _gauge("pinholes", "Pinholes that are open.", "protocol", most=2)
+
+
 def _hosts() -> Iterator[Family]:
     yield _gauge("host_sessions", "Sessions of an internal host.", "host", most="top_hosts")
     yield _counter("host_bytes", "IP bytes its sessions have carried.", "host", "direction", most="2 × top_hosts")
@@ -133,6 +140,6 @@ FAMILIES = {
     family.name: family
     for family in (
         *(*_agent(), *_interfaces(), TRANSLATED, *BY_REASON.values(), *TURNS.values()),
-        *(*_sessions(), *_kernel(), *_punts(), *_hosts()),
+        *(*_sessions(), *_kernel(), *_punts(), *_algs(), *_hosts()),
     )
 }

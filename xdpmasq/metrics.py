@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -27,7 +27,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from xdpmasq import __version__, census, forwarding, health, netdev
+from xdpmasq import __version__, census, forwarding, health, netdev, pinholes
 from xdpmasq import config as configuration
 from xdpmasq.datapath import CLASSES, Programs, Tables, addr
 from xdpmasq.exporter import Answer, Exporter
@@ -84,7 +84,7 @@ class Metrics(Collector):
         self._errors = 0
         self._parts: tuple[Callable[[Sheet], None], ...] = (
             *(self._agent, self._interfaces, self._counters, self._sessions),
-            *(self._forwards, self._maps, self._programs, self._punts),
+            *(self._forwards, self._maps, self._programs, self._punts, self._algs),
         )
 
     def collect(self) -> Iterable[Any]:
@@ -202,6 +202,15 @@ class Metrics(Collector):
             if runs:  # else the kernel does not count
                 sheet.put("program_runs_total", runs, name)
                 sheet.put("program_run_time_seconds_total", spent_ns / 1e9, name)
+
+    def _algs(self, sheet: Sheet) -> None:
+        for name, counts in self._subject.manifest.get("algs", {}).items():
+            sheet.put("alg_messages_total", counts.get("messages", 0), name)
+            for outcome in ("edited", "unparsed", "refused", "failed", "late"):
+                sheet.put("alg_outcomes_total", counts.get(outcome, 0), name, outcome)
+        opened = Counter(each.protocol for each in pinholes.listed(self._subject.tables))
+        for protocol in ("tcp", "udp"):
+            sheet.put("pinholes", opened[protocol], protocol)
 
     def _punts(self, sheet: Sheet) -> None:
         port = self._subject.punting.port

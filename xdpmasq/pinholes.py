@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import algs, bpf, config, datapath, expiry
+from xdpmasq import algs, bpf, calls, config, datapath, expiry
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, Tables
 from xdpmasq.ports import Endpoint as Mapped
@@ -156,6 +156,7 @@ class Pinholes:
     def tick(self) -> None:
         """Ends those that are over, and those whose address is no longer ours."""
         now = bpf.jiffies()
+        calls.forget(self._tables, LASTS_S * self._hz)
         self.end_those(lambda key, value: _left(now, value) < 0 or _is_served(value) or self._is_moved(key))
 
     def _is_moved(self, key: Any) -> bool:
@@ -239,10 +240,12 @@ class SessionsOpenings:
         sessions: int = 1,
         pair: bool = False,
     ) -> Endpoint:
-        if protocol not in ("tcp", "udp"):
-            raise Refused(f"no pinholes for {protocol}")
         if internal.address != self.control.internal.address:
             raise Refused(f"{internal} is not of the host that says so")
+        if protocol == "gre" and remote == self.control.remote.address:
+            return Endpoint(self.control.external.address, calls.open_(*self._call(internal.port)))
+        if protocol not in CLASSES[:2]:
+            raise Refused(f"no pinholes for {protocol}")
         if not 1024 <= internal.port <= PORTS - 1 - pair or (pair and internal.port % 2):
             raise Refused(f"port {internal.port}")
         assert isinstance(internal.address, IPv4Address)
@@ -255,20 +258,32 @@ class SessionsOpenings:
         return self.pinholes.open(self.owner, self.wan, wish)
 
     def external(self, protocol: str, internal: Endpoint) -> Endpoint | None:
-        if protocol not in CLASSES or internal.address != self.control.internal.address:
+        if internal.address != self.control.internal.address:
             return None
+        if protocol == "gre":
+            number = calls.outside(*self._call(internal.port))
+            return None if number is None else Endpoint(self.control.external.address, number)
         ports = self.pinholes.ports(self.wan)
         slot = ports.mapped(_mapped(protocol, internal))
         return None if slot is None else Endpoint(ports.address(slot), slot % PORTS)
 
     def internal(self, protocol: str, external: Endpoint) -> Endpoint | None:
-        if protocol not in CLASSES or external.address != self.control.external.address:
+        if external.address != self.control.external.address:
             return None
+        if protocol == "gre":
+            number = calls.inside(*self._call(external.port))
+            return None if number is None else Endpoint(self.control.internal.address, number)
         base = self.owner[0] // EXTERNAL_SLOTS * EXTERNAL_SLOTS
         row = self.tables.rows(np.array([base + CLASSES.index(protocol) * PORTS + external.port], np.uint32))[0]
         found = Endpoint(_address(row["in"]["new_addr"]), socket.ntohs(int(row["in"]["new_port"])))
         mine = row["life"] & LIFE_STATE == LIFE_LIVE and found.address == self.control.internal.address
         return found if mine else None
+
+    def _call(self, number: int) -> tuple[Tables, int, IPv4Address, int, IPv4Address]:
+        host, remote = self.control.internal.address, self.control.remote.address
+        assert isinstance(host, IPv4Address)
+        assert isinstance(remote, IPv4Address)
+        return self.tables, self.owner[0] // EXTERNAL_SLOTS, host, number, remote
 
     def follow(self, endpoint: Endpoint) -> None:
         host = self.control.internal.address

@@ -22,6 +22,7 @@ from harness import (
     TC_VERDICTS,
     Gateway,
     full_sum,
+    rebuilt,
     tcp,
     udp,
     wire,
@@ -30,7 +31,7 @@ from harness import _frame as framed
 from scapy.layers.inet import IP, TCP
 from scapy.packet import Packet
 
-from xdpmasq import algs, bpf, datapath
+from xdpmasq import algs, bpf, calls, datapath
 from xdpmasq.alg.stream import ROUND, Shifts
 
 FTP = algs.Use("ftp", (("tcp", 21), ("udp", 69)), (IPv4Network("192.168.0.2/32"),))
@@ -201,3 +202,51 @@ def assert_sums(frame: bytes) -> None:
     length = int.from_bytes(packet[2:4], "big")
     pseudo = packet[12:20] + struct.pack("!BBH", 0, 6, length - 20)
     assert full_sum(pseudo + packet[20:length]) == 0
+
+
+# --- PPTP's calls
+
+
+def gre(src: str, dst: str, call: int, *, version: int = 1) -> Packet:
+    """Enhanced GRE with a sequence number (RFC 2637 section 4.1)."""
+    text = struct.pack("!HHHHI", 0x3000 | version, 0x880B, 4, call, 7) + b"ppp!"
+    return IP(src=src, dst=dst, proto=47) / text
+
+
+def test_two_hosts_choose_the_same_number_for_their_calls(gateway: Gateway) -> None:
+    numbers = {}
+    for host in (HOST, OTHER_HOST):
+        numbers[host] = calls.open_(gateway.tables, 0, IPv4Address(host), 77, IPv4Address(SERVER))
+    assert numbers[HOST] == 77 != numbers[OTHER_HOST]
+    assert numbers[HOST] == calls.open_(gateway.tables, 0, IPv4Address(HOST), 77, IPv4Address(SERVER))
+    for host, number in numbers.items():
+        result = gateway.outbound(gre(host, SERVER, 4000))
+        assert (result.ended, result.bytes) == (
+            "slow_portless_outbound",
+            wire(rebuilt(gre(host, SERVER, 4000), src=GATEWAY)),
+        )
+        verdict, frame, _ = passes(gateway, gre(SERVER, GATEWAY, number), IN)
+        assert (verdict, frame[14:]) == ("pass", wire(gre(SERVER, host, 77)))
+        assert calls.inside(gateway.tables, 0, IPv4Address(host), number, IPv4Address(SERVER)) == 77
+    assert calls.inside(gateway.tables, 0, IPv4Address(HOST), numbers[OTHER_HOST], IPv4Address(SERVER)) is None
+
+
+def test_calls_that_nobody_has_told_of_are_one_hosts(gateway: Gateway) -> None:
+    assert gateway.outbound(gre(HOST, SERVER, 4000)).ended == "slow_portless_outbound"
+    assert gateway.outbound(gre(OTHER_HOST, SERVER, 4001)).ended == "drop_portless_taken"
+    calls.open_(gateway.tables, 0, IPv4Address(OTHER_HOST), 5, IPv4Address(SERVER))
+    assert gateway.outbound(gre(OTHER_HOST, SERVER, 4001, version=0)).ended == "drop_portless_taken"
+
+
+def test_a_silent_call_is_forgotten(gateway: Gateway) -> None:
+    calls.open_(gateway.tables, 0, IPv4Address(HOST), 77, IPv4Address(SERVER))
+    calls.forget(gateway.tables, 10)
+    assert calls.outside(gateway.tables, 0, IPv4Address(HOST), 77, IPv4Address(SERVER)) == 77
+    calls.forget(gateway.tables, -10)
+    assert calls.outside(gateway.tables, 0, IPv4Address(HOST), 77, IPv4Address(SERVER)) is None
+
+
+@pytest.fixture(autouse=True)
+def no_calls(gateway: Gateway) -> Iterator[None]:
+    yield
+    calls.forget(gateway.tables, -(1 << 30))
