@@ -176,6 +176,53 @@ def interfaces() -> dict[str, tuple[str, str]]:
     return {each["name"]: (each["hook"], each["why"]) for each in datapath_of().manifest["interfaces"]}
 
 
+# --- first those that attach for themselves: `attached` stays until the end of the module
+
+
+def test_killed_adopted_and_detached() -> None:
+    agent = start()
+    with client("one") as one:
+        soon(lambda: rides(one), "it rides")
+        agent.kill()
+        agent.wait()
+        ask(one)
+        agent = start()
+        soon(lambda: rides(one), "it rides again")
+        assert len(datapath_of().live_slots()) == 1
+    xdpmasq("detach")
+    agent.wait()
+    assert (xdp_on("eth0"), xdp_on("eth1")) == (0, 0)
+
+
+def test_a_device_that_takes_tags_off_is_refused() -> None:
+    run("gate", "ethtool", "-K", "eth1", "rxvlan", "on")
+    try:
+        refused = xdpmasq("run", "--config", str(CONFIG_FILE), check=False)
+        assert refused.returncode == 1
+        assert "ethtool -K eth1 rx-vlan-hw-parse off" in refused.stderr
+    finally:
+        run("gate", "ethtool", "-K", "eth1", "rxvlan", "off")
+    assert (xdp_on("eth0"), xdp_on("eth1")) == (0, 0)
+
+
+def test_somebody_elses_program_stays() -> None:
+    passes = bpf.Program(bpf._load(bytes.fromhex("b7000000020000009500000000000000"), bpf.PROG_TYPES["xdp"], "else"))
+    with netns.entered("gate"):
+        index = netdev.link("eth1").index
+        netdev.xdp_attach(index, passes.fd, "native")
+    try:
+        refused = xdpmasq("run", "--config", str(CONFIG_FILE), check=False)
+        assert refused.returncode == 1
+        assert "someone else's program" in refused.stderr
+        assert xdp_on("eth1") == passes.id
+    finally:
+        with netns.entered("gate"):
+            netdev.xdp_detach(index, "native", passes.fd)
+
+
+# --- then those that share a gateway
+
+
 @pytest.mark.usefixtures("attached")
 def test_every_vlan_rides_xdp() -> None:
     for name, (hook, why) in interfaces().items():
@@ -227,44 +274,3 @@ def test_tags_beside_the_frame_are_not_seen() -> None:
             run("hosts", "ethtool", "-K", "h1", "txvlan", "off")
     assert after["up_not_for_us"] > before["up_not_for_us"]
     assert after["fast_outbound"] == before["fast_outbound"]
-
-
-def test_killed_adopted_and_detached() -> None:
-    agent = start()
-    with client("one") as one:
-        soon(lambda: rides(one), "it rides")
-        agent.kill()
-        agent.wait()
-        ask(one)
-        agent = start()
-        soon(lambda: rides(one), "it rides again")
-        assert len(datapath_of().live_slots()) == 1
-    xdpmasq("detach")
-    agent.wait()
-    assert (xdp_on("eth0"), xdp_on("eth1")) == (0, 0)
-
-
-def test_a_device_that_takes_tags_off_is_refused() -> None:
-    run("gate", "ethtool", "-K", "eth1", "rxvlan", "on")
-    try:
-        refused = xdpmasq("run", "--config", str(CONFIG_FILE), check=False)
-        assert refused.returncode == 1
-        assert "ethtool -K eth1 rx-vlan-hw-parse off" in refused.stderr
-    finally:
-        run("gate", "ethtool", "-K", "eth1", "rxvlan", "off")
-    assert (xdp_on("eth0"), xdp_on("eth1")) == (0, 0)
-
-
-def test_somebody_elses_program_stays() -> None:
-    passes = bpf.Program(bpf._load(bytes.fromhex("b7000000020000009500000000000000"), bpf.PROG_TYPES["xdp"], "else"))
-    with netns.entered("gate"):
-        index = netdev.link("eth1").index
-        netdev.xdp_attach(index, passes.fd, "native")
-    try:
-        refused = xdpmasq("run", "--config", str(CONFIG_FILE), check=False)
-        assert refused.returncode == 1
-        assert "someone else's program" in refused.stderr
-        assert xdp_on("eth1") == passes.id
-    finally:
-        with netns.entered("gate"):
-            netdev.xdp_detach(index, "native", passes.fd)
