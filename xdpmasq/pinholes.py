@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import algs, bpf, calls, config, datapath, expiry
+from xdpmasq import algs, bpf, calls, config, datapath, expiry, sessions
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, Tables
 from xdpmasq.ports import Endpoint as Mapped
 from xdpmasq.ports import Ports
+from xdpmasq.sessions import Table
 
 LASTS_S = 300  # at most
 ANYBODY = IPv4Address(0)
@@ -75,6 +76,23 @@ def listed(tables: Tables) -> list[Pinhole]:
             )
         )
     return sorted(found, key=lambda each: (each.protocol, str(each.internal.address), each.internal.port))
+
+
+def expected(tables: Tables) -> Table:
+    """The same as rows beside sessions."""
+    holes = listed(tables)
+
+    def ends(all_: list[tuple[Address, int]]) -> sessions.Endpoints:
+        words = np.array([np.frombuffer(address.packed, np.uint32) for address, _ in all_], np.uint32)
+        return sessions.Endpoints(words.reshape(len(all_), 1), np.array([port for _, port in all_], np.uint16))
+
+    three = (
+        ends([(each.internal.address, each.internal.port) for each in holes]),
+        ends([(each.external.address, each.external.port) for each in holes]),
+        ends([(each.remote or ANYBODY, each.remote_port) for each in holes]),
+    )
+    protocol = np.array([CLASSES.index(each.protocol) for each in holes], np.uint8)
+    return sessions.beside("EXPECTED", protocol, three, remaining_s=np.array([each.left_s for each in holes], float))
 
 
 @dataclass(frozen=True)

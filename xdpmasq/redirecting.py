@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, datapath
+from xdpmasq import bpf, datapath, sessions
 from xdpmasq.datapath import Attached, Tables
 from xdpmasq.expiry import age, idle_limits
 from xdpmasq.forwards import RULES_MOST
+from xdpmasq.sessions import Table
 
 EVERY_RULE = RULES_MOST  # FORWARDS, as the rule of a spared destination
 _RULE_BITS = 32  # of struct spared_key, before the address
@@ -70,6 +71,23 @@ def forget(tables: Tables) -> None:
     """Removes connections that are expired."""
     for keys, values in _connections(tables):
         _remove(tables, keys, values, _expired(tables, keys, values))
+
+
+def listed(tables: Tables, hz: int) -> Iterator[Table]:
+    """Connections as rows beside sessions; the external endpoint is the gateway's own."""
+    for all_keys, all_values in _connections(tables):
+        running_ = ~_expired(tables, all_keys, all_values)
+        keys, values = all_keys[running_], all_values[running_]
+        idle = np.maximum(age(bpf.jiffies(), values["last_seen"]), 0)
+        seen = values["tcp_seen"]
+        limits = idle_limits(tables.settings, seen[:, 0], seen[:, 1], keys["class"] * datapath.PORTS)
+        ends = (
+            sessions.endpoints(keys["client"], keys["client_port"]),
+            sessions.endpoints(values["local"], values["local_port"]),
+            sessions.endpoints(keys["server"], keys["server_port"]),
+        )
+        sent, left = (values["packets"], values["bytes"]), (limits - idle) / hz
+        yield sessions.beside("REDIRECTED", keys["class"], ends, sent=sent, idle_s=idle / hz, remaining_s=left)
 
 
 def any_running(tables: Tables) -> bool:

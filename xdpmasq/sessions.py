@@ -29,7 +29,10 @@ STATES = (
     *("SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT", "TIME_WAIT", "CLOSE"),
     *("UNREPLIED", "REPLIED"),
 )
-_STATE = {name: number for number, name in enumerate(STATES)}
+# What is listed beside sessions: connections that end at the gateway itself, and what a pinhole waits for.
+BESIDE = ("REDIRECTED", "EXPECTED")
+_ALL_STATES = (*STATES, *BESIDE)
+_STATE = {name: number for number, name in enumerate(_ALL_STATES)}
 
 _PORTS = 65536
 _LIFE_STATE, _LIFE_LIVE, _LIFE_RESTING, _LIFE_SESSION, _LIFE_STATIC = 3, 1, 2, 4, 8
@@ -60,7 +63,7 @@ class Table:
         slot: place in the kernel's table.
         opened_at: jiffies; tells a session from a later one in the same slot.
         protocol: index into :data:`PROTOCOLS`.
-        state: index into :data:`STATES`.
+        state: index into :data:`STATES`, and behind them :data:`BESIDE`.
         idle_s, remaining_s: seconds since the last packet, and until the session expires if none comes.
     """
 
@@ -129,6 +132,54 @@ def _columns(slots: Array, rows: Array, protocol: Array, idle_s: Array, remainin
         idle_s=idle_s,
         remaining_s=remaining_s,
     )
+
+
+def beside(
+    state: str,
+    protocol: Array,
+    ends: tuple[Endpoints, Endpoints, Endpoints],
+    *,
+    sent: tuple[Array, Array] | None = None,
+    idle_s: Array | None = None,
+    remaining_s: Array,
+) -> Table:
+    """Rows that are no sessions.
+
+    Args:
+        state: one of :data:`BESIDE`.
+        ends: internal, external and remote.
+        sent: packets and bytes; None: none.
+    """
+    none = np.zeros(len(protocol), np.uint64)
+    packets, octets = sent or (none, none)
+    return Table(
+        slot=none.astype(np.uint32),
+        opened_at=none.astype(np.uint32),
+        protocol=protocol.astype(np.uint8),
+        state=np.full(len(protocol), _STATE[state], np.uint8),
+        internal=ends[0],
+        external=ends[1],
+        remote=ends[2],
+        out_packets=packets,
+        out_bytes=octets,
+        in_packets=none,
+        in_bytes=none,
+        idle_s=none.astype(float) if idle_s is None else idle_s,
+        remaining_s=remaining_s,
+    )
+
+
+def joined(*tables: Table) -> Table:
+    """All rows."""
+    columns: dict[str, Any] = {}
+    for each in fields(Table):
+        parts = [getattr(table, each.name) for table in tables]
+        if isinstance(parts[0], Endpoints):
+            addr, port = (np.concatenate([getattr(part, name) for part in parts]) for name in ("addr", "port"))
+            columns[each.name] = Endpoints(addr, port)
+        else:
+            columns[each.name] = np.concatenate(parts)
+    return Table(**columns)
 
 
 def traffic(rows: Array) -> dict[str, Array]:
@@ -284,7 +335,7 @@ class Selection:
         """
         return cls(
             protocol=_word("protocol", protocol.lower(), PROTOCOLS),
-            state=_word("state", state.upper().replace("-", "_"), STATES),
+            state=_word("state", state.upper().replace("-", "_"), _ALL_STATES),
             internal=Endpoint.parse(internal),
             external=Endpoint.parse(external),
             remote=Endpoint.parse(remote),
@@ -397,7 +448,7 @@ def _json_columns(table: Table) -> list[list[Any]]:
 def _words(table: Table) -> tuple[list[str], list[str]]:
     return (
         np.array(PROTOCOLS, object)[table.protocol].tolist(),
-        np.array(STATES, object)[table.state].tolist(),
+        np.array(_ALL_STATES, object)[table.state].tolist(),
     )
 
 

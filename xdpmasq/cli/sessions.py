@@ -75,6 +75,9 @@ def list_(
     both have; CLOSE, one has reset. IDLE and LEFT are seconds since the last packet and until the session
     ends if none comes. The port of ICMP is the query's identifier.
 
+    Beside sessions there are REDIRECTED connections from a LAN, which end at the gateway itself, and those that an
+    ALG has EXPECTED: whoever is named as the remote (0.0.0.0: anybody; port 0: any) may come in.
+
     \b
     Examples:
       xdpmasq sessions list --proto udp --remote :53
@@ -84,7 +87,7 @@ def list_(
     selection = selection_of(proto, internal, external, remote, state)
     from xdpmasq import sessions  # noqa: PLC0415  heavy
 
-    table = selection(_read(find(wan))).ordered()
+    table = selection(_read_all(find(wan))).ordered()
     if json:
         sys.stdout.write("[\n")
         common.print_blocks(sessions.json_objects(table), ",\n")
@@ -207,6 +210,13 @@ class Following:
         if time.monotonic() - self._found_at > FIND_S:
             self._attached, self._found_at = find(self._wan), time.monotonic()
         return self._attached
+
+
+def _read_all(attached: "Attached") -> "Table":
+    from xdpmasq import pinholes, redirecting, sessions  # noqa: PLC0415  heavy
+
+    others = *redirecting.listed(attached, attached.hz), pinholes.expected(attached)
+    return sessions.joined(_read(attached), *others)
 
 
 def _read(attached: "Attached") -> "Table":
