@@ -11,7 +11,6 @@ side has sent. Of what an ALG cannot read it says so, by raising :class:`Unparse
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
@@ -148,44 +147,3 @@ class Alg:
             Unparsed: they pass unchanged.
         """
         raise NotImplementedError
-
-
-class LineAlg(Alg):
-    """Messages are lines, which end with LF; only those that could match :attr:`held` are waited for.
-
-    Attributes:
-        held: of a line that has no end yet: worth waiting for? Must match every beginning of a line that
-            :meth:`translate_line` would change.
-    """
-
-    held: ClassVar[re.Pattern[bytes]]
-
-    def ready(self, data: bytes, side: Side) -> int:
-        whole = data.rfind(b"\n") + 1
-        return whole if self.held.match(data, whole) else len(data)
-
-    def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-        """Line by line: one that is not understood does not keep the others from being changed.
-
-        Raises:
-            Unparsed: of the only line there is, or when no line was changed.
-        """
-        done, unparsed = [], None
-        for line in _lines(data):
-            try:
-                done.append(self.translate_line(line, side, control, openings))
-            except Unparsed as error:
-                unparsed = error
-                done.append(line)
-        changed = b"".join(done)
-        if unparsed and changed == data:
-            raise unparsed
-        return changed
-
-    def translate_line(self, line: bytes, side: Side, control: Control, openings: Openings) -> bytes:
-        raise NotImplementedError
-
-
-def _lines(data: bytes) -> list[bytes]:
-    """With their LF; bytes.splitlines() takes a CR for an end, too."""
-    return re.findall(rb"[^\n]*\n|[^\n]+", data)
