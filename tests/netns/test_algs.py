@@ -10,6 +10,7 @@ Modes: both, since what an ALG reads never flies.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,3 +113,69 @@ def test_ftp_server_inside(gateway: Gateway, inner: FtpServer, way: str, tmp_pat
         assert fetched.read_bytes() == inner.given
         gateway.lab.exec("internet", ["curl", "-sS", *WAYS[way], "-T", fetched, f"ftp://{PUBLIC}:2121/in/{way}"])
         assert digest(inner.taken.with_name(way)) == digest(fetched)
+
+
+# --- switching them
+
+
+def listed(gateway: Gateway) -> dict[str, list[str]]:
+    """What is on, and the ports that it reads."""
+    rows = json.loads(gateway.masq("alg", "--json").stdout)["algs"]
+    return {row["name"]: row["ports"] for row in rows if row["enabled"]}
+
+
+@pytest.mark.req("4787-10")
+@pytest.mark.req("5382-6")
+def test_each_is_switched_by_itself(gateway: Gateway) -> None:
+    """By default only FTP's is on, and none that reads UDP."""
+    assert listed(gateway) == {"ftp": ["tcp 21"]}
+    said = gateway.masq("alg", "enable", "sip", "--internal", "192.168.0.3", "--port", "udp 5060").stdout
+    assert said == "sip reads udp 5060 of 192.168.0.3/32\n"
+    gateway.masq("alg", "enable", "ftp", "--port", "tcp 21", "--port", "tcp 2121")
+    assert listed(gateway) == {"ftp": ["tcp 21", "tcp 2121"], "sip": ["udp 5060"]}
+    gateway.masq("alg", "disable", "sip")
+    gateway.masq("alg", "disable", "ftp")
+    assert listed(gateway) == {}
+    assert gateway.masq("alg", "disable", "ftp").stdout == "ftp was not on\n"
+    gateway.masq("alg", "enable", "ftp")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["enable", "nonsense"], "there is no ALG nonsense"),
+        (["disable", "nonsense"], "there is no ALG nonsense"),
+        (["enable", "irc", "--port", "tcp 21"], "the ALGs ftp and irc both read tcp port 21"),
+        (["enable", "irc", "--port", "udp 6667"], "the ALG irc does not read udp"),
+        (["enable", "irc", "--port", "tcp 0"], "the ALG irc cannot read port 0"),
+        (["enable", "irc", "--port", "6667"], "no port: 6667"),
+        (["enable", "irc", "--internal", "192.168.0.3/24"], "no prefix: 192.168.0.3/24"),
+    ],
+)
+def test_what_cannot_be_meant(gateway: Gateway, words: list[str], why: str) -> None:
+    refused = gateway.masq("alg", *words, check=False)
+    assert (refused.returncode, why in refused.stderr) == (2, True), refused.stderr
+    assert listed(gateway) == {"ftp": ["tcp 21"]}
+
+
+def test_a_switch_outlives_the_agent(gateway: Gateway) -> None:
+    gateway.masq("alg", "enable", "irc")
+    gateway.kill_agent()
+    assert set(listed(gateway)) == {"ftp", "irc"}
+    gateway.masq("alg", "disable", "irc")
+    gateway.attach()
+    assert set(listed(gateway)) == {"ftp"}
+
+
+def test_what_is_expected_is_shown(gateway: Gateway, ftp: FtpServer) -> None:
+    """Until it comes, or the pinhole's time is over."""
+    with gateway.tcp("a-box", (INTERNET, 21)) as talk, talk.makefile("rwb", buffering=0) as lines:
+        for said in (b"USER anonymous", b"PASS x", b"PORT 192,168,0,2,200,21"):
+            lines.readline()
+            lines.write(said + b"\r\n")
+        assert lines.readline().startswith(b"200")
+        (hole,) = json.loads(gateway.masq("alg", "--json").stdout)["pinholes"]
+        assert hole["internal"] == {"address": "192.168.0.2", "port": 51221}
+        assert (hole["remote"]["address"], hole["sessions_left"]) == (INTERNET, 1)
+        (row,) = json.loads(gateway.masq("sessions", "--state", "expected", "--json").stdout)
+        assert (row["external"], row["remote"]["address"]) == (hole["external"], INTERNET)
