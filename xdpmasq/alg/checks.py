@@ -2,6 +2,7 @@
 
 from ipaddress import IPv4Address
 
+from xdpmasq.alg import words
 from xdpmasq.alg.api import Control, Endpoint, Refused, Unparsed
 
 
@@ -11,9 +12,9 @@ def own(control: Control, port: int) -> Endpoint:
     Raises:
         Refused: system ports are not opened, and there are no others.
     """
-    if not 1024 <= port <= 65535:
-        raise Refused(f"no pinhole for port {port}")
-    return Endpoint(control.internal.address, port)
+    if port > 65535:
+        raise Refused(f"there is no port {port}")
+    return words.own(control, control.internal.address, port)
 
 
 def addresses(control: Control) -> tuple[bytes, bytes]:

@@ -1,0 +1,165 @@
+"""Pinholes: who may come in because an ALG has read that it will, how often and how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
+
+import numpy as np
+import pytest
+from harness import ACK, GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, SERVER, SYN, TICKS, Gateway, tcp, udp
+
+from xdpmasq import algs, bpf, config, datapath, pinholes
+from xdpmasq.alg.api import Control, Endpoint, Refused
+from xdpmasq.alg.ftp import Ftp
+from xdpmasq.alg.irc import Irc
+from xdpmasq.pinholes import Pinholes, SessionsOpenings
+
+REMOTE, HERE = IPv4Address(SERVER), IPv4Address(HOST)
+FTP = algs.Use("ftp", (("tcp", 21),), (IPv4Network("0.0.0.0/0"),))
+
+
+@pytest.fixture
+def all_(gateway: Gateway) -> Iterator[Pinholes]:
+    algs.put(gateway.tables, FTP)
+    made = Pinholes(gateway.tables, gateway.bench.programs["masq_reap"], config.Ports(), TICKS)
+    yield made
+    made.end_those(lambda _key, _value: True)
+    algs.take(gateway.tables, "ftp")
+
+
+@pytest.fixture
+def openings(gateway: Gateway, all_: Pinholes) -> SessionsOpenings:
+    return of_session(gateway, all_, most=Ftp.pinholes)
+
+
+def of_session(gateway: Gateway, all_: Pinholes, *, most: int) -> SessionsOpenings:
+    """Of an FTP control session."""
+    port = gateway.connect(HOST, 5000, SERVER, 21)
+    owner = (port, datapath.addr(REMOTE), int(np.uint16(21).byteswap()), 0)
+    control = Control("tcp", Endpoint(HERE, 5000), Endpoint(IPv4Address(GATEWAY), port), Endpoint(REMOTE, 21))
+    return SessionsOpenings(all_, gateway.tables, owner, 0, control, most, "ftp")
+
+
+def at(port: int) -> Endpoint:
+    return Endpoint(HERE, port)
+
+
+def comes_in(gateway: Gateway, port: int, remote: str = SERVER, sport: int = 20) -> str | None:
+    """How a SYN ends; None of one that is let in to port 40000."""
+    result = gateway.inbound(tcp(remote, sport, GATEWAY, port, SYN, seq=1))
+    if result.ended == "slow_inbound":
+        assert (result.ip.dst, result.ip.dport) == (HOST, 40000)
+        return None
+    return result.ended
+
+
+@pytest.mark.req("attacks-pinholes")
+def test_it_serves_its_remote_once(gateway: Gateway, openings: SessionsOpenings) -> None:
+    hole = openings.open("tcp", at(40000), remote=REMOTE)
+    assert hole.address == IPv4Address(GATEWAY)
+    assert comes_in(gateway, hole.port, OTHER_SERVER) == "drop_filtered"
+    assert comes_in(gateway, hole.port) is None
+    assert comes_in(gateway, hole.port, sport=20) is None, "the same session goes on"
+    assert comes_in(gateway, hole.port, sport=1234) == "drop_filtered"
+    answer = gateway.outbound(tcp(HOST, 40000, SERVER, 20, SYN | ACK, seq=7, ack=2))
+    assert (answer.ended, answer.port) == ("slow_outbound", hole.port)
+
+
+def test_as_often_as_they_like(gateway: Gateway, openings: SessionsOpenings) -> None:
+    hole = openings.open("tcp", at(40000), remote=None, sessions=0)
+    for remote in (SERVER, OTHER_SERVER):
+        for sport in range(2000, 2005):
+            assert comes_in(gateway, hole.port, remote, sport) is None
+
+
+def test_from_one_port_only(gateway: Gateway, openings: SessionsOpenings) -> None:
+    hole = openings.open("tcp", at(40000), remote=REMOTE, remote_port=20)
+    assert comes_in(gateway, hole.port, sport=21) == "drop_filtered"
+    assert comes_in(gateway, hole.port, sport=20) is None
+
+
+@pytest.mark.req("attacks-pinholes")
+def test_its_time_is_over(gateway: Gateway, all_: Pinholes, openings: SessionsOpenings) -> None:
+    """After 300 s at most, whatever was asked for; its port is the pool's again."""
+    hole = openings.open("tcp", at(40000), remote=REMOTE, lasts_s=10_000)
+    ((key, value),) = all_.records()
+    left = int(np.uint32(value["expires"]) - np.uint32(bpf.jiffies())) / TICKS
+    assert 299 < left <= 300
+    value = np.array(value)
+    value["expires"] = bpf.jiffies() - 1
+    gateway.tables.maps["pinholes"].set(key, value)
+    assert comes_in(gateway, hole.port) == "drop_filtered"
+    all_.tick()
+    assert [*all_.records()] == []
+    gateway.reap([hole.port])
+    assert gateway.tables.rows(np.array([hole.port]))[0]["life"] & datapath.LIFE_STATE == datapath.LIFE_RESTING
+
+
+@pytest.mark.req("attacks-pinholes")
+@pytest.mark.parametrize(("alg", "most"), [(Ftp, 1), (Irc, 8)])
+def test_how_many_a_session_may_have(gateway: Gateway, all_: Pinholes, alg: type[Ftp | Irc], most: int) -> None:
+    """The oldest gives way, as the host has gone on."""
+    openings = of_session(gateway, all_, most=alg.pinholes)
+    for nth in range(most + 2):
+        openings.open("tcp", at(40000 + nth), remote=REMOTE, lasts_s=100 + nth)
+    assert [each.internal.port for each in pinholes.listed(gateway.tables)] == [
+        40000 + nth for nth in range(2, most + 2)
+    ]
+
+
+def test_the_same_again_is_the_same(gateway: Gateway, openings: SessionsOpenings) -> None:
+    first = openings.open("tcp", at(40000), remote=REMOTE)
+    assert openings.open("tcp", at(40000), remote=REMOTE) == first
+    assert len(pinholes.listed(gateway.tables)) == 1
+
+
+def test_an_endpoint_that_has_a_mapping_keeps_it(gateway: Gateway, openings: SessionsOpenings) -> None:
+    port = gateway.open(udp(HOST, 40000, SERVER, 69))
+    hole = openings.open("udp", at(40000), remote=REMOTE)
+    assert hole.port == port
+    assert openings.external("udp", at(40000)) == hole
+    assert openings.internal("udp", hole) == at(40000)
+    assert gateway.inbound(udp(SERVER, 2000, GATEWAY, port)).ended == "slow_inbound"
+
+
+def test_a_pair(gateway: Gateway, openings: SessionsOpenings) -> None:
+    hole = openings.open("udp", at(40000), remote=REMOTE, pair=True)
+    assert hole.port % 2 == 0
+    for nth in (0, 1):
+        result = gateway.inbound(udp(SERVER, 2000 + nth, GATEWAY, hole.port + nth))
+        assert (result.ended, result.ip.dport) == ("slow_inbound", 40000 + nth)
+
+
+def test_a_pair_that_cannot_be(gateway: Gateway, openings: SessionsOpenings) -> None:
+    for nth in (0, 1):
+        while (port := gateway.open(udp(HOST, 40000 + nth, SERVER, 69))) % 2 == nth:
+            gateway.reap([port + datapath.PORTS], datapath.REAP_FORCED)
+    with pytest.raises(Refused, match="neighbours"):
+        openings.open("udp", at(40000), remote=REMOTE, pair=True)
+
+
+@pytest.mark.req("attacks-slipstream")
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        pytest.param(Endpoint(IPv4Address(OTHER_HOST), 40000), id="another host's"),
+        pytest.param(Endpoint(HERE, 1023), id="a service's"),
+        pytest.param(Endpoint(HERE, 0), id="0"),
+        pytest.param(Endpoint(HERE, 65536), id="none"),
+    ],
+)
+def test_what_nobody_gets(gateway: Gateway, openings: SessionsOpenings, wanted: Endpoint) -> None:
+    with pytest.raises(Refused):
+        openings.open("tcp", wanted, remote=REMOTE)
+    assert pinholes.listed(gateway.tables) == []
+
+
+def test_another_address_of_the_gateway(gateway: Gateway, all_: Pinholes, openings: SessionsOpenings) -> None:
+    """Who was told the old one will not come."""
+    openings.open("tcp", at(40000), remote=REMOTE)
+    before = gateway.tables.settings["external"].copy()
+    gateway.tables.set_settings(external=datapath.addr(IPv4Address("203.0.113.77")))
+    all_.tick()
+    gateway.tables.set_settings(external=before)
+    assert pinholes.listed(gateway.tables) == []
