@@ -13,6 +13,7 @@ enum reap_order {
 	REAP_YIELD, /* static no more; running sessions go on */
 	REAP_HOLD, /* make a mapping static as it is, with its sessions */
 	REAP_TAKE, /* make a port static that is nobody's */
+	REAP_OPEN, /* return to the pool what another configuration had kept out of it */
 };
 
 struct reap_request {
@@ -88,6 +89,15 @@ static __always_inline void slot_yield(u32 slot)
 	life_swap(s, life, life & ~LIFE_STATIC);
 }
 
+/* Nobody can claim it meanwhile: its bit is set. */
+static __always_inline void slot_open(u32 slot)
+{
+	struct session *s = session_at(slot);
+
+	if (s && !(s->life & LIFE_STATE))
+		slot_release(slot);
+}
+
 #ifndef L3
 int masq_reap(struct __sk_buff *skb)
 {
@@ -126,6 +136,9 @@ int masq_reap(struct __sk_buff *skb)
 			break;
 		case REAP_TAKE:
 			slot_take(cfg, slot);
+			break;
+		case REAP_OPEN:
+			slot_open(slot);
 			break;
 		}
 	}

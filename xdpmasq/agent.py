@@ -34,6 +34,7 @@ from xdpmasq import (
     netdev,
     presence,
     redirecting,
+    reloading,
     settings,
     sockets,
     source,
@@ -66,18 +67,25 @@ RETRY_S = (1, 60)  # after something went wrong: first, and at most
 BUSY_S = 0.5  # the longest one, while changes rain down
 
 
-class StopSignal:
-    """SIGTERM or SIGINT came. It is only noted: an exception thrown by the handler would leave pyroute2's event loop,
-    or an attachment, in the middle of something.
+class Signals:
+    """What came. It is only noted: an exception thrown by the handler would leave pyroute2's event loop, or an
+    attachment, in the middle of something.
+
+    Attributes:
+        stop: SIGTERM or SIGINT.
+        reload: SIGHUP.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.stop = self.reload = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note)
 
-    def _note(self, *_: object) -> None:
-        self.asked = True
+    def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            self.reload = True
+        else:
+            self.stop = True
 
 
 class Agent:
@@ -86,9 +94,15 @@ class Agent:
     Args:
         config: what the user wants; validated.
         adopted: the datapath that an earlier agent left, to go on with.
+        programs: those of the earlier one, where it was in this process.
     """
 
-    def __init__(self, config: Config, adopted: datapath.Attached | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        adopted: datapath.Attached | None = None,
+        programs: datapath.Programs | None = None,
+    ) -> None:
         self._config = config
         further = adopted.further if adopted else settings.further_sessions(config)
         externals = config.external.room(len(config.wans))
@@ -98,7 +112,9 @@ class Agent:
                 f"it has {adopted.externals}, the configuration names {externals}",
                 "xdpmasq detach, then attach: running sessions start anew",
             )
-        self._programs = datapath.Programs(further, adopted.maps if adopted else None, externals, len(config.wans))
+        self._programs = programs or datapath.Programs(
+            further, adopted.maps if adopted else None, externals, len(config.wans)
+        )
         if adopted and adopted.manifest["layouts"] != self._programs.layouts:
             raise DatapathError(
                 "the running datapath is of another version",
@@ -143,7 +159,7 @@ class Agent:
             self._selector,
             lambda: Punt.open(self.tables, config.timeouts.fragment_s, config.limits.refusal, self._algs.take),
         )
-        self._reserved = self._pool(fresh=adopted is None)
+        self._reserved = self._pool(self._leftover)
         self._forwards = forwarding.Upkeep(self.tables)
         self._asking = Asking(
             config,
@@ -165,6 +181,8 @@ class Agent:
             kept=self._forwards.slots,
         )
         self._settings()
+        if self._leftover:
+            self._move_pool(configuration.from_fields(self._leftover["config"]).ports)
 
     def _functions(self) -> list[str]:
         """The programs that the interfaces as they are will want in any mode, the longest first."""
@@ -211,16 +229,29 @@ class Agent:
         self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0, last=False)
         self.tables.set_exempts(self._config.external.exempt)
 
-    def _pool(self, fresh: bool) -> npt.NDArray[np.uint64]:
+    def _pool(self, leftover: dict[str, Any] | None) -> npt.NDArray[np.uint64]:
         """The bitmap of slots outside the pool; claims them when the tables are new."""
-        outside = settings.outside(self._config.ports, len(self.tables.claims) * 64, self.tables.externals)
-        if not fresh:
+        outside = self._outside(self._config.ports)
+        if leftover:
             # Ports that an earlier configuration gave out are reaped like any other; forwarded ones are kept.
             outside[self.tables.given_slots()] = False
         reserved = np.packbits(outside, bitorder="little").view(np.uint64)
-        if fresh:
+        if not leftover:
             self.tables.claims[:] = reserved
         return reserved
+
+    def _outside(self, ports: configuration.Ports) -> npt.NDArray[np.bool_]:
+        return settings.outside(ports, len(self.tables.claims) * 64, self.tables.externals)
+
+    def _move_pool(self, before: configuration.Ports) -> None:
+        """From an earlier configuration's ports to this one's. What is in use stays so until it ends."""
+        was_outside, is_outside = self._outside(before), self._outside(self._config.ports)
+        reaper = self._programs["masq_reap"]
+        for changed, order in (
+            (is_outside & ~was_outside, datapath.REAP_CLAIM),
+            (was_outside & ~is_outside, datapath.REAP_OPEN),
+        ):
+            self.tables.reap(reaper, np.flatnonzero(changed).astype(np.uint32), order)
 
     # --- following the interfaces
 
@@ -631,8 +662,12 @@ class Agent:
             raise
         self._serving = True
 
-    def serve(self, ready: Callable[[dict[str, Any]], None], stop: StopSignal) -> None:
-        """Follows the machine until asked to stop; the datapath stays."""
+    def serve(self, ready: Callable[[dict[str, Any]], None], signals: Signals) -> Config | None:
+        """Follows the machine until asked to stop; the datapath stays.
+
+        Returns:
+            The configuration to go on with, instead of stopping.
+        """
         wake, _ = _wakeup_on_signals()
         with netdev.Watch() as watch:
             self._selector.register(watch, selectors.EVENT_READ)
@@ -641,7 +676,11 @@ class Agent:
             self._safely(self._follow_neighbours)
             ready(self._manifest)
             next_tick = next_disarm = next_sweep = time.monotonic()
-            while not stop.asked:
+            while not signals.stop:
+                if signals.reload:
+                    signals.reload = False
+                    if wanted := self._reread():
+                        return wanted
                 due_at = min(next_tick, self._punting.due_at, self._asking.due_at)
                 self._selector.select(max(0.0, due_at - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
@@ -659,6 +698,37 @@ class Agent:
                 if now >= next_sweep:
                     self._safely(self._sweep)
                     next_sweep = now + SWEEP_S
+        return None
+
+    def _reread(self) -> Config | None:
+        """The configuration file as it is now; None when it cannot be gone on with, which is said."""
+        try:
+            return reloading.reread(self._config)
+        except MasqError as error:
+            log.warning("nothing is changed: %s", error)
+            self.note_reload(error)
+            return None
+
+    def note_reload(self, error: MasqError | None = None) -> None:
+        """For whoever has asked for it."""
+        count = self._manifest.get("reload", {}).get("count", 0) + 1
+        self._manifest["reload"] = {"count": count, "error": error.as_dict() if error else None}
+        self._save()
+
+    def give_way(self, wanted: Config) -> datapath.Programs:
+        """To an agent of another configuration in this process: rules that it no longer has are taken out.
+
+        Returns:
+            What it can go on with.
+        """
+        self._punting.drop()
+        self._asking.drop()
+        self._selector.close()
+        gone = [rule for rule in self._config.rules if rule not in wanted.rules]
+        placed = [each for each in forwarding.read(self.tables) if each.rule in gone]
+        if placed:
+            forwarding.take(self.tables, self._programs["masq_reap"], *placed)
+        return self._programs
 
     def _disarm(self) -> None:
         self.pulse.disarms += 1
@@ -795,17 +865,36 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
         MasqError: before anything has changed, or with everything put back.
     """
     checks.check_host()
-    stop = StopSignal()
-    with presence.being_agent(config.wans), contextlib.ExitStack() as stack:
-        with presence.changing():
-            checks.check_interfaces(config)
-            show = stack.enter_context(_showing(config))
-            running = [each for each in datapath.find_all() if each.wan_names == list(config.wans)]
-            agent = Agent(config, running[0] if running else None)
-            if stop.asked:
-                return
-            agent.start()
-        show(agent)
-        agent.serve(ready, stop)
-        with presence.changing():
-            agent.stop()
+    signals, programs, earlier = Signals(), None, config
+    with presence.being_agent(config.wans):
+        while True:
+            with contextlib.ExitStack() as stack:
+                failed: MasqError | None = None
+                with presence.changing():
+                    try:
+                        agent = _begin(config, programs, stack)
+                    except MasqError as error:
+                        if config is earlier:
+                            raise
+                        log.warning("going on as before: %s", error)
+                        failed, config = error, earlier
+                        agent = _begin(config, programs, stack)
+                    if programs:
+                        agent.note_reload(failed)
+                wanted = agent.serve(ready, signals)
+                with presence.changing():
+                    if wanted is None:
+                        agent.stop()
+                        return
+                    programs, earlier, config = agent.give_way(wanted), config, wanted
+
+
+def _begin(config: Config, programs: datapath.Programs | None, stack: contextlib.ExitStack) -> Agent:
+    """An agent at work; what is to be closed after it goes to the stack."""
+    checks.check_interfaces(config)
+    show = stack.enter_context(_showing(config))
+    running = [each for each in datapath.find_all() if each.wan_names == list(config.wans)]
+    agent = Agent(config, running[0] if running else None, programs)
+    agent.start()
+    show(agent)
+    return agent

@@ -144,6 +144,16 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a configuration is from: a file, and the options that win over it."""
+
+    file: str
+    wans: tuple[str, ...] = ()
+    lans: tuple[str, ...] = ()
+    mode: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """One gateway.
 
@@ -164,6 +174,7 @@ class Config:
         pcp: whether they may ask for mappings, and which.
         metrics: what Prometheus is shown.
         rearm_s: an accelerated flow shows itself to the kernel this often.
+        origin: None where there is no file.
     """
 
     wans: tuple[str, ...]
@@ -186,6 +197,7 @@ class Config:
     pcp: Pcp = field(default_factory=Pcp)
     metrics: Metrics = field(default_factory=Metrics)
     rearm_s: int = 20
+    origin: Origin | None = None
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -453,5 +465,12 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "external": Externals.parse(**fields["external"]),
             "pcp": Pcp(**{**fields["pcp"], "internal": tuple(map(IPv4Network, fields["pcp"]["internal"]))}),
             "metrics": Metrics(**fields["metrics"]),
+            "origin": _origin(fields["origin"]),
         }
     )
+
+
+def _origin(fields: dict[str, Any] | None) -> Origin | None:
+    if not fields:
+        return None
+    return Origin(fields["file"], tuple(fields["wans"]), tuple(fields["lans"]), fields["mode"])

@@ -6,13 +6,25 @@ import difflib
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
 from xdpmasq import algs, forwards, redirects, triggers
-from xdpmasq.config import Config, Filtering, Limits, Metrics, Pcp, Ports, Problem, Timeouts, problems
+from xdpmasq.config import (
+    Config,
+    Filtering,
+    Limits,
+    Metrics,
+    Origin,
+    Pcp,
+    Ports,
+    Problem,
+    Timeouts,
+    from_options,
+    problems,
+)
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
 from xdpmasq.forwards import Rule
@@ -55,6 +67,16 @@ def load(path: Path) -> Config:
     for problem in problems(config):
         raise document.error(problem)
     return config
+
+
+def from_origin(origin: Origin) -> Config:
+    """What a file, as it is now, and the options of old want together.
+
+    Raises:
+        ConfigError, UsageError: it is wrong.
+    """
+    config = from_options(origin.wans, origin.lans, origin.mode or None, load(Path(origin.file)))
+    return replace(config, origin=origin)
 
 
 _TEXT, _TEXTS, _NUMBER, _SWITCH = "a text in quotes", "a list of texts", "a whole number", "true or false"

@@ -20,6 +20,7 @@ from xdpmasq.cli.attach import attach
 from xdpmasq.cli.check import check
 from xdpmasq.cli.detach import detach
 from xdpmasq.cli.doctor import doctor
+from xdpmasq.cli.reload import reload
 from xdpmasq.cli.run import run
 from xdpmasq.cli.status import status
 from xdpmasq.cli.top import top
@@ -62,6 +63,7 @@ app.command()(status)
 app.command()(top)
 app.command()(doctor)
 app.command()(check)
+app.command()(reload)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(forward.app, name="forward")
 app.add_typer(redirect.app, name="redirect")

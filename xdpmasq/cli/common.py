@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from xdpmasq.config import MODES, Config, from_options
-from xdpmasq.configfile import load
+from xdpmasq.config import MODES, Config, Origin, from_options
+from xdpmasq.configfile import from_origin
 from xdpmasq.errors import HostError
 from xdpmasq.health import wans_of
 
@@ -47,7 +47,9 @@ def require_root(verb: str) -> None:
 
 def configuration(wans: Sequence[str], lans: Sequence[str], mode: str, file: str) -> Config:
     """What the options and the file they name want together."""
-    return from_options(wans, lans, mode or None, load(Path(file)) if file else None)
+    if not file:
+        return from_options(wans, lans, mode or None, None)
+    return from_origin(Origin(str(Path(file).absolute()), tuple(wans), tuple(lans), mode))
 
 
 def print_json(value: object) -> None:

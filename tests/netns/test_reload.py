@@ -1,0 +1,150 @@
+"""A changed configuration takes effect while everything goes on.
+
+::
+
+    a-box .2, b-box .3 ─ lan0 masq-gate wan0 203.0.113.1 ─ internet
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from netkit import Gateway, soon
+
+from xdpmasq import forwarding
+from xdpmasq.lab.servers import EchoServer
+from xdpmasq.lab.topology import INTERNET
+
+BASE = """\
+[interfaces]
+wan = "wan0"
+lan = ["lan0"]
+mode = "tc"
+"""
+
+
+class Reloaded:
+    """A gateway and its file."""
+
+    def __init__(self, gateway: Gateway, file: Path) -> None:
+        self.gateway, self.file = gateway, file
+
+    def write(self, text: str) -> None:
+        self.file.write_text(BASE + text)
+
+    def reload(self, text: str) -> str:
+        """What the command says; on stderr when it fails."""
+        self.write(text)
+        done = self.gateway.masq("reload", check=False)
+        assert (done.returncode == 0) is bool(done.stdout)
+        return done.stdout or done.stderr
+
+
+@pytest.fixture(scope="module")
+def of_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloaded]:
+    with Gateway.in_new_lab("tc", attach=False) as gateway:
+        made = Reloaded(gateway, tmp_path_factory.mktemp("reload") / "config.toml")
+        made.write("")
+        gateway.masq("attach", "--config", str(made.file))
+        EchoServer(gateway.lab)
+        yield made
+
+
+IN_FORCE = "the configuration is in force\n"
+
+
+def test_settings_change_and_sessions_go_on(of_file: Reloaded) -> None:
+    gateway = of_file.gateway
+    with gateway.connection() as connection, gateway.udp("a-box") as client:
+        client.connect((INTERNET, 7))
+        client.send(b"before")
+        public = client.recv(100)
+        assert of_file.reload("[timeouts]\nudp_s = 1000\n[filtering]\nudp = 'endpoint-independent'\n") == IN_FORCE
+        settings = gateway.tables.settings
+        assert settings["udp"] == 1000 * settings["hz"]
+        assert settings["filtering"].tolist() == [0, 2, 0, 0]
+        client.send(b"before")
+        assert client.recv(100) == public
+        connection.talk(20)
+    assert of_file.reload("") == IN_FORCE
+    assert gateway.tables.settings["udp"] == 300 * settings["hz"]
+
+
+def test_rules_of_the_file_come_and_go(of_file: Reloaded) -> None:
+    """Those of the command line stay."""
+    gateway = of_file.gateway
+    gateway.masq("forward", "add", "tcp", "7777", "192.168.0.2:77")
+    forward = '[[forward]]\nprotocol = "tcp"\nports = 8080\nto = "192.168.0.2:80"\n'
+    assert of_file.reload(forward) == IN_FORCE
+    assert listed(gateway) == {8080, 7777}
+    assert of_file.reload(forward.replace("8080", "8081")) == IN_FORCE
+    assert listed(gateway) == {8081, 7777}
+    assert of_file.reload("") == IN_FORCE
+    assert listed(gateway) == {7777}
+    gateway.masq("forward", "del", "tcp", "7777")
+
+
+def listed(gateway: Gateway) -> set[int]:
+    """First ports of the forwards."""
+    return {each.rule.first for each in forwarding.read(gateway.tables)}
+
+
+def test_other_ports(of_file: Reloaded) -> None:
+    """New mappings are among the new ones, and old ports are nobody's once their mappings have ended."""
+    gateway = of_file.gateway
+    with gateway.udp("a-box") as early:
+        before = seen(early)
+        assert of_file.reload("[ports]\nfirst = 20000\nlast = 21999\n") == IN_FORCE
+        assert seen(early) == before
+        ports = set()
+        for _ in range(20):
+            with gateway.udp("a-box") as client:
+                ports.add(seen(client))
+        assert all(20000 <= port <= 21999 for port in ports)
+    assert of_file.reload("") == IN_FORCE
+    ports = set()
+    for _ in range(40):
+        with gateway.udp("a-box") as client:
+            ports.add(seen(client))
+    assert any(not 20000 <= port <= 21999 for port in ports), "the whole pool is there again"
+
+
+def seen(client: object) -> int:
+    client.sendto(b"who", (INTERNET, 7))  # type: ignore[attr-defined]
+    return int(client.recv(100).split(b":")[1].split()[0])  # type: ignore[attr-defined]
+
+
+@pytest.mark.req("attacks-config")
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[timeouts]\nudp_s = -1\n", "timeouts.udp_s"),
+        ("[nonsense]\n", "unknown table [nonsense]"),
+        ('[external]\naddresses = ["203.0.113.1", "203.0.113.7"]\n', "no room for these external addresses"),
+    ],
+)
+def test_a_wrong_file_changes_nothing(of_file: Reloaded, text: str, why: str) -> None:
+    """By the command, and by a signal."""
+    gateway = of_file.gateway
+    agent = gateway.status()["agent"]["pid"]
+    assert why in of_file.reload(text)
+    before = gateway.tables.manifest["reload"]["count"]
+    os.kill(agent, signal.SIGHUP)
+    soon(lambda: gateway.tables.manifest["reload"]["count"] > before, "the agent has read it")
+    assert gateway.tables.manifest["reload"]["error"]
+    assert (gateway.status()["agent"]["pid"], gateway.opens()) == (agent, True)
+    assert gateway.tables.settings["udp"] == 300 * gateway.tables.settings["hz"]
+    assert of_file.reload("") == IN_FORCE
+
+
+def test_without_a_file() -> None:
+    with Gateway.in_new_lab("tc") as gateway:
+        refused = gateway.masq("reload", check=False)
+        assert (refused.returncode, "there is no configuration file" in refused.stderr) == (2, True)
+        gateway.kill_agent()
+        refused = gateway.masq("reload", check=False)
+        assert (refused.returncode, "the agent is not running" in refused.stderr) == (1, True)
