@@ -1,0 +1,244 @@
+"""What the log says of the NAT: a record for each session, or each mapping, that begins or ends; and refusals.
+
+From the events of the ring (:mod:`xdpmasq.events`). A mapping's records are found out here, since the ring has
+sessions only: it begins with the first of them, and has ended when its slot in the table is no longer in use. The
+table is the authority, so nothing is counted, and what was missed can be made up for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xdpmasq import events
+from xdpmasq.datapath import EXTERNAL_SLOTS, LIFE_FURTHER_MASK, LIFE_LIVE, LIFE_SESSION, LIFE_STATE, PORTS
+from xdpmasq.sessions import ICMP, PROTOCOLS, Array, Selection
+
+if TYPE_CHECKING:
+    from xdpmasq.datapath import Attached
+    from xdpmasq.events import Watcher
+
+SESSION, MAPPING = "session", "mapping"
+OPENED, CLOSED, REFUSED = "opened", "closed", "refused"
+REPEATS_S = 1.0  # a host that goes on being refused for the same reason is told of once in so long
+
+Endpoint = tuple[IPv4Address, int]
+Key = tuple[int, int, int, int, int]  # class, external address and port, internal address and port
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One thing that happened.
+
+    Attributes:
+        at: seconds since the epoch.
+        kind: session or mapping.
+        event: opened, closed or refused.
+        why: as ``sessions watch`` says it; of a mapping that was there when the log began ``running``.
+        remote: None where destinations are not logged.
+        traffic: of a closed session, packets and bytes out, and in.
+        limit: of a refusal, what there may be.
+        wan: number of the WAN.
+    """
+
+    at: float
+    kind: str
+    event: str
+    why: str
+    protocol: str
+    internal: Endpoint
+    external: Endpoint | None = None
+    remote: Endpoint | None = None
+    duration_s: float = 0.0
+    traffic: tuple[int, int, int, int] | None = None
+    limit: int = 0
+    wan: int = 0
+
+    def json(self) -> str:
+        """One line."""
+        fields: dict[str, Any] = {
+            **{"time": round(self.at, 3), "record": self.kind, "event": self.event, "why": self.why},
+            **{"protocol": self.protocol, "internal": _named(self.internal)},
+        }
+        if self.external:
+            fields["external"] = _named(self.external)
+        if self.remote:
+            fields["remote"] = _named(self.remote)
+        if self.event == CLOSED:
+            fields["duration_s"] = round(self.duration_s, 3)
+        if self.traffic:
+            packets_out, bytes_out, packets_in, bytes_in = self.traffic
+            fields["out"] = {"packets": packets_out, "bytes": bytes_out}
+            fields["in"] = {"packets": packets_in, "bytes": bytes_in}
+        return json.dumps(fields)
+
+
+def _named(endpoint: Endpoint) -> dict[str, Any]:
+    return {"address": str(endpoint[0]), "port": endpoint[1]}
+
+
+def remark(event: str, **fields: object) -> str:
+    """A line about the log itself: ``started``, ``stopped``, and ``lost`` with a count."""
+    return json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+
+
+class Scribe:
+    """Makes records of one datapath's events.
+
+    Args:
+        what: "mappings" or "sessions".
+        destinations: remotes are told (RFC 6888 REQ-12 says that they should not be).
+
+    Attributes:
+        repeated: refusals that were left out since they only repeat another.
+    """
+
+    def __init__(self, attached: Attached, watcher: Watcher, what: str, *, destinations: bool) -> None:
+        self._attached, self._watcher = attached, watcher
+        self._destinations = destinations
+        self._mappings: dict[Key, float] | None = {} if what == "mappings" else None  # opened at, since the epoch
+        self._doubtful: set[Key] = set()  # a session of theirs ended, but there were others
+        self._told: dict[tuple[int, int], float] = {}
+        self.repeated = 0
+
+    def records(self, rows: Array) -> Iterator[Record]:
+        """Of ``struct event``."""
+        told = self._watcher.story(rows, Selection())
+        if not len(rows):
+            return
+        settings = self._attached.settings
+        places = _places(settings)
+        for nth, kind in enumerate(told.kind.tolist()):
+            at, why = float(told.at[nth]), told.why[nth]
+            if kind == events.REFUSED:
+                record = self._refused(rows[nth], at, why, settings)
+                if record:
+                    yield record
+            elif self._mappings is None:
+                yield self._session(rows[nth], kind, at, why, float(told.seconds[nth]))
+            else:
+                yield from self._mapping(rows[nth], kind, at, why, places)
+
+    def running(self) -> Iterator[Record]:
+        """Mappings that are there and have not been told of: all of them at first, later those whose events were
+        missed.
+        """
+        if self._mappings is None:
+            return
+        known = self._mappings
+        rows = self._attached.rows(self._attached.live_slots())
+        self._attached.let_go()
+        ago = (np.uint32(self._attached.now()) - rows["opened_at"]).view(np.int32) / self._attached.hz
+        now, classes = time.time(), rows["mapping"] // PORTS % len(PROTOCOLS)
+        for nth, row in enumerate(rows):
+            key = _key(row, int(classes[nth]), row["out"]["new_addr"], row["out"]["new_port"])
+            if key not in known:
+                known[key] = now - float(ago[nth])
+                yield _told_of(key, known[key], OPENED, "running")
+
+    def ended(self, *, every: bool) -> Iterator[Record]:
+        """Mappings whose end was not seen: looks at every one, or at those that lost a session since."""
+        if self._mappings is None:
+            return
+        places, now = _places(self._attached.settings), time.time()
+        keys, self._doubtful = [*self._mappings] if every else self._doubtful, set()
+        for key in keys:
+            if key in self._mappings and not self._is_used(key, places):
+                yield _told_of(key, now, CLOSED, "idle", now - self._mappings.pop(key))
+
+    def _session(self, row: Any, kind: int, at: float, why: str, seconds: float) -> Record:
+        remote, traffic = None, None
+        class_ = int(row["internal"]["class"])
+        if self._destinations:
+            remote = _endpoint(row["remote"], 0 if class_ == ICMP else row["remote_port"])
+        if kind == events.CLOSED:
+            sent, received = row["sent"], row["received"]
+            traffic = (*sent.tolist(), *received.tolist())
+        return Record(
+            at=at, kind=SESSION, event=CLOSED if kind == events.CLOSED else OPENED, why=why,
+            protocol=PROTOCOLS[class_],
+            internal=_endpoint(row["internal"]["addr"], row["internal"]["port"]),
+            external=_endpoint(row["external"], row["external_port"]),
+            remote=remote, duration_s=seconds, traffic=traffic, wan=int(row["internal"]["wan"]),
+        )  # fmt: skip
+
+    def _mapping(self, row: Any, kind: int, at: float, why: str, places: dict[int, int]) -> Iterator[Record]:
+        assert self._mappings is not None
+        key = _key(row, int(row["internal"]["class"]), row["external"], row["external_port"])
+        if kind == events.OPENED and key not in self._mappings:
+            self._mappings[key] = at
+            yield _told_of(key, at, OPENED, why)
+        elif kind == events.CLOSED and key in self._mappings:
+            if self._is_used(key, places):
+                self._doubtful.add(key)
+            else:
+                yield _told_of(key, at, CLOSED, why, max(0.0, at - self._mappings.pop(key)))
+
+    def _is_used(self, key: Key, places: dict[int, int]) -> bool:
+        """Whether there are sessions in the mapping; the slot of a forward is live without any."""
+        class_, external, port, *_ = key
+        if external not in places:
+            return False
+        slot = places[external] * EXTERNAL_SLOTS + class_ * PORTS + port
+        (row,) = self._attached.rows(np.array([slot], np.uint32))
+        life = int(row["life"])
+        return life & LIFE_STATE == LIFE_LIVE and life & (LIFE_SESSION | LIFE_FURTHER_MASK) != 0
+
+    def _refused(self, row: Any, at: float, why: str, settings: Any) -> Record | None:
+        about = (int(row["reason"]), int(row["internal"]["addr"]["word"][0]))
+        if at - self._told.get(about, 0.0) < REPEATS_S:
+            self.repeated += 1
+            return None
+        if len(self._told) > PORTS:
+            self._told.clear()
+        self._told[about] = at
+        limits = {"host_limit": "host_sessions", "host_rate": "host_rate", "sessions_full": "further"}
+        class_ = int(row["internal"]["class"])
+        return Record(
+            at=at, kind=SESSION, event=REFUSED, why=why, protocol=PROTOCOLS[class_],
+            internal=_endpoint(row["internal"]["addr"], row["internal"]["port"]),
+            remote=_endpoint(row["remote"], row["remote_port"]) if self._destinations else None,
+            limit=int(settings[limits[why]]) if why in limits else 0, wan=int(row["internal"]["wan"]),
+        )  # fmt: skip
+
+
+def _places(settings: Any) -> dict[int, int]:
+    """The index of each external address."""
+    words = settings["external"]["word"][: int(settings["externals"]), 0].tolist()
+    return {word: nth for nth, word in enumerate(words) if word}
+
+
+def _key(row: Any, class_: int, external: Any, external_port: Any) -> Key:
+    inside = row["internal"]
+    return (
+        *(class_, int(external["word"][0]), _port(external_port)),
+        *(int(inside["addr"]["word"][0]), _port(inside["port"])),
+    )
+
+
+def _told_of(key: Key, at: float, event: str, why: str, duration_s: float = 0.0) -> Record:
+    class_, external, external_port, inside, port = key
+    return Record(
+        at=at, kind=MAPPING, event=event, why=why, protocol=PROTOCOLS[class_],
+        internal=(_address(inside), port), external=(_address(external), external_port), duration_s=duration_s,
+    )  # fmt: skip
+
+
+def _endpoint(addr: Any, port: Any) -> Endpoint:
+    return _address(int(addr["word"][0])), _port(port)
+
+
+def _address(word: int) -> IPv4Address:
+    return IPv4Address(word.to_bytes(4, "little"))
+
+
+def _port(port: Any) -> int:
+    """Of a port in network byte order."""
+    value = int(port)
+    return value >> 8 | (value & 0xFF) << 8
