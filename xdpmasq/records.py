@@ -136,9 +136,10 @@ class Scribe:
         self._attached.let_go()
         ago = (np.uint32(self._attached.now()) - rows["opened_at"]).view(np.int32) / self._attached.hz
         now, classes = time.time(), rows["mapping"] // PORTS % len(PROTOCOLS)
+        places = _places(self._attached.settings)
         for nth, row in enumerate(rows):
             key = _key(row, int(classes[nth]), row["out"]["new_addr"], row["out"]["new_port"])
-            if key not in known:
+            if key not in known and self._is_used(key, places):  # it may be a while since the table was read
                 known[key] = now - float(ago[nth])
                 yield _told_of(key, known[key], OPENED, "running")
 
