@@ -23,6 +23,7 @@ from xdpmasq.cli.doctor import doctor
 from xdpmasq.cli.run import run
 from xdpmasq.cli.status import status
 from xdpmasq.cli.top import top
+from xdpmasq.cli.trace import trace
 from xdpmasq.errors import MasqError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -60,6 +61,7 @@ app.command()(run)
 app.command()(detach)
 app.command()(status)
 app.command()(top)
+app.command()(trace)
 app.command()(doctor)
 app.command()(check)
 app.add_typer(sessions.app, name="sessions")
