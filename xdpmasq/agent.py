@@ -223,10 +223,11 @@ class Agent:
 
     def _reap(self, slots: datapath.Slots, order: int) -> None:
         """Ends many sessions, and lets the log follow."""
-        for start in range(0, len(slots), TURN):
-            self.tables.reap(self._programs["masq_reap"], slots[start : start + TURN], order)
-            if self._recorder:
-                self._recorder.listen()
+        with self._recorder.aside() if self._recorder else contextlib.nullcontext():
+            for start in range(0, len(slots), TURN):
+                self.tables.reap(self._programs["masq_reap"], slots[start : start + TURN], order)
+                if self._recorder:
+                    self._recorder.listen()
 
     # --- following the interfaces
 

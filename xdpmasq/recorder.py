@@ -1,8 +1,10 @@
 """The log of sessions or mappings: one more watcher of the ring of events, in a thread of the agent's.
 
 The thread says that it watches, reads, makes records and hands them to the targets, at a bounded pace; it does not
-wait for the agent, nor the agent for it. Only where the agent itself ends many sessions at once it gives the reader a
-turn in between (:meth:`Recorder.listen`), or the ring would be written over.
+wait for the agent, nor the agent for it. Only where the agent itself ends many sessions at once it does the reading
+in between (:meth:`Recorder.listen`), or the ring would be written over. Meanwhile the thread waits
+(:meth:`Recorder.aside`): they share an interpreter, and each of these thousands of system calls would be a turn to
+wait for.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ ROOM = 262144  # events that wait to be made records of
 CHECK_S = 30.0  # mappings are held against the table so often
 MAKE_UP_S = 5.0  # after events were missed, at least
 PARTING_S = 2.0  # at the end for what still waits
-TURN = 4096  # sessions that the agent may end before the reader has its turn; a quarter of the ring
+TURN = 4096  # sessions that the agent may end before it listens; a quarter of the ring
 
 
 class Recorder:
@@ -57,7 +59,7 @@ class Recorder:
         self._waiting = 0
         self._gap = 0  # missed since it was last said
         self._stopping = threading.Event()
-        self._reopen = False
+        self._reopen = self._is_aside = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -94,6 +96,15 @@ class Recorder:
                 self._gap += max(1, lost)
             return len(batch.rows)
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside the block the thread leaves the interpreter to the agent, which listens in its place."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
+
     def reopen(self) -> None:
         """Has the file opened anew; may be called by a signal's handler."""
         self._reopen = True
@@ -113,6 +124,8 @@ class Recorder:
         extra = deque([scribe.running()])
         check_at, make_up_at, poll_s = time.monotonic() + CHECK_S, float("inf"), POLL_S[1]
         while not self._stopping.wait(poll_s):
+            if self._is_aside:
+                continue
             try:
                 poll_s = POLL_S[0] if self.listen() >= BUSY or self._waiting else POLL_S[1]
                 if self._gap:

@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from xdpmasq import events
+from xdpmasq import events, sessions
 from xdpmasq.datapath import EXTERNAL_SLOTS, LIFE_FURTHER_MASK, LIFE_LIVE, LIFE_SESSION, LIFE_STATE, PORTS
-from xdpmasq.sessions import ICMP, PROTOCOLS, Array, Selection
+from xdpmasq.sessions import ICMP, PROTOCOLS, Array, Selection, host_order
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
@@ -61,26 +61,26 @@ class Record:
     wan: int = 0
 
     def json(self) -> str:
-        """One line."""
-        fields: dict[str, Any] = {
-            **{"time": round(self.at, 3), "record": self.kind, "event": self.event, "why": self.why},
-            **{"protocol": self.protocol, "internal": _named(self.internal)},
-        }
+        """One line. Put together by hand, as there may be thousands a second, and no word in it needs an escape."""
+        parts = [
+            f'"time": {self.at:.3f}, "record": "{self.kind}", "event": "{self.event}", "why": "{self.why}", '
+            f'"protocol": "{self.protocol}", "internal": {_named(self.internal)}'
+        ]
         if self.external:
-            fields["external"] = _named(self.external)
+            parts.append(f'"external": {_named(self.external)}')
         if self.remote:
-            fields["remote"] = _named(self.remote)
+            parts.append(f'"remote": {_named(self.remote)}')
         if self.event == CLOSED:
-            fields["duration_s"] = round(self.duration_s, 3)
+            parts.append(f'"duration_s": {self.duration_s:.3f}')
         if self.traffic:
             packets_out, bytes_out, packets_in, bytes_in = self.traffic
-            fields["out"] = {"packets": packets_out, "bytes": bytes_out}
-            fields["in"] = {"packets": packets_in, "bytes": bytes_in}
-        return json.dumps(fields)
+            parts.append(f'"out": {{"packets": {packets_out}, "bytes": {bytes_out}}}')
+            parts.append(f'"in": {{"packets": {packets_in}, "bytes": {bytes_in}}}')
+        return f"{{{', '.join(parts)}}}"
 
 
-def _named(endpoint: Endpoint) -> dict[str, Any]:
-    return {"address": str(endpoint[0]), "port": endpoint[1]}
+def _named(endpoint: Endpoint) -> str:
+    return f'{{"address": "{endpoint[0]}", "port": {endpoint[1]}}}'
 
 
 def remark(event: str, **fields: object) -> str:
@@ -109,21 +109,21 @@ class Scribe:
 
     def records(self, rows: Array) -> Iterator[Record]:
         """Of ``struct event``."""
-        told = self._watcher.story(rows, Selection())
         if not len(rows):
             return
+        told = self._watcher.story(rows, Selection())
         settings = self._attached.settings
         places = _places(settings)
-        for nth, kind in enumerate(told.kind.tolist()):
-            at, why = float(told.at[nth]), told.why[nth]
+        columns = (told.kind.tolist(), told.at.tolist(), told.why, told.seconds.tolist(), _facts(rows))
+        for kind, at, why, seconds, fact in zip(*columns, strict=True):
             if kind == events.REFUSED:
-                record = self._refused(rows[nth], at, why, settings)
+                record = self._refused(fact, at, why, settings)
                 if record:
                     yield record
             elif self._mappings is None:
-                yield self._session(rows[nth], kind, at, why, float(told.seconds[nth]))
+                yield self._session(fact, CLOSED if kind == events.CLOSED else OPENED, at, why, seconds)
             else:
-                yield from self._mapping(rows[nth], kind, at, why, places)
+                yield from self._mapping(fact.key, kind, at, why, places)
 
     def running(self) -> Iterator[Record]:
         """Mappings that are there and have not been told of: all of them at first, later those whose events were
@@ -134,13 +134,19 @@ class Scribe:
         known = self._mappings
         rows = self._attached.rows(self._attached.live_slots())
         self._attached.let_go()
-        ago = (np.uint32(self._attached.now()) - rows["opened_at"]).view(np.int32) / self._attached.hz
-        now, classes = time.time(), rows["mapping"] // PORTS % len(PROTOCOLS)
-        places = _places(self._attached.settings)
-        for nth, row in enumerate(rows):
-            key = _key(row, int(classes[nth]), row["out"]["new_addr"], row["out"]["new_port"])
+        ago = (np.uint32(self._attached.now()) - rows["opened_at"]).view(np.int32)
+        now, places = time.time(), _places(self._attached.settings)
+        keys = zip(
+            (rows["mapping"] // PORTS % len(PROTOCOLS)).tolist(),
+            _words(rows["out"]["new_addr"]),
+            host_order(rows["out"]["new_port"]).tolist(),
+            _words(rows["internal"]["addr"]),
+            host_order(rows["internal"]["port"]).tolist(),
+            strict=True,
+        )
+        for key, seconds in zip(keys, (ago / self._attached.hz).tolist(), strict=True):
             if key not in known and self._is_used(key, places):  # it may be a while since the table was read
-                known[key] = now - float(ago[nth])
+                known[key] = now - seconds
                 yield _told_of(key, known[key], OPENED, "running")
 
     def ended(self, *, every: bool) -> Iterator[Record]:
@@ -153,25 +159,16 @@ class Scribe:
             if key in self._mappings and not self._is_used(key, places):
                 yield _told_of(key, now, CLOSED, "idle", now - self._mappings.pop(key))
 
-    def _session(self, row: Any, kind: int, at: float, why: str, seconds: float) -> Record:
-        remote, traffic = None, None
-        class_ = int(row["internal"]["class"])
-        if self._destinations:
-            remote = _endpoint(row["remote"], 0 if class_ == ICMP else row["remote_port"])
-        if kind == events.CLOSED:
-            sent, received = row["sent"], row["received"]
-            traffic = (*sent.tolist(), *received.tolist())
+    def _session(self, fact: _Fact, event: str, at: float, why: str, seconds: float) -> Record:
+        _, external, external_port, _, _ = fact.key
         return Record(
-            at=at, kind=SESSION, event=CLOSED if kind == events.CLOSED else OPENED, why=why,
-            protocol=PROTOCOLS[class_],
-            internal=_endpoint(row["internal"]["addr"], row["internal"]["port"]),
-            external=_endpoint(row["external"], row["external_port"]),
-            remote=remote, duration_s=seconds, traffic=traffic, wan=int(row["internal"]["wan"]),
+            at=at, kind=SESSION, event=event, why=why, protocol=PROTOCOLS[fact.key[0]], internal=fact.internal,
+            external=(IPv4Address(external), external_port), remote=fact.remote if self._destinations else None,
+            duration_s=seconds, traffic=fact.traffic if event == CLOSED else None, wan=fact.wan,
         )  # fmt: skip
 
-    def _mapping(self, row: Any, kind: int, at: float, why: str, places: dict[int, int]) -> Iterator[Record]:
+    def _mapping(self, key: Key, kind: int, at: float, why: str, places: dict[int, int]) -> Iterator[Record]:
         assert self._mappings is not None
-        key = _key(row, int(row["internal"]["class"]), row["external"], row["external_port"])
         if kind == events.OPENED and key not in self._mappings:
             self._mappings[key] = at
             yield _told_of(key, at, OPENED, why)
@@ -191,8 +188,8 @@ class Scribe:
         life = int(row["life"])
         return life & LIFE_STATE == LIFE_LIVE and life & (LIFE_SESSION | LIFE_FURTHER_MASK) != 0
 
-    def _refused(self, row: Any, at: float, why: str, settings: Any) -> Record | None:
-        about = (int(row["reason"]), int(row["internal"]["addr"]["word"][0]))
+    def _refused(self, fact: _Fact, at: float, why: str, settings: Any) -> Record | None:
+        about = (fact.reason, fact.key[3])
         if at - self._told.get(about, 0.0) < REPEATS_S:
             self.repeated += 1
             return None
@@ -200,46 +197,64 @@ class Scribe:
             self._told.clear()
         self._told[about] = at
         limits = {"host_limit": "host_sessions", "host_rate": "host_rate", "sessions_full": "further"}
-        class_ = int(row["internal"]["class"])
         return Record(
-            at=at, kind=SESSION, event=REFUSED, why=why, protocol=PROTOCOLS[class_],
-            internal=_endpoint(row["internal"]["addr"], row["internal"]["port"]),
-            remote=_endpoint(row["remote"], row["remote_port"]) if self._destinations else None,
-            limit=int(settings[limits[why]]) if why in limits else 0, wan=int(row["internal"]["wan"]),
+            at=at, kind=SESSION, event=REFUSED, why=why, protocol=PROTOCOLS[fact.key[0]], internal=fact.internal,
+            remote=fact.remote if self._destinations else None,
+            limit=int(settings[limits[why]]) if why in limits else 0, wan=fact.wan,
         )  # fmt: skip
+
+
+class _Fact(NamedTuple):
+    """An event's, as numbers."""
+
+    key: Key
+    remote_word: int
+    remote_port: int
+    wan: int
+    reason: int
+    traffic: tuple[int, int, int, int]
+
+    @property
+    def internal(self) -> Endpoint:
+        return IPv4Address(self.key[3]), self.key[4]
+
+    @property
+    def remote(self) -> Endpoint:
+        return IPv4Address(self.remote_word), self.remote_port
+
+
+def _facts(rows: Array) -> Iterator[_Fact]:
+    """Of ``struct event``; whole columns are read at once, as fields of single rows take many times as long."""
+    inside, classes = rows["internal"], rows["internal"]["class"]
+    remote_ports = np.where(classes == ICMP, 0, host_order(rows["remote_port"]))
+    keys = zip(
+        classes.tolist(),
+        _words(rows["external"]),
+        host_order(rows["external_port"]).tolist(),
+        _words(inside["addr"]),
+        host_order(inside["port"]).tolist(),
+        strict=True,
+    )
+    traffic = zip(*(column.tolist() for column in sessions.traffic(rows).values()), strict=True)
+    others = (_words(rows["remote"]), remote_ports.tolist(), inside["wan"].tolist(), rows["reason"].tolist())
+    return map(_Fact, keys, *others, traffic)
+
+
+def _words(addresses: Array) -> list[int]:
+    """Of ``addr_t``, in host order."""
+    words: list[int] = host_order(addresses["word"][:, 0]).tolist()
+    return words
 
 
 def _places(settings: Any) -> dict[int, int]:
     """The index of each external address."""
-    words = settings["external"]["word"][: int(settings["externals"]), 0].tolist()
+    words = _words(settings["external"][: int(settings["externals"])])
     return {word: nth for nth, word in enumerate(words) if word}
-
-
-def _key(row: Any, class_: int, external: Any, external_port: Any) -> Key:
-    inside = row["internal"]
-    return (
-        *(class_, int(external["word"][0]), _port(external_port)),
-        *(int(inside["addr"]["word"][0]), _port(inside["port"])),
-    )
 
 
 def _told_of(key: Key, at: float, event: str, why: str, duration_s: float = 0.0) -> Record:
     class_, external, external_port, inside, port = key
     return Record(
-        at=at, kind=MAPPING, event=event, why=why, protocol=PROTOCOLS[class_],
-        internal=(_address(inside), port), external=(_address(external), external_port), duration_s=duration_s,
+        at=at, kind=MAPPING, event=event, why=why, protocol=PROTOCOLS[class_], internal=(IPv4Address(inside), port),
+        external=(IPv4Address(external), external_port), duration_s=duration_s,
     )  # fmt: skip
-
-
-def _endpoint(addr: Any, port: Any) -> Endpoint:
-    return _address(int(addr["word"][0])), _port(port)
-
-
-def _address(word: int) -> IPv4Address:
-    return IPv4Address(word.to_bytes(4, "little"))
-
-
-def _port(port: Any) -> int:
-    """Of a port in network byte order."""
-    value = int(port)
-    return value >> 8 | (value & 0xFF) << 8

@@ -236,6 +236,20 @@ def test_more_than_the_ring_holds(gateway: Gateway, tmp_path: Path, monkeypatch:
     assert (found[2]["why"], found[2]["internal"]["port"]) == ("running", 5000)
 
 
+def test_it_stands_aside_for_the_agent(gateway: Gateway, tmp_path: Path) -> None:
+    """Which listens meanwhile."""
+    path = tmp_path / "nat.json"
+    with recording(gateway, path) as made:
+        soon(lambda: len(lines(path)) == 1)
+        with made.aside():
+            time.sleep(0.15)
+            gateway.open(udp(HOST, 5000, SERVER, 53))
+            time.sleep(0.15)
+            assert len(lines(path)) == 1
+            assert made.listen() == 1
+        soon(lambda: len(lines(path)) == 2)
+
+
 def test_its_pace(gateway: Gateway, tmp_path: Path) -> None:
     path = tmp_path / "nat.json"
     with recording(gateway, path, per_second=100) as made:
