@@ -39,6 +39,9 @@ BPF_TABLE("hash", struct vlan_key, u32, vlans, 4096); /* → interface index; th
 BPF_TABLE("array", u32, struct settings, settings, 1);
 BPF_F_TABLE("array", u32, struct event, events, EVENTS, BPF_F_MMAPABLE); /* by number, modulo their count */
 BPF_F_TABLE("array", u32, struct watch, watch, 1, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct traced, traces, TRACES, BPF_F_MMAPABLE); /* by number, modulo their count */
+BPF_F_TABLE("array", u32, struct tracing, tracing, 1, BPF_F_MMAPABLE);
+BPF_TABLE("percpu_array", u32, struct sight, sights, 1);
 BPF_DEVMAP(transmitters, INTERFACES); /* interface index → device that takes its frames from XDP */
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
 BPF_TABLE("percpu_array", u32, struct scratch, scratches, 1);

@@ -33,6 +33,8 @@ static __always_inline void flow_arm(const struct settings *cfg, const struct pa
 	u32 longest = packet_longest(p);
 	struct ethernet_header eth;
 
+	if (trace_keeps_off(p))
+		return;
 	if (!from || !to || !(from->xdp & XDP_FROM) || !(to->xdp & XDP_TO) || p->l3 != sizeof(eth))
 		return;
 	if (p->class == CLASS_ICMP || p->options || p->more_fragments)

@@ -1,18 +1,6 @@
 /* From an skb to struct packet: every header read once, by its true length, before anything is changed. Headers are
  * read and written in place; they are pulled into the linear part of the skb first, should they lie beyond it.
  */
-struct ip_header {
-	u8 version_ihl;
-	u8 tos;
-	__be16 tot_len;
-	__be16 id;
-	__be16 frag_off;
-	u8 ttl;
-	u8 proto;
-	u16 check;
-	addr_t src, dst;
-};
-
 struct port_header { /* TCP and UDP agree on these */
 	__be16 src, dst;
 };

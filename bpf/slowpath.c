@@ -534,67 +534,89 @@ static __always_inline enum verdict slow_lan_out(struct packet *p)
 int masq_wan_out_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_outbound(&p));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_WAN_OUT, slow_outbound(&p));
 }
 
 int masq_wan_in_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_inbound(&p));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_WAN_IN, slow_inbound(&p));
 }
 
 int masq_lan_in_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_lan(&p, true));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, true));
 }
 
 int masq_lan_lean_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_lan(&p, false));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, false));
 }
 
 int masq_lan_out_l3(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now() };
-	return tc_verdict(slow_lan_out(&p));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_LAN_OUT, slow_lan_out(&p));
 }
 #else
 int masq_wan_out(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_outbound(&p));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_WAN_OUT, slow_outbound(&p));
 }
 
 int masq_wan_in(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_inbound(&p));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_WAN_IN, slow_inbound(&p));
 }
 
 int masq_lan_in(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_lan(&p, true));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, true));
 }
 
 int masq_lan_lean(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_lan(&p, false));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, false));
 }
 
 int masq_lan_out(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_lan_out(&p));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_LAN_OUT, slow_lan_out(&p));
 }
 
 int masq_lo_out(struct __sk_buff *skb)
 {
 	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-	return tc_verdict(slow_loopback(&p));
+
+	trace_begin(&p);
+	return trace_end(&p, TRACE_LO_OUT, slow_loopback(&p));
 }
 
 int masq_punt_in(struct __sk_buff *skb)

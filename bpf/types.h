@@ -563,6 +563,53 @@ struct watch {
 	u32 pad;
 };
 
+/* What becomes of a packet at a hook; see trace.h. */
+enum trace_hook { TRACE_LAN_IN, TRACE_WAN_OUT, TRACE_WAN_IN, TRACE_LAN_OUT, TRACE_LO_OUT };
+
+#define TRACES 4096 /* packets that are kept; a power of two */
+#define TRACE_WORDS 2 /* 64 counters each; a power of two */
+
+struct ip_header {
+	u8 version_ihl;
+	u8 tos;
+	__be16 tot_len;
+	__be16 id;
+	__be16 frag_off;
+	u8 ttl;
+	u8 proto;
+	u16 check;
+	addr_t src, dst;
+};
+
+struct look { /* at a packet */
+	struct ip_header ip;
+	u8 l4[36]; /* the transport header; of an ICMP error with the quoted addresses and ports */
+};
+
+struct traced {
+	u64 number; /* from 1; written last */
+	u64 counted[TRACE_WORDS]; /* counters that grew, by bit: enum counter */
+	struct look before, after;
+	u32 at; /* jiffies */
+	u32 ifindex;
+	u32 mark;
+	u16 hook; /* enum trace_hook */
+	u16 verdict; /* enum verdict */
+};
+
+struct tracing {
+	u64 next; /* number of the next packet, from 0 */
+	addr_t internal; /* the host */
+	u32 until; /* jiffies until when somebody reads; 0: nobody */
+};
+
+struct sight { /* of the packet that a CPU is at work on */
+	struct look before, after;
+	u64 counts[64 * TRACE_WORDS];
+	u32 l3;
+	u32 is_open;
+};
+
 /* A session's end takes effect with a swap of its slot's life, after which the slot may be another's at once; so what is
  * to be tidied up is noted before.
  */

@@ -54,6 +54,7 @@ from xdpmasq.pinholes import Pinholes
 from xdpmasq.pulse import Pulse
 from xdpmasq.punt import Punt
 from xdpmasq.punting import Punting
+from xdpmasq.recorder import TURN, Recorder, recording
 from xdpmasq.sysctls import Sysctls
 from xdpmasq.wans import Wan
 
@@ -95,6 +96,7 @@ class Agent:
         config: what the user wants; validated.
         adopted: the datapath that an earlier agent left, to go on with.
         programs: those of the earlier one, where it was in this process.
+        recorder: logs what happens, if anything is to be logged.
     """
 
     def __init__(
@@ -102,8 +104,9 @@ class Agent:
         config: Config,
         adopted: datapath.Attached | None = None,
         programs: datapath.Programs | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._recorder = config, recorder
         further = adopted.further if adopted else settings.further_sessions(config)
         externals = config.external.room(len(config.wans))
         if adopted and adopted.externals != externals:
@@ -179,6 +182,7 @@ class Agent:
             timeouts.port_rest_s * self._hz,
             self._hz,
             kept=self._forwards.slots,
+            reap=self._reap,
         )
         self._settings()
         if self._leftover:
@@ -253,6 +257,14 @@ class Agent:
         ):
             self.tables.reap(reaper, np.flatnonzero(changed).astype(np.uint32), order)
 
+    def _reap(self, slots: datapath.Slots, order: int) -> None:
+        """Ends many sessions, and lets the log follow."""
+        with self._recorder.aside() if self._recorder else contextlib.nullcontext():
+            for start in range(0, len(slots), TURN):
+                self.tables.reap(self._programs["masq_reap"], slots[start : start + TURN], order)
+                if self._recorder:
+                    self._recorder.listen()
+
     # --- following the interfaces
 
     def reconcile(self) -> None:
@@ -291,9 +303,11 @@ class Agent:
         self._save()
 
     @property
-    def shown(self) -> tuple[datapath.Tables, datapath.Programs, dict[str, Any], Pulse, Punting]:
+    def shown(
+        self,
+    ) -> tuple[datapath.Tables, datapath.Programs, dict[str, Any], Pulse, Punting, Recorder | None]:
         """For the metrics, which only look."""
-        return self.tables, self._programs, self._manifest, self.pulse, self._punting
+        return self.tables, self._programs, self._manifest, self.pulse, self._punting, self._recorder
 
     @property
     def _hairpins_own(self) -> bool:
@@ -626,7 +640,7 @@ class Agent:
             ended += len(stale)
             # Further sessions first: a mapping closes with its last session.
             for each in (stale[stale >= self.tables.further_base], stale[stale < self.tables.further_base]):
-                self.tables.reap(self._programs["masq_reap"], each, datapath.REAP_FORCED)
+                self._reap(each, datapath.REAP_FORCED)
         self._disarm()
         if ended:
             log.info("external addresses changed: %d sessions ended", ended)
@@ -648,6 +662,8 @@ class Agent:
         """
         adopted = bool(self._manifest["interfaces"])
         self._save()
+        if self._recorder:  # before there are packets
+            self._recorder.begin(datapath.Attached(self.tables.maps))
         if adopted:
             self._forwards.adopt(self._programs["masq_reap"])
         self._switch_algs()
@@ -893,8 +909,9 @@ def _begin(config: Config, programs: datapath.Programs | None, stack: contextlib
     """An agent at work; what is to be closed after it goes to the stack."""
     checks.check_interfaces(config)
     show = stack.enter_context(_showing(config))
+    recorder = stack.enter_context(recording(config.log))
     running = [each for each in datapath.find_all() if each.wan_names == list(config.wans)]
-    agent = Agent(config, running[0] if running else None, programs)
+    agent = Agent(config, running[0] if running else None, programs, recorder)
     agent.start()
     show(agent)
     return agent

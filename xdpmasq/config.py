@@ -26,6 +26,8 @@ Mode = Literal["auto", "xdp", "tc"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # How strictly a mapping looks at who answers, in the order of enum filtering (RFC 4787 section 5).
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
+LOGGED = ("mappings", "sessions")
+FACILITIES = ("", "daemon", "user", "auth", "authpriv", *(f"local{nth}" for nth in range(8)))
 REFUSALS = ("prohibited", "host-unreachable")
 OTHERS = ("address-only", "drop")
 WANS_MOST = 4
@@ -110,6 +112,49 @@ class Pcp:
     last: int = 65535
 
 
+def _endpoint(text: str) -> tuple[str, int] | None:
+    """Of ADDR:PORT, [ADDR]:PORT or :PORT; None: it is none."""
+    match = re.fullmatch(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[^:\[\]]*)):(?P<port>\d{1,5})", text)
+    if not match or not 0 < int(match["port"]) < 65536:
+        return None
+    try:
+        address = IPv6Address(match["v6"]) if match["v6"] else IPv4Address(match["v4"] or 0)
+    except ValueError:
+        return None
+    return str(address), int(match["port"])
+
+
+@dataclass(frozen=True)
+class Log:
+    """A record of who had which external port (RFC 6888 section 4); nothing unless a target is named.
+
+    Attributes:
+        what: one of :data:`LOGGED`.
+        destinations: with the remotes, which RFC 6888 REQ-12 advises against.
+        file: absolute path of a file of JSON lines.
+        syslog: the facility, one of :data:`FACILITIES`.
+        ipfix: ADDR:PORT of a collector, of IPv6 [ADDR]:PORT.
+        per_second: records at most; more wait.
+    """
+
+    what: str = LOGGED[0]
+    destinations: bool = False
+    file: str = ""
+    syslog: str = ""
+    ipfix: str = ""
+    per_second: int = 20_000
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.file or self.syslog or self.ipfix)
+
+    @property
+    def collector(self) -> tuple[str, int] | None:
+        """Address and port of ``ipfix``, or None where it is none."""
+        found = _endpoint(self.ipfix)
+        return found if found and not ip_address(found[0]).is_unspecified else None
+
+
 @dataclass(frozen=True)
 class Metrics:
     """How the agent shows itself to Prometheus.
@@ -128,14 +173,7 @@ class Metrics:
     @property
     def endpoint(self) -> tuple[str, int] | None:
         """Address and port of ``listen``, or None where it is none."""
-        match = re.fullmatch(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[^:\[\]]*)):(?P<port>\d{1,5})", self.listen)
-        if not match or not 0 < int(match["port"]) < 65536:
-            return None
-        try:
-            address = IPv6Address(match["v6"]) if match["v6"] else IPv4Address(match["v4"] or 0)
-        except ValueError:
-            return None
-        return str(address), int(match["port"])
+        return _endpoint(self.listen)
 
     @property
     def is_for_all(self) -> bool:
@@ -173,6 +211,7 @@ class Config:
         external: as whom the internal hosts appear.
         pcp: whether they may ask for mappings, and which.
         metrics: what Prometheus is shown.
+        log: what is written of sessions or mappings, and where.
         rearm_s: an accelerated flow shows itself to the kernel this often.
         origin: None where there is no file.
     """
@@ -196,6 +235,7 @@ class Config:
     external: Externals = field(default_factory=Externals)
     pcp: Pcp = field(default_factory=Pcp)
     metrics: Metrics = field(default_factory=Metrics)
+    log: Log = field(default_factory=Log)
     rearm_s: int = 20
     origin: Origin | None = None
 
@@ -313,6 +353,7 @@ _BOUNDS = {
     "pcp.first": _Bound(1, 65535, "and ports below 1024 are what services are expected at"),
     "pcp.last": _Bound(1, 65535, "and not below pcp.first"),
     "metrics.top_hosts": _Bound(0, 1000, "as each host has several series"),
+    "log.per_second": _Bound(1, 1_000_000, "and what is more waits, up to a bound"),
     "tcp.mss": _Bound(88, 65495, "as a segment of less does not fit, with headers, what every host takes (RFC 6691)"),
 }
 _CHOICES: dict[str, Sequence[str]] = {
@@ -320,6 +361,8 @@ _CHOICES: dict[str, Sequence[str]] = {
     "filtering.tcp": FILTERINGS,
     "filtering.udp": FILTERINGS,
     "limits.refusal": REFUSALS,
+    "log.what": LOGGED,
+    "log.syslog": FACILITIES,
     "protocols.other": OTHERS,
 }
 # Keys whose fields stand in Config itself.
@@ -355,7 +398,7 @@ def problems(config: Config) -> Iterator[Problem]:
             yield Problem(key, value, bound.allowed)
     for key, words in _CHOICES.items():
         if _value(config, key) not in words:
-            yield Problem(key, _value(config, key), f"allowed is {', '.join(words)}")
+            yield Problem(key, _value(config, key), "allowed is " + ", ".join(word or '""' for word in words))
     yield from _relation_problems(config)
     yield from _rule_problems(config)
     for key, wrong, why in config.external.contradictions():
@@ -413,6 +456,10 @@ def _relation_problems(config: Config) -> Iterator[Problem]:
         yield Problem("tcp.mss", config.mss, "allowed is off, auto, or a number of bytes")
     if config.metrics.endpoint is None:
         yield Problem("metrics.listen", config.metrics.listen, "allowed is ADDR:PORT, of IPv6 [ADDR]:PORT")
+    if config.log.ipfix and config.log.collector is None:
+        yield Problem("log.ipfix", config.log.ipfix, "allowed is a collector's ADDR:PORT, of IPv6 [ADDR]:PORT")
+    if config.log.destinations and config.log.what == "mappings":
+        yield Problem("log.destinations", True, "a mapping is for all destinations", 'log them by what = "sessions"')
 
 
 def _rule_problems(config: Config) -> Iterator[Problem]:
@@ -465,6 +512,7 @@ def from_fields(fields: dict[str, Any]) -> Config:
             "external": Externals.parse(**fields["external"]),
             "pcp": Pcp(**{**fields["pcp"], "internal": tuple(map(IPv4Network, fields["pcp"]["internal"]))}),
             "metrics": Metrics(**fields["metrics"]),
+            "log": Log(**fields["log"]),
             "origin": _origin(fields["origin"]),
         }
     )

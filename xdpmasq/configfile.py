@@ -16,6 +16,7 @@ from xdpmasq.config import (
     Config,
     Filtering,
     Limits,
+    Log,
     Metrics,
     Origin,
     Pcp,
@@ -62,7 +63,8 @@ def load(path: Path) -> Config:
         algs=document.algs(),
         external=document.externals(),
         pcp=Pcp(**{**document.table("pcp"), "internal": document.prefixes("pcp.internal")}),
-        metrics=document.metrics(),
+        metrics=Metrics(**document.beside("metrics", "web_config")),
+        log=Log(**document.beside("log", "file")),
     )
     for problem in problems(config):
         raise document.error(problem)
@@ -104,6 +106,10 @@ _KEYS: dict[str, dict[str, str]] = {
         "answer_arp": _SWITCH,
     },
     "metrics": {"enabled": _SWITCH, "listen": _TEXT, "web_config": _TEXT, "top_hosts": _NUMBER},
+    "log": {
+        **dict.fromkeys(("what", "file", "syslog", "ipfix"), _TEXT),
+        **{"destinations": _SWITCH, "per_second": _NUMBER},
+    },
     "forward": {"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "to": f"{_TEXT} or {_TEXTS}", "from": _TEXT},
     "redirect": {
         **{"protocol": _TEXT, "ports": f"{_TEXT} or {_NUMBER}", "to": f"{_TEXT} or {_NUMBER}", "on": _TEXT},
@@ -260,12 +266,12 @@ class _Document:
                     raise self._error_at(Problem(f"external.{key}", text, error.why, error.do), error.what) from error
         return Externals.parse(**given)
 
-    def metrics(self) -> Metrics:
-        """``[metrics]``; its file is looked for beside this one."""
-        given = self.table("metrics")
-        if given.get("web_config"):
-            given["web_config"] = str(self.path.absolute().parent / given["web_config"])
-        return Metrics(**given)
+    def beside(self, table: str, key: str) -> dict[str, Any]:
+        """A table's values; the file that it names is looked for beside this one."""
+        given = self.table(table)
+        if given.get(key):
+            given[key] = str(self.path.absolute().parent / given[key])
+        return given
 
     def prefixes(self, key: str) -> tuple[IPv4Network, ...]:
         """A list of internal prefixes."""

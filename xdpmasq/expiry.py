@@ -63,6 +63,7 @@ class Expiry:
         rest_ticks: how long a closed mapping's port rests (RFC 6888 REQ-8).
         pause_ticks: how long any other closed slot rests; a packet that found it just before is done by then.
         kept: tells the slots outside the pool that are in use all the same.
+        reap: what changes many slots by an order, if not at one stroke.
 
     Attributes:
         looked_at: slots of the last pass.
@@ -77,8 +78,10 @@ class Expiry:
         pause_ticks: int,
         *,
         kept: Callable[[], Slots] | None = None,
+        reap: Callable[[Slots, int], None] | None = None,
     ) -> None:
-        self._tables, self._reaper, self._reserved = tables, reaper, reserved
+        self._tables, self._reserved = tables, reserved
+        self._reap = reap or (lambda slots, order: tables.reap(reaper, slots, order))
         self._rest, self._pause = rest_ticks, pause_ticks
         self._kept = kept
         self.looked_at = 0
@@ -92,8 +95,8 @@ class Expiry:
         if len(slots):
             # The clock is read before the stamps: a packet meanwhile can only make a session younger.
             now, rows = bpf.jiffies(), self._tables.rows(slots)
-            self._tables.reap(self._reaper, self._expired(slots, rows, now), REAP_EXPIRED)
-            self._tables.reap(self._reaper, self._rested(slots, rows, now), REAP_RESTED)
+            self._reap(self._expired(slots, rows, now), REAP_EXPIRED)
+            self._reap(self._rested(slots, rows, now), REAP_RESTED)
 
     def _expired(self, slots: Slots, rows: bpf.Array, now: int) -> Slots:
         settings = self._tables.settings

@@ -129,6 +129,14 @@ def _algs() -> Iterator[Family]:
     yield _gauge("pinholes", "Pinholes that are open.", "protocol", most=2)
 
 
+def _log() -> Iterator[Family]:
+    yield _counter("log_records", "Records of sessions or mappings handed over.", "target", most=3)
+    yield _counter("log_lost_records", "Records lost, as a target took none for too long.", "target", most=3)
+    yield _gauge("log_waiting_records", "Records that wait for a target.", "target", most=3)
+    yield _counter("log_missed_events", "Events that came too fast to become records.")
+    yield _counter("log_repeated_refusals", "Refusals left out of the log, as they repeated another within a second.")
+
+
 def _hosts() -> Iterator[Family]:
     yield _gauge("host_sessions", "Sessions of an internal host.", "host", most="top_hosts")
     yield _counter("host_bytes", "IP bytes its sessions have carried.", "host", "direction", most="2 × top_hosts")
@@ -140,6 +148,6 @@ FAMILIES = {
     family.name: family
     for family in (
         *(*_agent(), *_interfaces(), TRANSLATED, *BY_REASON.values(), *TURNS.values()),
-        *(*_sessions(), *_kernel(), *_punts(), *_algs(), *_hosts()),
+        *(*_sessions(), *_kernel(), *_punts(), *_algs(), *_log(), *_hosts()),
     )
 }

@@ -34,6 +34,7 @@ from xdpmasq.exporter import Answer, Exporter
 from xdpmasq.families import BY_REASON, FAMILIES, PREFIX, TRANSLATED, TURNS, Family
 from xdpmasq.pulse import Pulse
 from xdpmasq.punting import Punting
+from xdpmasq.recorder import Recorder
 from xdpmasq.sessions import STATES, TCP
 from xdpmasq.webconfig import Web
 
@@ -58,6 +59,7 @@ class Subject:
     manifest: Mapping[str, Any]
     pulse: Pulse
     punting: Punting
+    recorder: Recorder | None = None
 
 
 class Sheet:
@@ -84,7 +86,7 @@ class Metrics(Collector):
         self._errors = 0
         self._parts: tuple[Callable[[Sheet], None], ...] = (
             *(self._agent, self._interfaces, self._counters, self._sessions),
-            *(self._forwards, self._maps, self._programs, self._punts, self._algs),
+            *(self._forwards, self._maps, self._programs, self._punts, self._algs, self._log),
         )
 
     def collect(self) -> Iterable[Any]:
@@ -219,6 +221,17 @@ class Metrics(Collector):
         for outcome, count in (port.counts if port else {}).items():
             family = "refusals_total" if outcome in ("told", "untold") else "held_fragments_total"
             sheet.put(family, count, outcome)
+
+    def _log(self, sheet: Sheet) -> None:
+        recorder = self._subject.recorder
+        if not recorder:
+            return
+        for each in recorder.targets:
+            sheet.put("log_records_total", each.written, each.name)
+            sheet.put("log_lost_records_total", each.lost, each.name)
+            sheet.put("log_waiting_records", each.backlog, each.name)
+        sheet.put("log_missed_events_total", recorder.missed)
+        sheet.put("log_repeated_refusals_total", recorder.repeated)
 
 
 def _filled(family: Family, series: Series) -> Any:

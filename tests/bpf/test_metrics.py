@@ -32,12 +32,14 @@ class Shown:
         }
         counts = dict.fromkeys(("held", "released", "expired", "refused", "told", "untold"), 0)
         port = SimpleNamespace(ifindex=bench.punt.index, name="masq-punt0", held=3, counts={**counts, "held": 7})
+        target = SimpleNamespace(name="file", written=3, lost=0, backlog=0)
         subject = metrics.Subject(
             gateway.tables,
             bench.programs,
             manifest,
             Pulse(started_at=5.0),
             SimpleNamespace(port=port),  # type: ignore[arg-type]
+            SimpleNamespace(targets=[target], missed=0, repeated=0),  # type: ignore[arg-type]
         )
         self._answer = metrics.answer(subject, top_hosts)
 

@@ -51,6 +51,30 @@ def test_who_carries_most(gateway: Gateway) -> None:
     assert (each["top"][0]["protocol"], each["top"][0]["state"]) == ("udp", "REPLIED")
 
 
+def test_a_trace(gateway: Gateway) -> None:
+    """Of a flow that XDP carries, too; afterwards it does so again."""
+    flow = Stream(gateway)
+    try:
+        words = ("trace", "--internal", HOSTS["a-box"], "--protocol", "udp", "--remote", f":{ECHO[1]}")
+        done = gateway.masq(*words, "--count", "20", "--json")
+        seen = [json.loads(line) for line in done.stdout.splitlines()]
+        if gateway.mode == "xdp":
+            tables = gateway.tables
+            before = tables.counters()["fast_inbound"]
+            soon(lambda: tables.counters()["fast_inbound"] > before + 10, "it flies again", timeout_s=5)
+    finally:
+        flow.stop()
+    assert done.stderr == ""
+    hooks = {"lan-in", "wan-out", "wan-in", *(["lan-out"] if gateway.mode == "xdp" else [])}
+    assert {(each["hook"], each["verdict"]) for each in seen} == {(hook, "passed") for hook in hooks}
+    for each in seen:
+        source, destination = each["after"]["source"], each["after"]["destination"]
+        assert {"lan-in": HOSTS["a-box"], "wan-out": "203.0.113.1"}.get(each["hook"], ECHO[0]) == source["address"]
+        assert (ECHO[1] in (source["port"], destination["port"])) is True
+    reasons = {each["hook"]: each["reasons"][0]["name"] for each in seen}
+    assert (reasons["wan-out"], reasons["wan-in"], reasons["lan-in"]) == ("slow_outbound", "slow_inbound", None)
+
+
 @pytest.mark.parametrize("mode", ["tc"], indirect=True)
 def test_a_terminal_with_the_agent_dead(fresh: Gateway) -> None:
     """80 columns and 24 lines, as over ssh: it is filled, listens to keys, and is left as it was."""

@@ -32,7 +32,7 @@ from xdpmasq.sessions import read as read_table
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "config.example.toml")
 RULES = ("forward", "redirect", "trigger")
-VERBS = ("attach", "run", "detach", "status", "top", "sessions", "doctor", "check", *RULES, "lab", "bench")
+VERBS = ("attach", "run", "detach", "status", "top", "trace", "sessions", "doctor", "check", *RULES, "lab", "bench")
 
 NOW, HZ = 500_000, 100
 
@@ -179,8 +179,8 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], args: list[st
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "attach", "run", "detach", "status", "top", "doctor", "check", "sessions", "sessions list", "sessions flush",
-     "sessions watch"],
+    ["", "attach", "run", "detach", "status", "top", "trace", "doctor", "check", "sessions", "sessions list",
+     "sessions flush", "sessions watch"],
 )  # fmt: skip
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert run(*verb.split(), "--help") == 0
@@ -224,8 +224,9 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], args: list[str], said: 
 
 @pytest.mark.parametrize(
     "verb",
-    ["attach", "run", "detach", "status", "top", "sessions", "sessions list", "sessions flush", "sessions watch"],
-)
+    ["attach", "run", "detach", "status", "top", "trace --internal 192.168.0.2", "sessions", "sessions list",
+     "sessions flush", "sessions watch"],
+)  # fmt: skip
 def test_root_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert run(*verb.split()) == 1
@@ -550,6 +551,22 @@ def test_top_fits_the_terminal(busy: Running, size: tuple[int, int], sort: str, 
 )
 def test_top_refused(capsys: pytest.CaptureFixture[str], running: Running, args: list[str], said: str) -> None:
     assert run("top", *args) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param(["--internal", "192.168.0.0/24"], "192.168.0.0/24 is no host", id="a network"),
+        pytest.param(["--internal", "192.168.0.2", "--port", "65536"], "ports end at 65535", id="port"),
+        pytest.param(["--internal", "192.168.0.2", "--seconds", "0"], "above 0", id="seconds"),
+        pytest.param(["--internal", "192.168.0.2", "--remote", "x"], "x is not an endpoint", id="remote"),
+        pytest.param(["--internal", "192.168.0.2", "--protocol", "x"], "there is no protocol x", id="protocol"),
+        pytest.param([], "--internal", id="no host"),
+    ],
+)
+def test_trace_refused(capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+    assert run("trace", *args) == 2
     assert said in capsys.readouterr().err
 
 

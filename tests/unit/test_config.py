@@ -14,6 +14,7 @@ from xdpmasq.config import (
     Config,
     Filtering,
     Limits,
+    Log,
     Metrics,
     Pcp,
     Ports,
@@ -67,6 +68,7 @@ def test_example_has_every_key() -> None:
         "protocols": {"other"},
         "pcp": {each.name for each in fields(Pcp)},
         "metrics": {each.name for each in fields(Metrics)},
+        "log": {each.name for each in fields(Log)},
     }
 
 
@@ -136,6 +138,13 @@ def test_everything_is_read(written: Any) -> None:
         listen = "[::1]:9478"
         web_config = "/etc/web.yml"
         top_hosts = 20
+        [log]
+        what = "sessions"
+        destinations = true
+        file = "/var/log/nat.json"
+        syslog = "local0"
+        ipfix = "[::1]:4739"
+        per_second = 10
         [[forward]]
         protocol = "udp"
         ports = "5000-5010"
@@ -172,6 +181,7 @@ EVERYTHING = Config(
     mss=1400,
     other="drop",
     metrics=Metrics(enabled=False, listen="[::1]:9478", web_config="/etc/web.yml", top_hosts=20),
+    log=Log("sessions", True, "/var/log/nat.json", "local0", "[::1]:4739", 10),
     forwards=(parse("udp", "5000-5010", ["192.168.0.2:6000", "192.168.0.3*3"], "198.51.100.7"),),
     redirects=(
         redirect("udp", "53-54", 5353, "lan", source="10.20.0.0/16", not_to=["192.0.2.1", "198.51.100.0/24"]),
@@ -225,6 +235,12 @@ BAD = [
     pytest.param('[metrics]\nlisten = "9477"', 2, ['listen = "9477"', "ADDR:PORT"], id="no address"),
     pytest.param('[metrics]\nlisten = "gate:9477"', 2, ["gate:9477", "ADDR:PORT"], id="a name"),
     pytest.param('[metrics]\nlisten = "127.0.0.1:65536"', 2, ["65536", "ADDR:PORT"], id="beyond the last port"),
+    pytest.param('[log]\nwhat = "all"', 2, ['what = "all"', "mappings, sessions"], id="logged"),
+    pytest.param('[log]\nsyslog = "here"', 2, ['syslog = "here"', '"", daemon'], id="facility"),
+    pytest.param('[log]\nipfix = "collector:4739"', 2, ["collector:4739", "ADDR:PORT"], id="collector's name"),
+    pytest.param('[log]\nipfix = ":4739"', 2, [":4739", "ADDR:PORT"], id="no collector"),
+    pytest.param("[log]\nper_second = 0", 2, ["per_second = 0", "1 to"], id="no record a second"),
+    pytest.param("[log]\ndestinations = true", 2, ["destinations", 'what = "sessions"'], id="mappings' remotes"),
     pytest.param("[metrics]\nlisten = 9477", 2, ["listen = 9477", "a text in quotes"], id="a number for an endpoint"),
     pytest.param("[sessions]\nfurther = 3000", 2, ["further = 3000", "2048 and 4096"], id="no power of two"),
     pytest.param("[sessions]\nfurther = 512", 2, ["further = 512", "1024 to 4194304"], id="too small"),

@@ -24,6 +24,7 @@ from xdpmasq.cli.reload import reload
 from xdpmasq.cli.run import run
 from xdpmasq.cli.status import status
 from xdpmasq.cli.top import top
+from xdpmasq.cli.trace import trace
 from xdpmasq.errors import MasqError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -61,6 +62,7 @@ app.command()(run)
 app.command()(detach)
 app.command()(status)
 app.command()(top)
+app.command()(trace)
 app.command()(doctor)
 app.command()(check)
 app.command()(reload)
