@@ -4,12 +4,13 @@
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
+# make soak      reload, restart and kill the agent a thousand times under load: what is lost? ten minutes
 # make conformance   write docs/conformance.md anew from the tests' marks, and docs/metrics.md from the list of metrics
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-vm bench dashboards check conformance clean
+.PHONY: setup demo test test-vm soak bench dashboards check conformance clean
 
 setup: $(VENV)/ready
 
@@ -42,6 +43,9 @@ test-vm: setup
 	@# compiled here, and found in the cache there: an emulated machine takes minutes for it
 	$(PYTHON) -c 'from xdpmasq import datapath; datapath.compile_ahead()'
 	tests/vm/run $(PYTHON) -m pytest tests/vm
+
+soak: setup
+	$(PYTHON) tools/soak.py
 
 conformance: setup
 	$(PYTHON) tools/conformance.py

@@ -8,6 +8,7 @@ one and the same path. The agent can die at any moment: the programs go on witho
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import selectors
@@ -903,6 +904,8 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
                         agent.stop()
                         return
                     programs, earlier, config = agent.give_way(wanted), config, wanted
+            del agent
+            gc.collect()  # it refers to itself in many ways, and has a large table mapped
 
 
 def _begin(config: Config, programs: datapath.Programs | None, stack: contextlib.ExitStack) -> Agent:
@@ -910,8 +913,11 @@ def _begin(config: Config, programs: datapath.Programs | None, stack: contextlib
     checks.check_interfaces(config)
     show = stack.enter_context(_showing(config))
     recorder = stack.enter_context(recording(config.log))
-    running = [each for each in datapath.find_all() if each.wan_names == list(config.wans)]
-    agent = Agent(config, running[0] if running else None, programs, recorder)
+    if programs:
+        adopted: datapath.Attached | None = datapath.Attached(programs.maps)
+    else:
+        adopted = next((each for each in datapath.find_all() if each.wan_names == list(config.wans)), None)
+    agent = Agent(config, adopted, programs, recorder)
     agent.start()
     show(agent)
     return agent
