@@ -24,7 +24,6 @@ import numpy.typing as npt
 
 from xdpmasq import (
     __version__,
-    algs,
     attachment,
     bpf,
     checks,
@@ -43,7 +42,7 @@ from xdpmasq import (
     wans,
 )
 from xdpmasq import config as configuration
-from xdpmasq.alg import registry
+from xdpmasq.alg import registry, switches
 from xdpmasq.alg.service import Service
 from xdpmasq.asking import Asking
 from xdpmasq.config import Config
@@ -348,10 +347,10 @@ class Agent:
         wanted = [use.as_fields() for use in self._config.algs]
         if self._manifest.get("algs_wanted") == wanted:
             return
-        for use in algs.read(self.tables):
-            algs.take(self.tables, use.name)
+        for use in switches.read(self.tables):
+            switches.take(self.tables, use.name)
         for use in self._config.algs:
-            algs.put(self.tables, use)
+            switches.put(self.tables, use)
         self._manifest["algs_wanted"] = wanted
 
     def _bring_in(self, link: netdev.Link, role: Role, uplinks: list[netdev.Link]) -> tuple[str, str]:

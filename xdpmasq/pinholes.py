@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import algs, bpf, calls, config, datapath, expiry, sessions
+from xdpmasq import bpf, calls, config, datapath, expiry, sessions
+from xdpmasq.alg import switches
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, Tables
 from xdpmasq.ports import Endpoint as Mapped
@@ -309,7 +310,7 @@ class SessionsOpenings:
             raise Refused(f"{endpoint} is neither of the host nor of its remote")
         assert isinstance(host, IPv4Address)
         hz = int(self.tables.settings["hz"])
-        algs.follow(self.tables, self.alg, host, endpoint.port, LASTS_S * hz)
+        switches.follow(self.tables, self.alg, host, endpoint.port, LASTS_S * hz)
 
     def _has(self, wish: Wish) -> bool:
         slot = self.pinholes.ports(self.wan).mapped(wish.endpoints[0])

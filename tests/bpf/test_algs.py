@@ -32,6 +32,7 @@ from scapy.layers.inet import IP, TCP
 from scapy.packet import Packet
 
 from xdpmasq import algs, bpf, calls, datapath
+from xdpmasq.alg import switches
 from xdpmasq.alg.stream import ROUND, Shifts
 
 FTP = algs.Use("ftp", (("tcp", 21), ("udp", 69)), (IPv4Network("192.168.0.2/32"),))
@@ -44,9 +45,9 @@ WAN_MAC, NEIGHBOUR = "02:00:00:00:00:02", "02:00:00:00:00:01"
 
 @pytest.fixture(autouse=True)
 def on(gateway: Gateway) -> Iterator[None]:
-    algs.put(gateway.tables, FTP)
+    switches.put(gateway.tables, FTP)
     yield
-    algs.take(gateway.tables, "ftp")
+    switches.take(gateway.tables, "ftp")
 
 
 def passes(gateway: Gateway, packet: Any, direction: int, mark: int = 0) -> tuple[str, bytes, int]:

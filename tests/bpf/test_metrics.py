@@ -28,7 +28,7 @@ class Shown:
         ]
         manifest = {
             **{"interfaces": interfaces, "external": GATEWAY, "wan": "wan0", "lans": ["lan0"]},
-            **{"attached_at": 1.0, "restarts": 2},
+            **{"attached_at": 1.0, "restarts": 2, "algs": {"ftp": {"messages": 7, "edited": 3}}},
         }
         counts = dict.fromkeys(("held", "released", "expired", "refused", "told", "untold"), 0)
         port = SimpleNamespace(ifindex=bench.punt.index, name="masq-punt0", held=3, counts={**counts, "held": 7})

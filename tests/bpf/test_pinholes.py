@@ -10,6 +10,7 @@ import pytest
 from harness import ACK, GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, SERVER, SYN, TICKS, Gateway, tcp, udp
 
 from xdpmasq import algs, bpf, config, datapath, pinholes
+from xdpmasq.alg import switches
 from xdpmasq.alg.api import Control, Endpoint, Refused
 from xdpmasq.alg.ftp import Ftp
 from xdpmasq.alg.irc import Irc
@@ -21,11 +22,11 @@ FTP = algs.Use("ftp", (("tcp", 21),), (IPv4Network("0.0.0.0/0"),))
 
 @pytest.fixture
 def all_(gateway: Gateway) -> Iterator[Pinholes]:
-    algs.put(gateway.tables, FTP)
+    switches.put(gateway.tables, FTP)
     made = Pinholes(gateway.tables, gateway.bench.programs["masq_reap"], config.Ports(), TICKS)
     yield made
     made.end_those(lambda _key, _value: True)
-    algs.take(gateway.tables, "ftp")
+    switches.take(gateway.tables, "ftp")
 
 
 @pytest.fixture

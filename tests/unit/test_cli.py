@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from xdpmasq import __version__, cli, rates
 from xdpmasq.cli import common
 from xdpmasq.cli import sessions as sessions_cli
 from xdpmasq.cli.top import BESIDE, KEYS, View, screen
-from xdpmasq.config import Config
+from xdpmasq.config import Config, Origin
 from xdpmasq.errors import DatapathError, NotAttachedError
 from xdpmasq.events import CLOSED, OPENED, Batch, Story
 from xdpmasq.sessions import Selection
@@ -82,6 +82,15 @@ def manifest() -> dict[str, Any]:
 TWO_WANS = {"wans": ["eth0", "eth9"]}
 
 
+class Empty:
+    """A table with nothing in it."""
+
+    max_entries = 1
+
+    def items(self, chunk: int) -> Iterator[Any]:
+        yield from ()
+
+
 @dataclass
 class Running:
     """Stands for datapath.Attached."""
@@ -98,6 +107,11 @@ class Running:
 
     def now(self) -> int:
         return NOW
+
+    @property
+    def maps(self) -> dict[str, Any]:
+        """Neither pinholes nor redirected connections."""
+        return {name: Empty() for name in ("pinholes", "redirects")}
 
     def counters(self) -> dict[str, int]:
         return {"fast_outbound": 900, "slow_outbound": 90, "slow_inbound": 10, "drop_rewrite": 0, "drop_protocol": 7}
@@ -317,13 +331,13 @@ def test_attach(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
 
 def test_attach_json(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
     assert run("attach", "--config", EXAMPLE, "--json") == 0
-    assert asked == [Config(wans=("eth0",), lans=("eth1",))]
+    assert asked == [Config(wans=("eth0",), lans=("eth1",), origin=Origin(EXAMPLE))]
     assert json.loads(capsys.readouterr().out)["external"] == "203.0.113.1"
 
 
 def test_run_with_a_file_and_an_option(asked: list[Any]) -> None:
     assert run("run", "--config", EXAMPLE, "--lan", "br0") == 0
-    assert asked == [Config(wans=("eth0",), lans=("br0",))]
+    assert asked == [Config(wans=("eth0",), lans=("br0",), origin=Origin(EXAMPLE, lans=("br0",)))]
 
 
 def test_nothing_is_started_with_a_bad_file(

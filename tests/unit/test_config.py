@@ -76,6 +76,7 @@ RULE_KEYS = {
     "forward": {"protocol", "ports", "to", "from"},
     "redirect": {"protocol", "ports", "to", "on", "from", "not_to"},
     "trigger": {"protocol", "ports", "opens", "lasts_s"},
+    "alg": {"name", "enabled", "ports", "internal"},
 }
 
 

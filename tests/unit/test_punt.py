@@ -15,7 +15,7 @@ from scapy.layers.inet import ICMP, IP, UDP, fragment
 from xdpmasq import datapath, netdev, punt
 from xdpmasq.errors import HostError
 from xdpmasq.orphans import Key
-from xdpmasq.punt import BUDGET, FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TOO_BIG, TTL, Punt
+from xdpmasq.punt import ALG_IN, ALG_OUT, BUDGET, FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TOO_BIG, TTL, Punt
 
 HOST, REMOTE = "192.168.0.2", "198.51.100.10"
 
@@ -66,8 +66,8 @@ def wire() -> Iterator[Wire]:
     made.punt.close()
 
 
-def frame(reason: int, packet: bytes, *, local: int = 2, ethertype: int = 0x0800, mtu: int = 0) -> bytes:
-    return struct.pack("!BBIH4xH", local, reason, 7, mtu, ethertype) + packet
+def frame(reason: int, packet: bytes, *, local: int = 2, ethertype: int = 0x0800, about: int = 0) -> bytes:
+    return struct.pack("!BBII2xH", local, reason, 7, about, ethertype) + packet
 
 
 def later(number: int = 1, *, offset: int = 1, text: bytes = b"the rest") -> bytes:
@@ -240,7 +240,7 @@ def test_only_a_fresh_first_counts(monkeypatch: pytest.MonkeyPatch, now: int, se
 
 
 def test_what_is_too_big_goes_back_in_pieces(wire: Wire) -> None:
-    wire.put(frame(TOO_BIG, bytes(IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(2000)), mtu=1300))
+    wire.put(frame(TOO_BIG, bytes(IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(2000)), about=1300))
     wire.punt.receive(0)
     whole = [
         frame(FRAGMENT_OUT, bytes(each))
@@ -252,7 +252,7 @@ def test_what_is_too_big_goes_back_in_pieces(wire: Wire) -> None:
 
 def test_of_what_is_too_big_and_not_to_be_cut_the_sender_is_told(wire: Wire) -> None:
     packet = bytes(IP(src=HOST, dst=REMOTE, flags="DF") / UDP() / bytes(2000))
-    wire.put(frame(TOO_BIG, packet, mtu=1300))
+    wire.put(frame(TOO_BIG, packet, about=1300))
     wire.punt.receive(0)
     ((text, to),) = wire.told
     assert (to, wire.returned()) == (HOST, [])
@@ -260,20 +260,52 @@ def test_of_what_is_too_big_and_not_to_be_cut_the_sender_is_told(wire: Wire) -> 
     assert text[8:] == packet[:548]
 
 
+def test_packets_of_algs_are_read_and_go_back(wire: Wire) -> None:
+    """Each with the direction that it is to go on in; none where the reader says so."""
+    packet = bytes(IP(src=HOST, dst=REMOTE) / UDP() / b"text")
+    read: list[tuple[int, int, bytes]] = []
+
+    def reader(direction: int, mapping: int, text: bytes) -> list[tuple[int, bytes]]:
+        read.append((direction, mapping, text))
+        return [(direction, b"edited"), (1 - direction, b"answer")] if len(read) == 1 else []
+
+    reading = Wire(algs=reader)
+    reading.put(frame(ALG_IN, packet, about=4711), frame(ALG_OUT, packet, about=4712))
+    reading.punt.receive(0)
+    assert read == [(1, 4711, packet), (0, 4712, packet)]
+    assert reading.returned() == [frame(ALG_IN, b"edited"), frame(ALG_OUT, b"answer")]
+    reading.punt.close()
+
+
+def test_a_reader_that_fails_stops_nothing() -> None:
+    def reader(*_: object) -> list[tuple[int, bytes]]:
+        raise RuntimeError("a mistake")
+
+    reading = Wire(algs=reader)
+    packet = bytes(IP(src=HOST, dst=REMOTE) / UDP() / b"text")
+    reading.put(frame(ALG_OUT, packet))
+    reading.punt.receive(0)
+    assert reading.returned() == [frame(ALG_OUT, packet)]
+    reading.punt.close()
+
+
 def test_the_reasons_are_those_of_the_c() -> None:
     types = (Path(__file__).parents[2] / "bpf" / "types.h").read_text()
     names = types.partition("enum punt_reason {")[2].partition("}")[0]
     listed = [line.split(",")[0].strip() for line in names.splitlines() if "PUNT_" in line]
     assert listed == [
-        *(f"PUNT_{each}" for each in ("FRAGMENT_IN", "FRAGMENT_OUT", "REFUSED", "TTL", "TOO_BIG", "REASONS"))
+        *(
+            f"PUNT_{each}"
+            for each in ("FRAGMENT_IN", "FRAGMENT_OUT", "REFUSED", "TTL", "TOO_BIG", "ALG_IN", "ALG_OUT", "REASONS")
+        )
     ]
-    assert (FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, TOO_BIG) == (0, 1, 2, 3, 4)
+    assert tuple(range(7)) == (FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, TOO_BIG, ALG_IN, ALG_OUT)
 
 
 def test_without_the_device_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(netdev, "TUN", str(tmp_path / "tun"))
     with pytest.raises(HostError, match=r"cannot create a TAP: .*/tun: No such file or directory; modprobe tun"):
-        Punt.open(datapath.Tables({}), 30)
+        Punt.open(datapath.Tables({}), 30, "prohibited", lambda direction, _, packet: [(direction, packet)])
 
 
 @pytest.mark.parametrize("pattern", ["masq*", "masq-punt0", "*"])

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import algs, bpf, datapath
-from xdpmasq.alg import packets
+from xdpmasq import bpf, datapath
+from xdpmasq.alg import packets, switches
 from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.stream import Outcome, Shifts, Stream
@@ -196,7 +196,7 @@ class Service:
 
     def _alg_of(self, protocol: str, port: int, internal: Endpoint) -> Alg | None:
         assert isinstance(internal.address, IPv4Address)
-        bits = algs.ALG_ANY + internal.address.max_prefixlen
+        bits = switches.ALG_ANY + internal.address.max_prefixlen
         class_ = CLASSES.index(protocol)
         record = self._algs.get((bits, class_, socket.htons(port), datapath.addr(internal.address)))
         if record is None:
@@ -283,7 +283,7 @@ class Service:
             record = self._controls.get(session.openings.owner)
             if record is None or int(record["opened_at"]) != session.opened_at:
                 del self._sessions[name]
-        algs.forget(self._tables)
+        switches.forget(self._tables)
         self._pinholes.tick()
 
 

@@ -57,11 +57,11 @@ def list_(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
       xdpmasq alg list --json | jq '.pinholes[].internal'
     """
     common.require_root("alg list")
-    from xdpmasq import algs, pinholes  # noqa: PLC0415  heavy
-    from xdpmasq.alg import registry  # noqa: PLC0415
+    from xdpmasq import pinholes  # noqa: PLC0415  heavy
+    from xdpmasq.alg import registry, switches  # noqa: PLC0415
 
     attached = _find(wan)
-    on = {use.name: use.as_fields() for use in algs.read(attached)}
+    on = {use.name: use.as_fields() for use in switches.read(attached)}
     counts = attached.manifest.get("algs", {}) if attached.agent_alive else {}
     rows = [
         {"name": name, "enabled": name in on, **on.get(name, {}), **counts.get(name, {})} for name in registry.names()
@@ -92,10 +92,11 @@ def enable(
     """
     common.require_root("alg enable")
     from xdpmasq import algs, presence  # noqa: PLC0415  heavy
+    from xdpmasq.alg import switches  # noqa: PLC0415
 
     use = algs.Use.parse(name, port, internal)
     with presence.changing():
-        algs.put(_find(wan), use)
+        switches.put(_find(wan), use)
     if json:
         common.print_json(use.as_fields())
     else:
@@ -111,11 +112,11 @@ def disable(name: str = NAME, *, wan: str = common.WHICH, json: bool = common.JS
       xdpmasq alg disable ftp
     """
     common.require_root("alg disable")
-    from xdpmasq import algs, presence  # noqa: PLC0415  heavy
-    from xdpmasq.alg import registry  # noqa: PLC0415
+    from xdpmasq import presence  # noqa: PLC0415  heavy
+    from xdpmasq.alg import registry, switches  # noqa: PLC0415
 
     with presence.changing():
-        was_on = algs.take(_find(wan), name)
+        was_on = switches.take(_find(wan), name)
     if not was_on and name not in registry.names():
         raise UsageError(f"there is no ALG {name}", "", f"there are {', '.join(registry.names())}")
     if json:
