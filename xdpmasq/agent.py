@@ -36,6 +36,7 @@ from xdpmasq import (
     settings,
     sockets,
     source,
+    sysctls,
     vlans,
     wans,
 )
@@ -599,6 +600,8 @@ class Agent:
             MasqError: what failed; whatever was attached by then is detached again.
         """
         adopted = bool(self._manifest["interfaces"])
+        others = [each.manifest for each in datapath.find_all() if each.wan_names != list(self._config.wans)]
+        sysctls.inherit(self._manifest, others)
         self._save()
         if adopted:
             self._forwards.adopt(self._programs["masq_reap"])
