@@ -30,7 +30,9 @@ from xdpmasq import (
     drivers,
     expiry,
     forwarding,
+    health,
     netdev,
+    notify,
     presence,
     redirecting,
     settings,
@@ -625,6 +627,7 @@ class Agent:
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
             ready(self._manifest)
+            self._notify(notify.READY)
             next_tick = next_disarm = next_sweep = time.monotonic()
             while not stop.asked:
                 due_at = min(next_tick, self._punting.due_at, self._asking.due_at)
@@ -663,6 +666,7 @@ class Agent:
             self.tables.let_go()
         self._safely(self._look_after_tcx)
         self._safely(self._report)
+        self._notify(notify.ALIVE)
 
     def _end_expired_forwards(self) -> None:
         forwarding.end_expired(self.tables, self._programs["masq_reap"])
@@ -671,6 +675,9 @@ class Agent:
         if self._manifest["pcp"] != self._asking.report:
             self._manifest["pcp"] = self._asking.report
             self._save()
+
+    def _notify(self, state: str) -> None:
+        notify.send(state, notify.status(health.in_short(self._manifest)))
 
     def _sweep(self) -> None:
         expiry.forget_hosts(self.tables)
@@ -790,5 +797,6 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
             agent.start()
         show(agent)
         agent.serve(ready, stop)
+        notify.send(notify.STOPPING)
         with presence.changing():
             agent.stop()
