@@ -4,12 +4,14 @@
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
+# make deb     build a Debian package into build/
+# make test-fresh   the commands above and the package, in a Debian 12 of their own: minutes
 # make conformance   write docs/conformance.md anew from the tests' marks, and docs/metrics.md from the list of metrics
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-vm bench dashboards check conformance clean
+.PHONY: setup demo test test-vm bench dashboards check conformance deb test-fresh clean
 
 setup: $(VENV)/ready
 
@@ -46,6 +48,9 @@ test-vm: setup
 conformance: setup
 	$(PYTHON) tools/conformance.py
 	$(PYTHON) tools/metrics.py
+
+deb:
+	packaging/build-deb
 
 clean:
 	rm -rf $(VENV) build *.egg-info
