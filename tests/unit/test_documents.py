@@ -55,7 +55,8 @@ def parse(words: list[str], whole: bool) -> None:
             if not whole and type(error).__name__ == "MissingParameter":
                 return
             raise
-        before = getattr(context, "_protected_args", None) or getattr(context, "protected_args", [])  # click's versions
+        # as click's versions have it
+        before = getattr(context, "_protected_args", None) or getattr(context, "protected_args", [])
         rest = [*before, *context.args]
         if name in cli.LATE:
             command, words = get_command(cli.LATE[name]()), rest
