@@ -52,5 +52,9 @@ conformance: setup
 deb:
 	packaging/build-deb
 
+# not part of `make test` either: FRESH="demo test" names parts, of those that tests/fresh/run tells of
+test-fresh:
+	tests/fresh/run $(FRESH)
+
 clean:
 	rm -rf $(VENV) build *.egg-info
