@@ -169,6 +169,19 @@ def test_completions_of_each_shell(staged: Path) -> None:
         assert cli.COMPLETE in (staged / "usr/share" / path).read_text()
 
 
+# --- shell scripts ---------------------------------------------------------------------------------
+
+
+def test_scripts_are_clean() -> None:
+    folders = ("tools", "packaging", "packaging/debian", "tests/vm", "tests/fresh", "vagrant", ".ci")
+    files = [each for folder in folders for each in sorted((ROOT / folder).iterdir()) if each.is_file()]
+    scripts = [str(each) for each in files if re.match(rb"#!.*\b(ba)?sh\n", each.read_bytes())]
+    assert len(scripts) > 10
+    # what stands in single quotes may well be meant so
+    found = subprocess.run(["shellcheck", "-e", "SC2016", *scripts], capture_output=True, text=True, check=False)
+    assert found.stdout + found.stderr == ""
+
+
 # --- detach, as the package calls it ---------------------------------------------------------------
 
 
