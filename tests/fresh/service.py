@@ -189,7 +189,13 @@ def lives_through() -> None:
     assert not attached("wan0"), "stop leaves the translation"
     assert run("sh", "-c", "cat /proc/sys/net/ipv4/ip_forward").strip() == "0"
     probe.ends()
-    print("  stop: the connection has ended, nothing is attached, ip_forward is 0 again", flush=True)
+    run("systemctl", "start", "xdpmasq")
+    run("xdpmasq", "detach")
+    wait(lambda: show("xdpmasq", "ActiveState") == "inactive", "detach ends the service")
+    print(
+        "  stop: the connection has ended, nothing is attached, ip_forward is 0 again; so it is after detach",
+        flush=True,
+    )
 
 
 @contextlib.contextmanager
