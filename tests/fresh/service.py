@@ -10,6 +10,8 @@ One TCP connection of a-box lives through all that may not end a session; then t
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -167,14 +169,14 @@ def lives_through() -> None:
     run("systemctl", "restart", "xdpmasq")
     probe.lives("restart")
     agent = show("xdpmasq", "MainPID")
-    run("kill", "-KILL", agent)
+    os.kill(int(agent), signal.SIGKILL)
     wait(lambda: show("xdpmasq", "MainPID") not in ("0", agent), "systemd starts it anew")
     wait(lambda: show("xdpmasq", "ActiveState") == "active", "it works again")
     probe.lives("a crash")
     with impatient_watchdog():
         agent = show("xdpmasq", "MainPID")
         probe.lives("a restart with another watchdog")
-        run("kill", "-STOP", agent)
+        os.kill(int(agent), signal.SIGSTOP)
         wait(lambda: show("xdpmasq", "MainPID") not in ("0", agent), "the watchdog ends it, systemd starts it anew")
         wait(lambda: show("xdpmasq", "ActiveState") == "active", "it works again")
     assert "watchdog" in run("journalctl", "-u", "xdpmasq", "--no-pager").lower()
