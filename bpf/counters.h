@@ -77,6 +77,7 @@
 	X(drop_hairpin_route, "dropped: a hairpinned packet whose way leads to no LAN")            \
 	X(drop_ttl, "dropped: a hairpinned packet whose time ends here")                           \
 	X(drop_exit_route, "dropped: has to leave by another WAN, which is not there or has no route") \
+	X(drop_exit_too_big, "dropped: too big for the WAN by which it has to leave; put back in pieces, or told") \
 	X(drop_punt_stray, "dropped: at the punt port, but not ours to put back")                  \
 	X(drop_no_external, "dropped: the WAN has no address to masquerade as")                    \
 	X(drop_ports_exhausted, "dropped: no free external port")                                  \

@@ -9,14 +9,20 @@ struct ethernet_header {
 
 #define LONGEST_LEAST 576 /* RFC 791: every IPv4 host takes this much; saves the short packets of a flow a second look */
 
-/* How long a packet the kernel has just let pass, in bytes of IP. That, and no MTU, is what XDP holds a flow to: route
- * MTUs, locked or not, and policy routing are the kernel's to know (bpf_fib_lookup tells only of locked ones). Of a
- * super-packet it is what one segment has at least.
+/* In bytes of IP; of a super-packet, that of one segment. */
+static __always_inline u32 packet_length(const struct packet *p)
+{
+	u32 header = p->class == CLASS_TCP ? p->payload - p->l4 : sizeof(struct udp_header);
+
+	return p->l4 - p->l3 + (p->skb->gso_size ? header + p->skb->gso_size : p->l4_len);
+}
+
+/* How long a packet the kernel has just let pass. That, and no MTU, is what XDP holds a flow to: route MTUs, locked or not,
+ * and policy routing are the kernel's to know (bpf_fib_lookup tells only of locked ones).
  */
 static __always_inline u32 packet_longest(const struct packet *p)
 {
-	u32 segment = p->skb->gso_size ? sizeof(struct udp_header) + p->skb->gso_size : p->l4_len;
-	u32 length = p->l4 - p->l3 + segment;
+	u32 length = packet_length(p);
 
 	return length > LONGEST_LEAST ? length : LONGEST_LEAST;
 }

@@ -23,12 +23,13 @@ static __always_inline bool punt_is_attended(const struct settings *cfg, u32 now
 }
 
 /* Sends the packet to the agent; false when that is not possible, and the packet is as it was. */
-static __always_inline bool punt(const struct settings *cfg, const struct packet *p, enum punt_reason reason)
+static __always_inline bool punt_with(const struct settings *cfg, const struct packet *p, enum punt_reason reason, u16 mtu)
 {
 	u32 ifindex = p->skb->ifindex;
 	struct punt_header header = { .local = 2,
 				      .reason = reason,
 				      .ifindex = { bpf_htons(ifindex >> 16), bpf_htons(ifindex & 0xffff) },
+				      .mtu = bpf_htons(mtu),
 				      .proto = bpf_htons(ETH_P_IP) };
 
 	if (!punt_is_attended(cfg, p->now) || !budget_spend(cfg, reason, p->now))
@@ -37,6 +38,11 @@ static __always_inline bool punt(const struct settings *cfg, const struct packet
 		return false;
 	return !bpf_skb_store_bytes(p->skb, 0, &header, sizeof(header), 0) &&
 	       bpf_redirect(cfg->punt, 0) == TC_ACT_REDIRECT;
+}
+
+static __always_inline bool punt(const struct settings *cfg, const struct packet *p, enum punt_reason reason)
+{
+	return punt_with(cfg, p, reason, 0);
 }
 
 /* RFC 5508 REQ-8: the sender is told that there is no session for it. What is dropped has been counted. */

@@ -243,6 +243,7 @@ enum punt_reason {
 	PUNT_FRAGMENT_OUT, /* the same at the egress hook */
 	PUNT_REFUSED, /* no session possible: the sender is to be told (RFC 5508 REQ-8) */
 	PUNT_TTL, /* its time ended in a hairpin */
+	PUNT_TOO_BIG, /* for the WAN that it belongs to: in pieces to be put back, or the sender is to be told */
 	PUNT_REASONS,
 };
 
@@ -250,7 +251,8 @@ struct punt_header {
 	u8 local; /* 0x02: a locally administered address */
 	u8 reason;
 	__be16 ifindex[2]; /* upper and lower half */
-	u16 src[3];
+	__be16 mtu; /* of PUNT_TOO_BIG */
+	u16 src[2];
 	__be16 proto;
 };
 

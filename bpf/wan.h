@@ -53,6 +53,7 @@ static __always_inline enum verdict leave_elsewhere(const struct settings *cfg, 
 				      .ipv4_src = p->elsewhere.word[0],
 				      .ipv4_dst = p->dst.word[0] };
 	struct bpf_redir_neigh next = { .nh_family = ADDR_FAMILY };
+	u32 length = packet_length(p);
 	u64 wan = p->wan;
 	u32 exit;
 	long result;
@@ -60,7 +61,10 @@ static __always_inline enum verdict leave_elsewhere(const struct settings *cfg, 
 	asm volatile("" : "+r"(wan)); /* or LLVM drops the check that the verifier wants to see */
 	exit = wan < WANS ? cfg->exit[wan] : 0;
 	way.ifindex = exit;
+	way.tot_len = length < 65535 ? length : 65535;
 	result = bpf_fib_lookup(p->skb, &way, sizeof(way), BPF_FIB_LOOKUP_OUTPUT);
+	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		return drop(COUNT_drop_exit_too_big) == DROP && punt_with(cfg, p, PUNT_TOO_BIG, way.mtu_result) ? REDIRECT : DROP;
 	next.ipv4_nh = way.ipv4_dst;
 	if ((result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH) || way.ifindex != exit ||
 	    !ethernet_put(p) || redirect_neigh(exit, &next, sizeof(next), 0) != TC_ACT_REDIRECT)

@@ -252,7 +252,7 @@ class Agent:
         self._disarm()
         self.pulse.sees_wan(([link.index for link in uplinks], externals))
         self._punting.keep()
-        self._asking.follow(lans, addresses, externals[0])
+        self._asking.follow(lans, addresses, externals)
         self._manifest |= {"punt": self._punting.report, "pcp": self._asking.report}
         self._save()
 

@@ -14,6 +14,8 @@ from xdpmasq.datapath import PREFIX_INTERNAL, Tables
 from xdpmasq.pcpd import Place, Service
 from xdpmasq.pcpserver import Server
 
+ANYBODY = IPv4Address("240.0.0.1")  # reserved (RFC 1112 section 4): no route but the default ones leads there
+
 
 class Asking:
     """Follows interfaces and external addresses; does nothing unless the configuration wants it.
@@ -33,29 +35,34 @@ class Asking:
         selector: selectors.BaseSelector,
         before: Mapping[str, Any],
     ) -> None:
-        self._enabled, self._tables = config.pcp.enabled, tables
+        self._enabled, self._tables, self._wans = config.pcp.enabled, tables, len(config.wans)
         self._epoch_at: float = before.get("epoch_at", _clock())
         self._externals: list[str] | None = before.get("externals")
-        self._server = Server(config, leases.Book(tables, reaper, config, hz), self._epoch_s)
+        self._connected: frozenset[int] = frozenset()  # numbers of the WANs that have an address
+        book = leases.Book(tables, reaper, config, hz, self._wan_of)
+        self._server = Server(config, book, self._epoch_s, lambda host: self._wan_of(host) in self._connected)
         self._service = Service(self._server, selector, self._is_internal, lambda: presence.changing(patience_s=0))
         self.serve, self.drop = self._service.serve, self._service.drop
 
     def follow(
-        self, lans: Iterable[netdev.Link], addresses: Iterable[netdev.Address], external: IPv4Address | None
+        self,
+        lans: Iterable[netdev.Link],
+        addresses: Iterable[netdev.Address],
+        externals: Iterable[IPv4Address | None],
     ) -> None:
         """The interfaces, or the addresses, may have changed.
 
         Args:
-            external: the WAN's address; None: it has none at the moment.
+            externals: the WANs' addresses; None: one has none at the moment.
         """
         if not self._enabled:
             return
-        self._server.external_known = external is not None
+        self._connected = frozenset(wan for wan, address in enumerate(externals) if address)
         inside = {link.index for link in lans}
         self._service.follow(Place(each.index, IPv4Address(each.ip.ip)) for each in addresses if each.index in inside)
-        externals = [str(place.address or IPv4Address(0)) for place in self._tables.places]
-        if externals != self._externals:  # what hosts know of their mappings is wrong now (RFC 6887 section 8.5)
-            self._externals, self._epoch_at = externals, _clock()
+        served = [str(place.address or IPv4Address(0)) for place in self._tables.places]
+        if served != self._externals:  # what hosts know of their mappings is wrong now (RFC 6887 section 8.5)
+            self._externals, self._epoch_at = served, _clock()
             self._service.announce()
 
     @property
@@ -74,6 +81,14 @@ class Asking:
             "epoch_at": self._epoch_at,
             "externals": self._externals,
         }
+
+    def _wan_of(self, host: IPv4Address) -> int:
+        """The WAN that the kernel's policy routing chooses for what a host sends to anybody."""
+        if self._wans == 1:
+            return 0
+        inside = netdev.route_to(host)
+        route = netdev.route_to(ANYBODY, host, inside.oif) if inside else None
+        return self._tables.wan_of(route.oif) if route else 0
 
     def _epoch_s(self) -> int:
         return int(_clock() - self._epoch_at)

@@ -238,6 +238,11 @@ class Tables:
             if key.tobytes() not in keep:
                 table.delete(key)
 
+    def wan_of(self, index: int) -> int:
+        """The number of the WAN that an interface is; 0 of one that is none."""
+        row = self.maps["interfaces"].get(index)
+        return 0 if row is None else int(row["wan"])
+
     def role_of(self, address: IPv4Address) -> int:
         """The role of the most specific prefix that an address is in; 0: foreign."""
         return int(self.maps["prefixes"].get(_prefix_key(IPv4Network(address))) or 0)
@@ -274,11 +279,11 @@ class Tables:
             fields[_choice_key(wan, network)] = (len(some), _padded(some, CHOICE_MAX))
         _replace(self.maps["choices"], fields)
 
-    def external_of(self, host: IPv4Address) -> int:
-        """The index of the address as which a host appears by the first WAN; ``external_for`` of bpf/flow.h."""
+    def external_of(self, host: IPv4Address, wan: int = 0) -> int:
+        """The index of the address as which a host appears by a WAN; ``external_for`` of bpf/flow.h."""
         if self.externals == 1:
             return 0
-        choice = self.maps["choices"].get(_choice_key(0, IPv4Network(host)))
+        choice = self.maps["choices"].get(_choice_key(wan, IPv4Network(host)))
         return 0 if choice is None else int(choice["external"][_addr_hash(host) * int(choice["count"]) >> 32])
 
     def set_counterparts(self, pairs: Iterable[tuple[IPv4Network, IPv4Network, int]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -73,10 +73,18 @@ class Book:
     Args:
         config: the whole: ports are shared with what internal hosts open by themselves.
         hz: jiffies a second.
+        wan_of: the number of the WAN by which a host's packets leave.
     """
 
-    def __init__(self, tables: Tables, reaper: bpf.Program, config: Config, hz: int) -> None:
-        self._tables, self._reaper, self._hz = tables, reaper, hz
+    def __init__(
+        self,
+        tables: Tables,
+        reaper: bpf.Program,
+        config: Config,
+        hz: int,
+        wan_of: Callable[[IPv4Address], int] = lambda _: 0,
+    ) -> None:
+        self._tables, self._reaper, self._hz, self._wan_of = tables, reaper, hz, wan_of
         self._ports = config.ports
         self._first, self._last = config.pcp.first, config.pcp.last
 
@@ -84,7 +92,10 @@ class Book:
 
     def external(self, host: IPv4Address) -> IPv4Address:
         """As whom a host appears."""
-        return self._address(self._tables.external_of(host))
+        return self._address(self._external_of(host))
+
+    def _external_of(self, host: IPv4Address) -> int:
+        return self._tables.external_of(host, self._wan_of(host))
 
     def held(self, endpoint: Endpoint) -> Held | None:
         """What an endpoint has, that is no mapping of its own making."""
@@ -129,7 +140,7 @@ class Book:
 
     def _mapped(self, endpoint: Endpoint) -> int | None:
         """The slot of an endpoint's mapping."""
-        slot = self._tables.maps["mappings"].get(_key(endpoint))
+        slot = self._tables.maps["mappings"].get(self._key(endpoint))
         return None if slot is None else int(slot)
 
     # --- writing
@@ -165,7 +176,7 @@ class Book:
         except BaseException:
             self._give_back(slot)
             raise
-        forwarding.publish(self._tables, slot, _key(endpoint))
+        forwarding.publish(self._tables, slot, self._key(endpoint))
         return next(self.held_by(endpoint.address, endpoint.protocol, endpoint.port))
 
     def renew(self, held: Held, lifetime_s: int, filters: Filters) -> None:
@@ -218,7 +229,7 @@ class Book:
 
     def _take(self, endpoint: Endpoint, suggested: int, exact: bool) -> int | None:
         """A port that is nobody's."""
-        base = self._tables.external_of(endpoint.address) * EXTERNAL_SLOTS + CLASSES.index(endpoint.protocol) * PORTS
+        base = self._external_of(endpoint.address) * EXTERNAL_SLOTS + CLASSES.index(endpoint.protocol) * PORTS
         own = {each.port for each in sockets.listeners() if each.protocol == endpoint.protocol}
         for port in self._candidates(base, endpoint, suggested, exact):
             if port in own:
@@ -266,7 +277,7 @@ class Book:
         slots: Slots = np.array([slot], np.uint32)
         self._tables.reap(self._reaper, slots, REAP_YIELD)
 
-
-def _key(endpoint: Endpoint) -> tuple[Any, ...]:
-    """``struct mapping_key``."""
-    return datapath.addr(endpoint.address), socket.htons(endpoint.port), CLASSES.index(endpoint.protocol), 0
+    def _key(self, endpoint: Endpoint) -> tuple[Any, ...]:
+        """``struct mapping_key``."""
+        class_, wan = CLASSES.index(endpoint.protocol), self._wan_of(endpoint.address)
+        return datapath.addr(endpoint.address), socket.htons(endpoint.port), class_, wan

@@ -456,11 +456,16 @@ def routes(family: Literal[4, 6] = 4) -> list[Route]:
     return [hop for message in messages if message["type"] == RTN_UNICAST for hop in _routes_of(message)]
 
 
-def route_to(target: IPAddress) -> Route | None:
-    """The route that the kernel would take from here to that address; None when unreachable."""
+def route_to(target: IPAddress, source: IPAddress | None = None, iif: int = 0) -> Route | None:
+    """The route that the kernel would take to that address; None when unreachable.
+
+    Args:
+        source, iif: as for a packet of that source, that came in by the interface of that index; default: from here.
+    """
+    came = {"src": str(source), "iif": iif} if source else {}
     try:
         with IPRoute() as ipr:
-            return next(iter(_routes_of(next(iter(ipr.route("get", dst=str(target)))))), None)
+            return next(iter(_routes_of(next(iter(ipr.route("get", dst=str(target), **came))))), None)
     except NetlinkError:
         return None
 

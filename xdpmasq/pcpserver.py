@@ -68,14 +68,13 @@ class Server:
 
     Args:
         epoch_s: tells the seconds since the state was last lost or the external address changed (section 8.5).
-
-    Attributes:
-        external_known: whether the WAN has an address at the moment.
+        is_connected: whether the WAN by which a host's packets leave has an address at the moment.
     """
 
-    def __init__(self, config: Config, book: Book, epoch_s: Callable[[], int]) -> None:
-        self._config, self._book, self._epoch_s = config, book, epoch_s
-        self.external_known = False
+    def __init__(
+        self, config: Config, book: Book, epoch_s: Callable[[], int], is_connected: Callable[[IPv4Address], bool]
+    ) -> None:
+        self._config, self._book, self._epoch_s, self._is_connected = config, book, epoch_s, is_connected
 
     def answer(self, message: bytes, client: IPv4Address) -> bytes | None:
         """The response to a message, None where there is none to be given.
@@ -97,8 +96,9 @@ class Server:
     def announcements(self) -> tuple[bytes, bytes]:
         """What tells everybody that the epoch has begun anew: by NAT-PMP (section 3.2.1) and PCP (section 14.1)."""
         epoch = self._epoch_s()
-        external = self._book.external(IPv4Address(0)) if self.external_known else None
-        return natpmp.address(external, epoch), pcp.answer(pcp.Opcode.ANNOUNCE, Result.SUCCESS, 0, epoch)
+        return natpmp.address(self._external(IPv4Address(0)), epoch), pcp.answer(
+            pcp.Opcode.ANNOUNCE, Result.SUCCESS, 0, epoch
+        )
 
     # --- PCP
 
@@ -137,7 +137,7 @@ class Server:
     def _answer_natpmp(self, message: bytes, client: IPv4Address) -> bytes | None:
         opcode, epoch = message[1], self._epoch_s()
         if opcode == natpmp.Opcode.ADDRESS:
-            return natpmp.address(self._book.external(client) if self.external_known else None, epoch)
+            return natpmp.address(self._external(client), epoch)
         if opcode not in list(natpmp.Opcode):
             return natpmp.header(opcode, natpmp.Result.UNSUPPORTED_OPCODE, epoch)
         asked = natpmp.Map.parse(message)
@@ -163,6 +163,9 @@ class Server:
 
     # --- both
 
+    def _external(self, client: IPv4Address) -> IPv4Address | None:
+        return self._book.external(client) if self._is_connected(client) else None
+
     def _authorize(self, client: IPv4Address) -> None:
         allowed = self._config.pcp.internal
         own_address = any(client in each.internal for each in self._config.external.one_to_one)
@@ -171,7 +174,7 @@ class Server:
 
     def _grant(self, wish: _Wish) -> _Granted:
         """Section 11.3."""
-        if not self.external_known:
+        if not self._is_connected(wish.endpoint.address):
             raise Refused(Result.NETWORK_FAILURE)
         limits = self._config.pcp
         lifetime_s = min(max(wish.lifetime_s, limits.lifetime_min_s), limits.lifetime_max_s)

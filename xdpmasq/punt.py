@@ -2,7 +2,8 @@
 
 A frame's destination MAC says why it comes and of which interface it is (``struct punt_header`` of bpf/types.h), the
 rest is the packet as the hook saw it. Fragments that overtook their first one go back the same way, unchanged, once
-that one is known; the senders of refused packets are told by ICMP. The TAP lives as long as the agent.
+that one is known; the senders of refused packets are told by ICMP; what is too big for the WAN that it has to leave
+by goes back in pieces, or its sender is told. The TAP lives as long as the agent.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ QUEUE = 500  # frames that wait for the agent
 BUDGET = 64  # frames at one go: expiry and netlink have their turn, whatever comes in here
 
 # enum punt_reason and struct punt_header of bpf/types.h
-FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL = range(4)
+FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, TOO_BIG = range(5)
 LOCAL = 0x02
-_HEADER = struct.Struct("!BBI6xH")
+_HEADER = struct.Struct("!BBIH4xH")
 _ETH_P_IP = 0x0800
 
 _SOL_RAW, _ICMP_FILTER, _NO_TYPE = 255, 1, struct.pack("=I", 0xFFFFFFFF)  # linux/icmp.h
@@ -126,13 +127,15 @@ class Punt:
         if due := self._orphans.due(now):
             for key in self._known(due):
                 for frame in self._orphans.release(key, now):
-                    self._put_back(frame)
+                    if not self._put_back(frame):
+                        self.counts["released"] -= 1
+                        self.counts["refused"] += 1
         return self._orphans.pause(now)
 
     def _take(self, frame: bytes, now: float) -> None:
         if len(frame) < _HEADER.size:
             return
-        local, reason, _, ethertype = _HEADER.unpack_from(frame)
+        local, reason, ifindex, mtu, ethertype = _HEADER.unpack_from(frame)
         # The TAP is an interface like any other: who likes can send to it.
         if local != LOCAL or ethertype != _ETH_P_IP:
             return
@@ -144,16 +147,22 @@ class Punt:
                 self._orphans.hold(key, header.offset, frame, now)
         elif reason in self._messages:
             self._tell(packet, self._messages[reason], now)
+        elif reason == TOO_BIG and (pieces := ipv4.fragments(packet, mtu)):
+            back = _HEADER.pack(LOCAL, FRAGMENT_OUT, ifindex, 0, _ETH_P_IP)
+            for piece in pieces:
+                self._put_back(back + piece)
+        elif reason == TOO_BIG:
+            self._tell(packet, refusal.TOO_BIG, now, mtu)
 
-    def _put_back(self, frame: bytes) -> None:
+    def _put_back(self, frame: bytes) -> bool:
         try:
             os.write(self._tap.fd, frame)
         except OSError:  # no memory, or the TAP is down: the sender will notice, as with any loss
-            self.counts["released"] -= 1
-            self.counts["refused"] += 1
+            return False
+        return True
 
-    def _tell(self, packet: bytes, kind: tuple[int, int], now: float) -> None:
-        made = refusal.message(packet, kind)
+    def _tell(self, packet: bytes, kind: tuple[int, int], now: float, mtu: int = 0) -> None:
+        made = refusal.message(packet, kind, mtu)
         if made is None:
             return
         destination, text = made

@@ -9,8 +9,9 @@ import struct
 from ipaddress import IPv4Address
 
 from xdpmasq import ipv4
+from xdpmasq.ipv4 import checksum
 
-PROHIBITED, HOST_UNREACHABLE, TIME_EXCEEDED = (3, 13), (3, 1), (11, 0)  # type and code
+PROHIBITED, HOST_UNREACHABLE, TIME_EXCEEDED, TOO_BIG = (3, 13), (3, 1), (11, 0), (3, 4)  # type and code
 REFUSALS = {"prohibited": PROHIBITED, "host-unreachable": HOST_UNREACHABLE}
 LONGEST = 576  # bytes of the message with its IP header (RFC 1812 4.3.2.3)
 PRECEDENCE = 0xC0  # of its TOS: internetwork control (RFC 1812 4.3.2.5)
@@ -27,12 +28,13 @@ TO_EACH = (10.0, 20.0)
 TO_ALL = (1000.0, 50.0)  # as the kernel holds its own (net.ipv4.icmp_msgs_per_sec)
 
 
-def message(packet: bytes, kind: tuple[int, int]) -> tuple[IPv4Address, bytes] | None:
+def message(packet: bytes, kind: tuple[int, int], mtu: int = 0) -> tuple[IPv4Address, bytes] | None:
     """An ICMP error about a packet.
 
     Args:
         packet: from its IP header on; what follows its end is left out.
         kind: type and code.
+        mtu: of the next hop, of :data:`TOO_BIG` (RFC 1191 section 4).
 
     Returns:
         To whom, and the message from its ICMP header on; None where none may be sent (RFC 1812 4.3.2.7). Directed
@@ -44,18 +46,9 @@ def message(packet: bytes, kind: tuple[int, int]) -> tuple[IPv4Address, bytes] |
     if header.protocol == _ICMP and (header.total == header.length or packet[header.length] in _ERRORS):
         return None
     quote = packet[: min(header.total, _QUOTE)]
-    checksum = _checksum(_MESSAGE.pack(*kind, 0, 0) + quote)
-    return IPv4Address(header.src), _MESSAGE.pack(*kind, checksum, 0) + quote
+    sum_ = checksum(_MESSAGE.pack(*kind, 0, mtu) + quote)
+    return IPv4Address(header.src), _MESSAGE.pack(*kind, sum_, mtu) + quote
 
 
 def _is_host(address: bytes) -> bool:
     return address[0] not in _NO_HOST and address[0] < _MULTICAST
-
-
-def _checksum(data: bytes) -> int:
-    """RFC 1071."""
-    padded = data + bytes(len(data) % 2)
-    total: int = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF

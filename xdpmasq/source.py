@@ -11,7 +11,7 @@ from pathlib import Path
 DATAPATH = (
     *("counters.h", "bits.h", "types.h", "maps.h", "verdict.h", "parse.h", "csum.h", "index.h", "flow.h", "events.h"),
     "host.h",
-    *("mapping.h", "rewrite.h", "fragment.h", "nexthop.h", "wan.h", "mss.h", "punt.h", "inbound.h", "portless.h"),
+    *("mapping.h", "rewrite.h", "fragment.h", "nexthop.h", "punt.h", "wan.h", "mss.h", "inbound.h", "portless.h"),
     "quote.h",
     *("basic.h", "icmp.h", "guard.h", "trigger.h", "redirect.h", "slowpath.c", "fastpath.c", "reaper.c"),
 )

@@ -396,6 +396,30 @@ def test_doctor_on_a_bad_one(ns: Namespace, load: Load) -> None:
     assert all(each.do for each in found if each.level != "ok")
 
 
+def test_doctor_on_two_wans(ns: Namespace) -> None:
+    """What is wrong with one of them is said of that one; that the default route leaves by one only is not wrong."""
+    ns.run("ip link set far nomaster")
+    ns.run("ip addr add 192.0.2.1/24 dev far")
+    ns.run("ip link set far up")
+    ns.run("ip addr add 192.168.0.1/24 dev br0")
+    ns.run("ip route add default via 10.9.0.7")
+    for name in ("near", "far"):
+        ns.run(f"sysctl -q -w net.ipv4.conf.{name}.rp_filter=1")
+    found = ns.call(doctor.run, ["near", "far"], ["br0"])
+    assert [each for each in found if each.level == "block"] == []
+    assert "rp_filter is strict on near, far; attach makes it loose" in "\n".join(each.message for each in found)
+    ns.run("ip addr add 192.168.0.7/25 dev far")
+    ns.run(
+        "nft -f -",
+        'table ip nat { chain post { type nat hook postrouting priority 100; oifname "far" masquerade; }; }',
+    )
+    found = ns.call(doctor.run, ["near", "far"], ["br0"])
+    assert [each.message for each in found if each.level == "block"] == [
+        "br0's 192.168.0.0/24 overlaps far's 192.168.0.0/25"
+    ]
+    assert [each.level for each in found if each.check == "nat"] == ["warn"]
+
+
 def test_doctor_finds_leftover_masquerade(ns: Namespace) -> None:
     ns.run("ip addr add 192.168.0.1/24 dev br0")
     ns.run(

@@ -9,15 +9,21 @@ The default route is by wan0, one by wan1 has a higher metric. provider takes no
 """
 
 import contextlib
+import socket
+import struct
 import time
 from collections.abc import Iterator
+from ipaddress import IPv4Address
 
 import pytest
 from netkit import MEET, Gateway, Wire, soon, who
 
+from xdpmasq.config import Pcp
 from xdpmasq.lab import netns
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import FAR, PROVIDER, PUBLIC, PUBLIC_TOO, TRANSIT
+
+IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0  # linux/in.h
 
 FAR_ECHO = (FAR, 7)
 BY_WAN1 = ["via", PROVIDER, "dev", "wan1"]
@@ -193,6 +199,47 @@ def test_xdp_carries_a_forwards_connection_by_the_second(two: Gateway) -> None:
     assert not grown["drop_exit_route"]
 
 
+@pytest.fixture
+def narrow(two: Gateway) -> Iterator[Gateway]:
+    """wan1 takes packets of at most 1,280 bytes."""
+    two.gate("ip", "link", "set", "wan1", "mtu", "1280")
+    yield two
+    two.gate("ip", "link", "set", "wan1", "mtu", "1500")
+
+
+@pytest.mark.req("4787-13a")
+def test_an_answer_too_big_for_the_wan_of_the_question(narrow: Gateway) -> None:
+    """The kernel, which would send it by wan0, does not look at wan1's MTU."""
+    with (
+        narrow.forward("udp", "8080", "192.168.0.2:80"),
+        narrow.udp("a-box", 80) as host,
+        narrow.udp("far") as client,
+        narrow.counting() as grown,
+    ):
+        host.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        client.connect((PUBLIC_TOO, 8080))
+        client.send(b"question")
+        _, peer = host.recvfrom(100)
+        for length in (1252, 1253, 1400):
+            host.sendto(bytes(length), peer)
+            assert len(client.recv(2000)) == length
+    assert grown["drop_exit_too_big"] == 2
+
+
+@pytest.mark.req("4787-13")
+def test_of_an_answer_too_big_and_not_to_be_cut_the_host_is_told(narrow: Gateway) -> None:
+    with (
+        narrow.forward("tcp", "8080", "192.168.0.2:80"),
+        narrow.listen("a-box", 80) as listener,
+        narrow.tcp("far", (PUBLIC_TOO, 8080)) as client,
+        narrow.counting() as grown,
+    ):
+        with listener.accept()[0] as host:
+            host.sendall(bytes(200_000))
+        read = client.makefile("rb").read()
+    assert (len(read), grown["drop_exit_too_big"] > 0) == (200_000, True)
+
+
 def test_what_has_no_way_to_its_wan_is_dropped(two: Gateway) -> None:
     with (
         two.forward("udp", "8080", "192.168.0.2:80"),
@@ -311,3 +358,21 @@ def test_one_without_ethernet_header() -> None:
             for called in ADDRESSES:
                 for box in ("far", "b-box"):
                     assert MEET["tcp"](gateway, box, (called, 8080), "a-box", 80).called == f"{called}:8080"
+
+
+def test_hosts_are_given_ports_of_the_wan_that_they_leave_by(bare_two: Gateway) -> None:
+    """By NAT-PMP (RFC 6886 sections 3.2 and 3.3), and that is where strangers reach them."""
+    bare_two.attach_with(pcp=Pcp(enabled=True))
+    with rule(bare_two, "from", "192.168.0.3", "iif", "lan0"):
+        for box, public in (("a-box", PUBLIC), ("b-box", PUBLIC_TOO)):
+            with bare_two.udp(box) as asker, bare_two.udp(box, 4000) as host, bare_two.udp("far") as stranger:
+                asker.connect(("192.168.0.1", 5351))
+                asker.send(bytes(2))
+                assert asker.recv(20)[8:] == IPv4Address(public).packed
+                asker.send(struct.pack("!BBxxHHI", 0, 1, 4000, 0, 600))
+                result, port = struct.unpack_from("!2xH6xH", asker.recv(20))
+                assert result == 0
+                stranger.sendto(b"to", (public, port))
+                _, peer = host.recvfrom(100)
+                host.sendto(b"fro", peer)
+                assert stranger.recvfrom(100) == (b"fro", (public, port))

@@ -39,6 +39,7 @@ class Shelf:
         mapped: the external port of an endpoint that has a mapping of its own.
         static: the user's forwards.
         full: there is no room for rules.
+        connected: the WAN has an address.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class Shelf:
         self.mapped: dict[Endpoint, int] = {}
         self.static: dict[Endpoint, int] = {}
         self.full = False
+        self.connected = True
 
     def external(self, host: IPv4Address) -> IPv4Address:
         return EXTERNAL
@@ -93,9 +95,7 @@ class Shelf:
 
 def served(shelf: Shelf | None = None, **settings: Any) -> tuple[Server, Shelf]:
     shelf = shelf or Shelf()
-    server = Server(Config(("wan0",), ("lan0",), **settings), shelf, lambda: EPOCH)
-    server.external_known = True
-    return server, shelf
+    return Server(Config(("wan0",), ("lan0",), **settings), shelf, lambda: EPOCH, lambda _: shelf.connected), shelf
 
 
 # --- messages, built from the RFCs' pictures -------------------------------------------------------
@@ -429,7 +429,7 @@ def test_who_may_not(settings: dict[str, Any]) -> None:
 def test_while_the_wan_has_no_address() -> None:
     server, shelf = served()
     ask(server, map_(port=1))
-    server.external_known = False
+    shelf.connected = False
     assert ends(server, map_()) == (NETWORK_FAILURE, SHORT)
     assert server.answer(pmp(1), CLIENT) == struct.pack("!BBHIHHI", 0, 129, 3, EPOCH, 5000, 0, 0)
     assert server.answer(b"\0\0", CLIENT) == struct.pack("!BBHI4s", 0, 128, 3, EPOCH, bytes(4))

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.inet import ICMP, IP, UDP, fragment
 
 from xdpmasq import datapath, netdev, punt
 from xdpmasq.errors import HostError
 from xdpmasq.orphans import Key
-from xdpmasq.punt import BUDGET, FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, Punt
+from xdpmasq.punt import BUDGET, FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TOO_BIG, TTL, Punt
 
 HOST, REMOTE = "192.168.0.2", "198.51.100.10"
 
@@ -66,8 +66,8 @@ def wire() -> Iterator[Wire]:
     made.punt.close()
 
 
-def frame(reason: int, packet: bytes, *, local: int = 2, ethertype: int = 0x0800) -> bytes:
-    return struct.pack("!BBI6sH", local, reason, 7, b"source", ethertype) + packet
+def frame(reason: int, packet: bytes, *, local: int = 2, ethertype: int = 0x0800, mtu: int = 0) -> bytes:
+    return struct.pack("!BBIH4xH", local, reason, 7, mtu, ethertype) + packet
 
 
 def later(number: int = 1, *, offset: int = 1, text: bytes = b"the rest") -> bytes:
@@ -239,12 +239,35 @@ def test_only_a_fresh_first_counts(monkeypatch: pytest.MonkeyPatch, now: int, se
     assert punt.known_firsts(tables(), keys) == keys[:is_known]  # type: ignore[arg-type]
 
 
+def test_what_is_too_big_goes_back_in_pieces(wire: Wire) -> None:
+    wire.put(frame(TOO_BIG, bytes(IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(2000)), mtu=1300))
+    wire.punt.receive(0)
+    whole = [
+        frame(FRAGMENT_OUT, bytes(each))
+        for each in fragment(IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(2000), 1280)
+    ]
+    assert wire.returned() == whole
+    assert wire.told == []
+
+
+def test_of_what_is_too_big_and_not_to_be_cut_the_sender_is_told(wire: Wire) -> None:
+    packet = bytes(IP(src=HOST, dst=REMOTE, flags="DF") / UDP() / bytes(2000))
+    wire.put(frame(TOO_BIG, packet, mtu=1300))
+    wire.punt.receive(0)
+    ((text, to),) = wire.told
+    assert (to, wire.returned()) == (HOST, [])
+    assert struct.unpack_from("!BBxxHH", text) == (3, 4, 0, 1300)
+    assert text[8:] == packet[:548]
+
+
 def test_the_reasons_are_those_of_the_c() -> None:
     types = (Path(__file__).parents[2] / "bpf" / "types.h").read_text()
     names = types.partition("enum punt_reason {")[2].partition("}")[0]
     listed = [line.split(",")[0].strip() for line in names.splitlines() if "PUNT_" in line]
-    assert listed == ["PUNT_FRAGMENT_IN", "PUNT_FRAGMENT_OUT", "PUNT_REFUSED", "PUNT_TTL", "PUNT_REASONS"]
-    assert (FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL) == (0, 1, 2, 3)
+    assert listed == [
+        *(f"PUNT_{each}" for each in ("FRAGMENT_IN", "FRAGMENT_OUT", "REFUSED", "TTL", "TOO_BIG", "REASONS"))
+    ]
+    assert (FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, TOO_BIG) == (0, 1, 2, 3, 4)
 
 
 def test_without_the_device_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
