@@ -5,12 +5,14 @@
 # make check   lint and types only
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
 # make soak      reload, restart and kill the agent a thousand times under load: what is lost? ten minutes
+# make deb     build a Debian package into build/
+# make test-fresh   the commands above and the package, in a Debian 12 of their own: minutes
 # make conformance   write docs/conformance.md anew from the tests' marks, and docs/metrics.md from the list of metrics
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-vm soak bench dashboards check conformance clean
+.PHONY: setup demo test test-vm soak bench dashboards check conformance deb test-fresh clean
 
 setup: $(VENV)/ready
 
@@ -50,6 +52,13 @@ soak: setup
 conformance: setup
 	$(PYTHON) tools/conformance.py
 	$(PYTHON) tools/metrics.py
+
+deb:
+	packaging/build-deb
+
+# not part of `make test` either: FRESH="demo test" names parts, of those that tests/fresh/run tells of
+test-fresh:
+	tests/fresh/run $(FRESH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -31,13 +31,16 @@ from xdpmasq import (
     drivers,
     expiry,
     forwarding,
+    health,
     netdev,
+    notify,
     presence,
     redirecting,
     reloading,
     settings,
     sockets,
     source,
+    sysctls,
     vlans,
     wans,
 )
@@ -661,6 +664,8 @@ class Agent:
             MasqError: what failed; whatever was attached by then is detached again.
         """
         adopted = bool(self._manifest["interfaces"])
+        others = [each.manifest for each in datapath.find_all() if each.wan_names != list(self._config.wans)]
+        sysctls.inherit(self._manifest, others)
         self._save()
         if self._recorder:  # before there are packets
             self._recorder.begin(datapath.Attached(self.tables.maps))
@@ -691,6 +696,7 @@ class Agent:
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
             ready(self._manifest)
+            self._notify(notify.READY)
             next_tick = next_disarm = next_sweep = time.monotonic()
             while not signals.stop:
                 if signals.reload:
@@ -765,6 +771,7 @@ class Agent:
             self.tables.let_go()
         self._safely(self._look_after_tcx)
         self._safely(self._report)
+        self._notify(notify.ALIVE)
 
     def _end_expired_forwards(self) -> None:
         forwarding.end_expired(self.tables, self._programs["masq_reap"])
@@ -774,6 +781,9 @@ class Agent:
         if any(self._manifest.get(name) != report for name, report in reports.items()):
             self._manifest |= reports
             self._save()
+
+    def _notify(self, state: str) -> None:
+        notify.send(state, notify.status(health.in_short(self._manifest)))
 
     def _sweep(self) -> None:
         expiry.forget_hosts(self.tables)
@@ -888,16 +898,20 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
                 failed: MasqError | None = None
                 with presence.changing():
                     try:
-                        agent = _begin(config, programs, stack)
+                        agent = _begin(config, programs, stack, lambda: signals.stop)
                     except MasqError as error:
                         if config is earlier:
                             raise
                         log.warning("going on as before: %s", error)
                         failed, config = error, earlier
-                        agent = _begin(config, programs, stack)
+                        agent = _begin(config, programs, stack, lambda: signals.stop)
+                    if agent is None:
+                        return
                     if programs:
                         agent.note_reload(failed)
                 wanted = agent.serve(ready, signals)
+                if wanted is None:
+                    notify.send(notify.STOPPING)
                 with presence.changing():
                     if wanted is None:
                         agent.stop()
@@ -907,8 +921,10 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
             gc.collect()  # it refers to itself in many ways, and has a large table mapped
 
 
-def _begin(config: Config, programs: datapath.Programs | None, stack: contextlib.ExitStack) -> Agent:
-    """An agent at work; what is to be closed after it goes to the stack."""
+def _begin(
+    config: Config, programs: datapath.Programs | None, stack: contextlib.ExitStack, stopped: Callable[[], bool]
+) -> Agent | None:
+    """An agent at work; what is to be closed after it goes to the stack. None: it was stopped before it had begun."""
     checks.check_interfaces(config)
     show = stack.enter_context(_showing(config))
     recorder = stack.enter_context(recording(config.log))
@@ -917,6 +933,8 @@ def _begin(config: Config, programs: datapath.Programs | None, stack: contextlib
     else:
         adopted = next((each for each in datapath.find_all() if each.wan_names == list(config.wans)), None)
     agent = Agent(config, adopted, programs, recorder)
+    if stopped():
+        return None
     agent.start()
     show(agent)
     return agent

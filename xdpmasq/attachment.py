@@ -126,7 +126,8 @@ def _clear_tcx(link: netdev.Link, hook: bpf.TcHook) -> bool:
 
 def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """Puts sysctls back first, so that no packet is forwarded untranslated; then removes programs."""
-    put_back = sysctls.restore(manifest)
+    others = [each.manifest for each in datapath.find_all() if each.manifest["wan"] != manifest["wan"]]
+    put_back = sysctls.restore(manifest, others)
     for each in manifest.get("local_routes", ()):
         netdev.local_route_del(IPv4Network(each))
     cleared = []

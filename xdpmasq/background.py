@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from xdpmasq import config as configuration
+from xdpmasq import notify
 from xdpmasq.config import Config
 from xdpmasq.errors import DatapathError, MasqError, from_dict
 
@@ -59,7 +60,9 @@ def _launch() -> subprocess.Popen[str]:
         start_new_session=True,
         cwd="/",
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        # Where a service attaches, it is not this agent that its manager waits for and watches.
+        env={k: v for k, v in os.environ.items() if k != notify.VARIABLE}
+        | {"PYTHONPATH": str(Path(__file__).parent.parent)},
     )
 
 

@@ -78,6 +78,15 @@ def _bpf(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
     return result, bytearray(buffer.raw)
 
 
+def refusal() -> str:
+    """Why the kernel (or a container's filter) lets this process do nothing with BPF; empty when it may."""
+    try:
+        _bpf(_PROG_BY_ID, struct.pack("=I12x", 0))  # there is no program 0
+    except OSError as error:
+        return "" if error.errno == errno.ENOENT else error.strerror or str(error)
+    return ""
+
+
 def _address(buffer: Any) -> int:
     return ct.addressof(buffer)
 

@@ -9,6 +9,7 @@ import signal
 from typing import Any
 
 from xdpmasq import attachment, checks, datapath, presence
+from xdpmasq.errors import NotAttachedError
 
 
 def detach(wan: str | None = None) -> dict[str, Any]:
@@ -32,6 +33,26 @@ def detach(wan: str | None = None) -> dict[str, Any]:
         interfaces, sysctls = attachment.take_down(manifest)
     presence.sweep()
     return {"interfaces": interfaces, "sessions": sessions, "sysctls": sysctls}
+
+
+def served_by(agent: int) -> str:
+    """A WAN of the xdpmasq that a process looks after.
+
+    Raises:
+        NotAttachedError: it is no agent of this network namespace.
+    """
+    for wan in presence.agents():
+        if presence.agent_pid(wan) == agent:
+            return wan
+    raise NotAttachedError(f"process {agent} is no agent of xdpmasq", "or of another network namespace")
+
+
+def running() -> list[str]:
+    """A WAN of each xdpmasq of this network namespace, by which :func:`detach` knows it."""
+    found = datapath.find_all()
+    attached = {name for each in found for name in each.wan_names}
+    waiting = {presence.agent_pid(each): each for each in presence.agents() if each not in attached}
+    return [*(each.manifest["wan"] for each in found), *waiting.values()]
 
 
 def _agent_without_interfaces(wan: str | None) -> str | None:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from xdpmasq import attachment, checks, drivers, netdev, vlans
+from xdpmasq import attachment, bpf, checks, drivers, netdev, vlans
 from xdpmasq.errors import HostError
 
 Level = Literal["ok", "warn", "block"]
@@ -115,18 +115,22 @@ def _missing(name: str, present: list[netdev.Link]) -> Finding:
 
 # --- the machine -----------------------------------------------------------------------------------
 
-CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  # the latter to find programs and maps by their ids
 KERNELS_TESTED = "6.18"
 
 
 def check_privileges(host: Host) -> Iterator[Finding]:
     status = dict(line.split(":\t", 1) for line in _read("/proc/self/status").splitlines() if ":\t" in line)
     effective = int(status.get("CapEff", "0"), 16)
-    held = {name for name, bit in CAPABILITIES.items() if effective >> bit & 1}
-    if "CAP_NET_ADMIN" in held and ("CAP_SYS_ADMIN" in held or {"CAP_BPF", "CAP_PERFMON"} <= held):
-        yield Finding("privileges", "ok", "may load programs and attach them")
+    lacking = [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
+    if lacking:
+        message = f"may not load and attach programs, without {' and '.join(lacking)}"
+        yield Finding("privileges", "block", message, "run it as root, in a container with these capabilities")
+    elif why := bpf.refusal():
+        message = f"the kernel refuses bpf(2): {why}"
+        yield Finding("privileges", "block", message, "in a container its seccomp filter has to let bpf(2) pass")
     else:
-        yield Finding("privileges", "block", "may not load and attach programs", "run it as root")
+        yield Finding("privileges", "ok", "may load programs and attach them")
 
 
 def check_kernel(host: Host) -> Iterator[Finding]:

@@ -25,3 +25,11 @@ def why_not(manifest: Mapping[str, Any]) -> str:
     if not any(address for _, address in wans_of(manifest)):
         return f"the WAN {names} has no address"
     return "" if "lan" in roles else f"no interface is there that fits {', '.join(manifest['lans'])}"
+
+
+def in_short(manifest: Mapping[str, Any]) -> str:
+    """In one line: who is masqueraded as whom, or what keeps that from working."""
+    if trouble := why_not(manifest):
+        return f"not masquerading: {trouble}"
+    outside = ", ".join(f"{name} as {address or 'nothing yet'}" for name, address in wans_of(manifest))
+    return f"masquerading {', '.join(manifest['lans'])} out of {outside}"

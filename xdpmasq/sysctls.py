@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from xdpmasq import netdev
@@ -79,9 +79,20 @@ def _side_effects() -> dict[str, str]:
     return {name: value for name, value in now.items() if value is not None and value != come_back[name]}
 
 
-def restore(manifest: dict[str, Any]) -> dict[str, str]:
-    """Puts back what is still as we set it; what somebody has changed since is theirs."""
-    ours = {name: value for name, value in manifest["sysctls"].items() if netdev.sysctl_get(name) == _wanted(name)}
+def inherit(manifest: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> None:
+    """Notes what other datapaths here have found, so that whichever goes last can put it back."""
+    for other in others:
+        manifest["sysctls"] = {**other["sysctls"], **manifest["sysctls"]}
+        manifest["side_effects"] = {**other.get("side_effects", {}), **manifest.get("side_effects", {})}
+
+
+def restore(manifest: dict[str, Any], others: Iterable[Mapping[str, Any]] = ()) -> dict[str, str]:
+    """Puts back what is still as we set it; what somebody has changed since is theirs, and what ``others`` have noted
+    they still need.
+    """
+    needed = {name for other in others for name in other["sysctls"]}
+    noted = {name: value for name, value in manifest["sysctls"].items() if name not in needed}
+    ours = {name: value for name, value in noted.items() if netdev.sysctl_get(name) == _wanted(name)}
     for name, value in {**ours, **(manifest.get("side_effects", {}) if FORWARDING in ours else {})}.items():
         with contextlib.suppress(HostError):  # gone with its interface
             netdev.sysctl_set(name, value)

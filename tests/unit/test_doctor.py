@@ -227,3 +227,19 @@ def test_bcc(monkeypatch: pytest.MonkeyPatch, module: Any, level: str) -> None:
 
     monkeypatch.setattr(doctor.importlib, "import_module", load)
     assert levels(doctor.check_bcc(make_host(WAN, LAN))) == [level]
+
+
+@pytest.mark.parametrize(
+    ("held", "refused", "level", "said"),
+    [
+        pytest.param(0x1FFFFFFFFFF, "", "ok", "may load", id="root"),
+        pytest.param(1 << 12 | 1 << 38 | 1 << 39, "", "block", "without CAP_SYS_ADMIN", id="BPF and PERFMON only"),
+        pytest.param(1 << 21, "", "block", "without CAP_NET_ADMIN", id="no NET_ADMIN"),
+        pytest.param(0x1FFFFFFFFFF, "Operation not permitted", "block", "refuses bpf(2)", id="seccomp"),
+    ],
+)
+def test_privileges(monkeypatch: pytest.MonkeyPatch, held: int, refused: str, level: str, said: str) -> None:
+    monkeypatch.setattr(doctor, "_read", lambda _: f"Name:\tx\nCapEff:\t{held:016x}\n")
+    monkeypatch.setattr("xdpmasq.bpf.refusal", lambda: refused)
+    (found,) = doctor.check_privileges(make_host(WAN, LAN))
+    assert (found.level, said in found.message) == (level, True)

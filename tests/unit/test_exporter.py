@@ -4,6 +4,7 @@ import base64
 import gzip
 import http.client
 import itertools
+import resource
 import socket
 import ssl
 import threading
@@ -111,9 +112,12 @@ def test_a_thousand_slow_clients_keep_nobody_out(serve: Any) -> None:
         collected.append(accept)
         return TEXT, "text/plain"
 
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a shell's are often 1024 and more than enough
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, most)), most))
     port = serve(answer=answer)
     before = threading.active_count()
     with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, most))
         for _ in range(1000):
             slow = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
             slow.sendall(b"GET /metrics HTTP/1.0\r\n")

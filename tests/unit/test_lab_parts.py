@@ -1,11 +1,13 @@
 """The parts of the lab that need no root: the plan, pcap files, comparisons, waiting."""
 
+import re
 import struct
 from pathlib import Path
 
 import pytest
 
-from xdpmasq.lab import Lab, LabError
+from xdpmasq.errors import HostError
+from xdpmasq.lab import Lab, LabError, programs
 from xdpmasq.lab.capture import read_pcap
 from xdpmasq.lab.errors import wait_until
 from xdpmasq.lab.snapshot import differences
@@ -92,3 +94,18 @@ def test_differences_are_marked_as_by_diff() -> None:
 def test_waiting_in_vain_says_for_what() -> None:
     with pytest.raises(LabError, match="until pigs fly"):
         wait_until(lambda: False, "pigs fly", timeout_s=0)
+
+
+def test_missing_programs_are_told_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name, path: None if name in ("dig", "ssh", "sshd") else f"/bin/{name}")
+    groups = programs.BUILDING.items(), programs.SERVING.items(), programs.ASKING.items()
+    with pytest.raises(HostError, match=r"the demo needs programs.*: sshd, dig, ssh") as raised:
+        programs.require("the demo", *groups)
+    assert raised.value.do == "apt install bind9-dnsutils openssh-client openssh-server"
+
+
+def test_the_package_suggests_what_the_lab_runs() -> None:
+    control = (Path(__file__).parents[2] / "packaging" / "debian" / "control").read_text()
+    suggested = set(re.split(r",\s+", control.partition("Suggests: ")[2].partition("\nDescription")[0]))
+    wanted = {*programs.BUILDING.values(), *programs.SERVING.values(), *programs.ASKING.values()}
+    assert wanted <= suggested

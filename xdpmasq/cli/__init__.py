@@ -4,6 +4,7 @@ Only :mod:`xdpmasq.errors` and :mod:`xdpmasq.config` are imported with a verb's 
 bcc, pyroute2) is imported by the verb once it is called, so that ``--help`` is there at once.
 """
 
+import importlib
 import io
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 from typer.main import get_command
 
 from xdpmasq import __version__
@@ -87,17 +89,33 @@ def _bench() -> typer.Typer:
     return alone
 
 
+class _Late(TyperCommand):
+    """Completes what the verb's own file knows, too."""
+
+    verb: Callable[[], typer.Typer]
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        click = type(ctx).__module__.rpartition(".")[0]  # newer typers carry it inside
+        completion = importlib.import_module(f"{click}.shell_completion")
+        found = completion.get_completion_class("bash")(get_command(type(self).verb()), {}, str(ctx.info_name), "")
+        return found.get_completions(ctx.args, incomplete)
+
+
+LATE: dict[str, Callable[[], typer.Typer]] = {"lab": _lab, "bench": _bench}
+
+
 def _register_late(name: str, find: Callable[[], typer.Typer], text: str) -> None:
     """A verb whose own file, options included, is only imported when it is called."""
     untouched = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+    cls = type(f"_Late_{name}", (_Late,), {"verb": staticmethod(find)})
 
-    @app.command(name, help=text, add_help_option=False, context_settings=untouched)
+    @app.command(name, cls=cls, help=text, add_help_option=False, context_settings=untouched)
     def verb(ctx: typer.Context) -> None:
         raise typer.Exit(_invoke(find(), ctx.args, f"xdpmasq {name}"))
 
 
-_register_late("lab", _lab, "Build a network out of namespaces, to try xdpmasq in.")
-_register_late("bench", _bench, "Measure CPU time per packet beside nftables masquerade.")
+_register_late("lab", LATE["lab"], "Build a network out of namespaces, to try xdpmasq in.")
+_register_late("bench", LATE["bench"], "Measure CPU time per packet beside nftables masquerade.")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -110,7 +128,13 @@ def _invoke(verbs: typer.Typer, args: Sequence[str], name: str) -> int:
     return int(get_command(verbs).main(list(args), prog_name=name, standalone_mode=False) or 0)
 
 
+COMPLETE = "_XDPMASQ_COMPLETE"  # set by the shells' completion scripts, which tools/completions.py writes
+
+
 def _status(args: list[str]) -> int:
+    if COMPLETE in os.environ:
+        completion: Any = importlib.import_module("typer.completion")  # only then
+        completion.completion_init()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no box drawing gets question marks
@@ -137,6 +161,9 @@ def _explain(error: Exception) -> int:
         return error.exit_code
     if hasattr(error, "format_message"):  # a usage error of click, which newer typers carry inside
         return _explain_usage(error)
+    if isinstance(error, PermissionError):  # root without all of its power, as in a container
+        _say(f"not permitted: {error}", "see `xdpmasq doctor`")
+        return 1
     _say(f"unexpected error: {type(error).__name__}: {error}", "XDPMASQ_DEBUG=1 shows where; please report it")
     return 1
 

@@ -22,7 +22,7 @@ def attach(
       xdpmasq attach --wan eth0 --lan eth1
       xdpmasq attach --wan eth0 --lan eth1 --lan 'ppp*' --mode xdp
       xdpmasq attach --wan eth0 --wan eth1 --lan eth2
-      xdpmasq attach --config /etc/xdpmasq.toml
+      xdpmasq attach --config /etc/xdpmasq/config.toml
     """
     common.require_root("attach")
     wanted = common.configuration(wan, lan, mode, config)

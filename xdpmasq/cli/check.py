@@ -6,6 +6,7 @@ import typer
 
 from xdpmasq.config import advice, from_options
 from xdpmasq.configfile import load
+from xdpmasq.errors import ConfigError
 
 FILE = typer.Argument(..., metavar="FILE", help="TOML file.", show_default=False)
 
@@ -17,9 +18,13 @@ def check(file: str = FILE) -> None:
 
     \b
     Example:
-      xdpmasq check /etc/xdpmasq.toml
+      xdpmasq check /etc/xdpmasq/config.toml
     """
-    config = from_options([], [], None, load(Path(file)))
+    given = load(Path(file))
+    for name, names in (("wan", given.wans), ("lan", given.lans)):
+        if not names:
+            raise ConfigError(f"{file}: no {name.upper()} interface named", "", f"set {name} in [interfaces]")
+    config = from_options([], [], None, given)
     print(f"{file}: OK")
     for sentence in advice(config):
         print(f"  note: {sentence}")

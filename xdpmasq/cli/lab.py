@@ -11,7 +11,7 @@ from typing import Literal, NoReturn, cast
 import typer
 from rich.console import Console
 
-from xdpmasq.lab import Lab
+from xdpmasq.lab import Lab, programs
 from xdpmasq.lab import demo as lab_demo
 from xdpmasq.lab.errors import LabError
 from xdpmasq.lab.servers import DnsServer, EchoServer, SshServer, WebServer
@@ -82,6 +82,7 @@ def up(  # noqa: PLR0917  options
 
     Example: xdpmasq lab up --lans 2
     """
+    programs.require("the lab", programs.BUILDING.items(), programs.SERVING.items())
     lab = Lab(
         name,
         lans=cast(Literal[1, 2], lans),

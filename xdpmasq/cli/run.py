@@ -19,7 +19,7 @@ def run(
 
     \b
     Examples:
-      xdpmasq run --config /etc/xdpmasq.toml
+      xdpmasq run --config /etc/xdpmasq/config.toml
       xdpmasq run --wan eth0 --lan eth1
     """
     common.require_root("run")

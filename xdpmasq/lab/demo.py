@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from xdpmasq.lab import programs
 from xdpmasq.lab.errors import LabError
 from xdpmasq.lab.gateways import GATEWAYS, Gateway, Reply
 from xdpmasq.lab.lab import Lab
@@ -45,8 +46,10 @@ def run(console: Console, *, name: str, gateway: str, modes: Sequence[str], cpu:
         cpu: end with the comparison of CPU time per packet.
 
     Raises:
+        HostError: a program is missing.
         LabError: a step failed, or something was left behind.
     """
+    programs.require("the demo", programs.BUILDING.items(), programs.SERVING.items(), programs.ASKING.items())
     started = time.monotonic()
     checks = 0
     with _alone(name):
