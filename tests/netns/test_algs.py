@@ -115,6 +115,27 @@ def test_ftp_server_inside(gateway: Gateway, inner: FtpServer, way: str, tmp_pat
         assert digest(inner.taken.with_name(way)) == digest(fetched)
 
 
+KERNELS = """
+table ip xdpmasq_test {
+    ct helper ftp { type "ftp" protocol tcp; }
+    chain marked { type filter hook prerouting priority filter; tcp dport 21 ct helper set "ftp"; }
+    chain out { type nat hook postrouting priority srcnat; oifname "wan0" masquerade; }
+}
+"""
+
+
+@pytest.mark.parametrize("way", ["PORT", "EPRT"])
+def test_the_kernels_helper_does_the_same(way: str, tmp_path: Path) -> None:
+    """nf_conntrack_ftp and nf_nat_ftp, in the same lab with the same programs."""
+    with Gateway.in_new_lab("tc", attach=False) as bare:
+        bare.gate("sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
+        bare.lab.exec("masq-gate", ["nft", "-f", "-"], input=KERNELS)
+        server = FtpServer(bare.lab)
+        fetched = tmp_path / "fetched"
+        bare.lab.exec("a-box", ["curl", "-sS", *WAYS[way], "-o", fetched, f"ftp://{INTERNET}/given"])
+        assert fetched.read_bytes() == server.given
+
+
 # --- switching them
 
 
