@@ -136,6 +136,32 @@ def test_the_kernels_helper_does_the_same(way: str, tmp_path: Path) -> None:
         assert fetched.read_bytes() == server.given
 
 
+FIREWALL = """
+table ip xdpmasq_test {
+    ct helper ftp { type "ftp" protocol tcp; }
+    chain marked { type filter hook prerouting priority filter; tcp dport 21 ct helper set "ftp"; }
+    chain forward {
+        type filter hook forward priority filter; policy drop;
+        ct state established,related accept
+        iifname "lan0" accept
+    }
+}
+"""
+
+
+def test_behind_a_firewall_that_lets_only_related_connections_in(
+    gateway: Gateway, ftp: FtpServer, tmp_path: Path
+) -> None:
+    """Conntrack sees the text as the host wrote it, and who comes as the host does: its helper knows what is related."""
+    fetched = tmp_path / "fetched"
+    gateway.lab.exec("masq-gate", ["nft", "-f", "-"], input=FIREWALL)
+    try:
+        gateway.lab.exec("a-box", ["curl", "-sS", *WAYS["PORT"], "-o", fetched, f"ftp://{INTERNET}/given"])
+    finally:
+        gateway.gate("nft", "delete", "table", "ip", "xdpmasq_test")
+    assert fetched.read_bytes() == ftp.given
+
+
 # --- switching them
 
 

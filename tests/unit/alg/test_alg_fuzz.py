@@ -163,6 +163,7 @@ def one_input(alg: Alg, talk: Talk, chance: random.Random) -> None:
             assert NUMBER.sub(b"", at_once[0][side]) == NUMBER.sub(b"", given)
 
 
+@pytest.mark.req("attacks-alg_fuzz")
 @pytest.mark.parametrize("name", sorted(by_name()))
 def test_no_wrong_pinhole_no_wrong_byte_no_crash(name: str) -> None:
     alg = by_name()[name]

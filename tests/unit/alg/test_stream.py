@@ -56,6 +56,7 @@ class Receiver:
                 self.waiting.remove(each)
 
 
+@pytest.mark.req("attacks-alg_fuzz")
 @given(
     st.lists(
         st.sampled_from([b"USER me\n", b"PORT ab\n", b"PORT abc\n", b"PORT abcd\n", b"P\n", b"x\r\n"]), min_size=1
