@@ -152,7 +152,7 @@ table ip xdpmasq_test {
 def test_behind_a_firewall_that_lets_only_related_connections_in(
     gateway: Gateway, ftp: FtpServer, tmp_path: Path
 ) -> None:
-    """Conntrack sees the text as the host wrote it, and who comes as the host does: its helper knows what to expect."""
+    """Conntrack sees the text as the host wrote it, and who comes as the host does: so its helper fits."""
     fetched = tmp_path / "fetched"
     gateway.lab.exec("masq-gate", ["nft", "-f", "-"], input=FIREWALL)
     try:
