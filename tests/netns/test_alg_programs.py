@@ -11,10 +11,10 @@ Mode: tc. What an ALG reads never flies; that data connections do is test_algs.p
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,13 +24,12 @@ from pathlib import Path
 
 import pytest
 from netkit import Gateway, read, soon
-
 from test_algs import FtpServer
 
 from xdpmasq import algs, bpf
 from xdpmasq.lab import Lab
 from xdpmasq.lab.servers import Server
-from xdpmasq.lab.topology import FAR, INTERNET, INTERNET_TOO, PUBLIC
+from xdpmasq.lab.topology import INTERNET, INTERNET_TOO, PUBLIC
 
 pytestmark = pytest.mark.xdist_group("alg-programs")
 
@@ -258,8 +257,9 @@ def test_a_pinhole_is_for_one_session_of_the_server(gateway: Gateway, talk: Talk
 
 def test_lftp_fetches_actively(gateway: Gateway, tmp_path: Path) -> None:
     server = FtpServer(gateway.lab)
-    script = f"set ftp:passive-mode no; set net:max-retries 1; set net:timeout 5; open {INTERNET}; get given -o {tmp_path}/x"
-    gateway.lab.exec("b-box", ["lftp", "-c", script + f"; mirror --parallel=3 / {tmp_path}/all"])
+    settings = "set ftp:passive-mode no; set net:max-retries 1; set net:timeout 5"
+    script = f"{settings}; open {INTERNET}; get given -o {tmp_path}/x; mirror --parallel=3 / {tmp_path}/all"
+    gateway.lab.exec("b-box", ["lftp", "-c", script])
     assert (tmp_path / "x").read_bytes() == server.given
     assert (tmp_path / "all/given").read_bytes() == server.given
 
@@ -287,9 +287,10 @@ TFTP_CLIENTS = {
 }
 
 
-def tftp(gateway: Gateway, role: str, client: str, host: str, way: str, remote: str, local: Path) -> None:
-    own = client == "tftp-hpa"
-    url = f"tftp://{host}/{remote}"
+def tftp(gateway: Gateway, client: str, way: str, place: tuple[str, str, str], local: Path) -> None:
+    """``place``: the client's box, the server as it calls it, and a file there."""
+    role, host, remote = place
+    own, url = client == "tftp-hpa", f"tftp://{host}/{remote}"
     words = {
         ("get", True): ("get", remote, str(local)),
         ("put", True): ("put", str(local), remote),
@@ -309,10 +310,10 @@ def tftp_server(gateway: Gateway) -> TftpServer:
 def test_tftp_client_inside(gateway: Gateway, tftp_server: TftpServer, client: str, tmp_path: Path) -> None:
     given = os.urandom(30_000)
     (tftp_server.files / f"given-{client}").write_bytes(given)
-    tftp(gateway, "a-box", client, INTERNET, "get", f"given-{client}", tmp_path / "fetched")
+    tftp(gateway, client, "get", ("a-box", INTERNET, f"given-{client}"), tmp_path / "fetched")
     assert (tmp_path / "fetched").read_bytes() == given
     (tmp_path / "own").write_bytes(given[::-1])
-    tftp(gateway, "a-box", client, INTERNET, "put", f"taken-{client}", tmp_path / "own")
+    tftp(gateway, client, "put", ("a-box", INTERNET, f"taken-{client}"), tmp_path / "own")
     assert (tftp_server.files / f"taken-{client}").read_bytes() == given[::-1]
 
 
@@ -326,10 +327,10 @@ def test_tftp_server_inside(gateway: Gateway, inner_tftp_server: TftpServer, cli
     given = os.urandom(30_000)
     (inner_tftp_server.files / f"given-{client}").write_bytes(given)
     with gateway.forward("udp", "69", f"{B_BOX}:69"):
-        tftp(gateway, "internet", client, PUBLIC, "get", f"given-{client}", tmp_path / "fetched")
+        tftp(gateway, client, "get", ("internet", PUBLIC, f"given-{client}"), tmp_path / "fetched")
         assert (tmp_path / "fetched").read_bytes() == given
         (tmp_path / "own").write_bytes(given[::-1])
-        tftp(gateway, "internet", client, PUBLIC, "put", f"taken-{client}", tmp_path / "own")
+        tftp(gateway, client, "put", ("internet", PUBLIC, f"taken-{client}"), tmp_path / "own")
     assert (inner_tftp_server.files / f"taken-{client}").read_bytes() == given[::-1]
 
 
@@ -506,3 +507,193 @@ def test_eight_offers_stand_at_once(gateway: Gateway, irc_clients: dict[str, Irc
                 near, _ = listener.accept()
                 near.close()
                 assert far.recv(1) == b""
+
+
+# --- SIP -------------------------------------------------------------------------------------------
+
+REGISTER = """\
+REGISTER sip:{registrar} SIP/2.0
+Via: SIP/2.0/{upper} {own}:5060;branch=z9hG4bK1;rport
+From: <sip:lab@lab.test>;tag=1
+To: <sip:lab@lab.test>
+Call-ID: 1@lab.test
+CSeq: 1 REGISTER
+Contact: <sip:lab@{own}:5060;transport={transport}>;expires=300
+Content-Length: 0
+
+"""
+LOGGED = re.compile(rb"^-{20,}[^\n]*\n(TCP|UDP) message (sent|received) \[(\d+)\] bytes ?:?\s*\n\n", re.MULTILINE)
+
+
+class Sipp(Server):
+    """sipp with one call; when it is to be called, it is ready.
+
+    Args:
+        scenario: of sipp's own ones; but it leaves the ports for media to us.
+        words: whom it calls, and how.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, gateway: Gateway, role: str, scenario: str, media: int, *words: str) -> None:
+        self.name = f"sipp-{next(self._numbers)}"
+        super().__init__(gateway.lab, role, A_BOX if role == "a-box" else INTERNET)
+        self._messages, file = self.directory / "messages", self.directory / "scenario.xml"
+        steps = subprocess.run(["sipp", "-sd", scenario], capture_output=True, text=True, check=False).stdout
+        steps = steps.replace("[media_port]", str(media)).replace('milliseconds="4000"', 'milliseconds="50"')
+        file.write_text(steps)
+        options = ["-i", self.address, "-p", "5060", "-mp", "9000", "-bind_local", "-nostdin"]
+        options += ["-m", "1", "-timeout", "12", "-timeout_error", "-trace_msg", "-message_file", str(self._messages)]
+        argv = ["sipp", "-sf", file, *words, *options]
+        if scenario == "uas":
+            self._start(argv, "tcp" if "t1" in words else "udp", 5060)
+        else:
+            with self.log.open("wb") as log:
+                self._process = gateway.lab.popen(role, argv, stdout=log, stderr=log)
+
+    def __enter__(self) -> Sipp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def received(self) -> list[bytes]:
+        """Messages that have come so far, by sipp's own count of their bytes."""
+        text = self._messages.read_bytes() if self._messages.exists() else b""
+        heads = LOGGED.finditer(text)
+        return [text[at.end() : at.end() + int(at[3])] for at in heads if at[2] == b"received"]
+
+    def is_over(self) -> None:
+        code = self._process.wait(timeout=15)
+        assert code == 0, self.log.read_text(errors="replace")[-2000:]
+
+
+def offered(messages: list[bytes]) -> tuple[str, int] | None:
+    """Where the first SDP among them wants RTP; that its length is as said is checked, too."""
+    for message in messages:
+        head, _, body = message.replace(b"\r\n", b"\n").partition(b"\n\n")
+        if b"\nm=audio" in body:
+            length = re.search(rb"\nContent-Length: *(\d+)", head)
+            assert length
+            assert len(message.partition(b"\r\n\r\n")[2]) == int(length[1])
+            found = re.search(rb"\nc=IN IP4 (\S+)\n(?:.*\n)*m=audio (\d+) ", body)
+            assert found
+            return found[1].decode(), int(found[2])
+    return None
+
+
+def private_lines(messages: list[bytes]) -> list[bytes]:
+    """But for those that hold names."""
+    lines = [line for each in messages for line in each.split(b"\n") if b"192.168." in line]
+    return [line for line in lines if not line.startswith((b"From:", b"To:", b"Call-ID:"))]
+
+
+def flows(one: socket.socket, other: socket.socket, to: tuple[str, int], comes_from: str) -> None:
+    """A datagram from one socket to where the other is said to be, and its answer."""
+    one.sendto(b"media", to)
+    text, peer = other.recvfrom(100)
+    assert (text, peer[0]) == (b"media", comes_from)
+    other.sendto(b"answer", peer)
+    assert one.recvfrom(100) == (b"answer", to)
+
+
+def call(gateway: Gateway, inside: Sipp, outside: Sipp, *, inside_first: bool) -> None:
+    """Each has heard where the other wants its media; RTP and RTCP flow there; the call ends as it should."""
+    with contextlib.ExitStack() as stack:
+        near = [stack.enter_context(gateway.udp("a-box", 7000 + nth, address=A_BOX)) for nth in range(2)]
+        far = [stack.enter_context(gateway.udp("internet", 6000 + nth, address=INTERNET)) for nth in range(2)]
+        soon(lambda: bool(offered(inside.received()) and offered(outside.received())), "both have heard", 5)
+        theirs, ours = offered(inside.received()), offered(outside.received())
+        assert theirs == (INTERNET, 6000)
+        assert ours
+        assert ours[0] == PUBLIC
+        assert ours[1] % 2 == 0
+        for nth in range(2):
+            if inside_first:
+                flows(near[nth], far[nth], (INTERNET, 6000 + nth), PUBLIC)
+            flows(far[nth], near[nth], (PUBLIC, ours[1] + nth), INTERNET)
+    inside.is_over()
+    outside.is_over()
+    assert not private_lines(outside.received())
+
+
+@pytest.mark.parametrize("inside_first", [True, False], ids=["inside-first", "outside-first"])
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+def test_sip_call_from_inside(gateway: Gateway, transport: str, inside_first: bool) -> None:
+    way = ("-t", f"{transport[0]}1")
+    calls = ("-d", "700", *way, f"{INTERNET}:5060")
+    with (
+        Sipp(gateway, "internet", "uas", 6000, *way) as outside,
+        Sipp(gateway, "a-box", "uac", 7000, *calls) as inside,
+    ):
+        call(gateway, inside, outside, inside_first=inside_first)
+
+
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+def test_sip_call_to_who_has_registered(gateway: Gateway, transport: str) -> None:
+    fields = {"registrar": INTERNET, "own": A_BOX, "transport": transport, "upper": transport.upper()}
+    request = REGISTER.format(**fields).replace("\n", "\r\n").encode()
+    with contextlib.ExitStack() as stack:
+        if transport == "udp":
+            registrar = stack.enter_context(gateway.udp("internet", 5060, address=INTERNET))
+            phone = stack.enter_context(gateway.udp("a-box", 5060, address=A_BOX))
+            phone.connect((INTERNET, 5060))
+            phone.send(request)
+            heard, seen = registrar.recvfrom(2000)
+            registrar.connect(seen)
+        else:
+            with gateway.listen("internet", 5060, INTERNET) as listener:
+                phone = stack.enter_context(gateway.tcp("a-box", (INTERNET, 5060)))
+                registrar = stack.enter_context(listener.accept()[0])
+            phone.sendall(request)
+            heard = registrar.recv(2000)
+        assert not private_lines([heard])
+        contact = re.search(rb"Contact: <sip:lab@203\.0\.113\.1:(\d+);transport=", heard)
+        assert contact
+        answer = heard.replace(b"REGISTER sip:203.0.113.10 SIP/2.0", b"SIP/2.0 200 OK")
+        registrar.send(answer)
+        assert phone.recv(2000) == request.replace(b"REGISTER sip:203.0.113.10 SIP/2.0", b"SIP/2.0 200 OK")
+        if transport == "udp":
+            stack.close()
+        way = ("-t", f"{transport[0]}1")
+        called = f"{PUBLIC}:{int(contact[1])}"
+        inside = stack.enter_context(Sipp(gateway, "a-box", "uas", 7000, *way))
+        outside = stack.enter_context(Sipp(gateway, "internet", "uac", 6000, "-d", "700", *way, called))
+        call(gateway, inside, outside, inside_first=False)
+
+
+# --- RTSP ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [1, 7], ids=["whole", "in-pieces"])
+def test_rtsp_client_inside(gateway: Gateway, pieces: int) -> None:
+    """The server's streams, RTP and RTCP, come to the ports that SETUP has named."""
+    with contextlib.ExitStack() as stack:
+        client = [stack.enter_context(gateway.udp("a-box", 8000 + nth)) for nth in range(2)]
+        server = [stack.enter_context(gateway.udp("internet", 9000 + nth, address=INTERNET)) for nth in range(2)]
+        with gateway.listen("internet", 554, INTERNET) as listener:
+            near = stack.enter_context(gateway.tcp("a-box", (INTERNET, 554)))
+            far = stack.enter_context(listener.accept()[0])
+        lines = stack.enter_context(far.makefile("rb"))
+        request = f"SETUP rtsp://{INTERNET}/film/1 RTSP/1.0\r\nCSeq: 1\r\n"
+        request += "Transport: RTP/AVP;unicast;client_port=8000-8001\r\n\r\n"
+        size = -(-len(request) // pieces)
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for at in range(0, len(request), size):
+            near.sendall(request[at : at + size].encode())
+            time.sleep(0.01)
+        heard = "".join(iter(lambda: lines.readline().decode(), "\r\n"))
+        ports = re.search(r"client_port=(\d+)-(\d+)\r\n", heard)
+        assert ports
+        rtp = int(ports[1])
+        assert (rtp % 2, int(ports[2])) == (0, rtp + 1)
+        assert heard == request[:-2].replace("8000-8001", ports[0].strip().partition("=")[2])
+        answer = "RTSP/1.0 200 OK\r\nCSeq: 1\r\nSession: 7\r\n"
+        answer += "Transport: RTP/AVP;unicast;client_port={};server_port=9000-9001\r\n\r\n"
+        expected = answer.format("8000-8001").encode()
+        far.sendall(answer.format(f"{rtp}-{rtp + 1}").encode())
+        assert read(near, len(expected)) == expected
+        for nth in range(2):
+            flows(server[nth], client[nth], (PUBLIC, rtp + nth), INTERNET)
+        near.sendall(b"TEARDOWN * RTSP/1.0\r\nCSeq: 2\r\n\r\n")
+        assert lines.readline() == b"TEARDOWN * RTSP/1.0\r\n"
