@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -697,3 +698,88 @@ def test_rtsp_client_inside(gateway: Gateway, pieces: int) -> None:
             flows(server[nth], client[nth], (PUBLIC, rtp + nth), INTERNET)
         near.sendall(b"TEARDOWN * RTSP/1.0\r\nCSeq: 2\r\n\r\n")
         assert lines.readline() == b"TEARDOWN * RTSP/1.0\r\n"
+
+
+# --- others' ALGs ----------------------------------------------------------------------------------
+
+# An agent that knows these, in place of the house's own.
+PLUG_INS = """
+import time
+from xdpmasq import agent
+from xdpmasq.alg import registry
+from xdpmasq.alg.api import Alg
+from xdpmasq.algs import Use
+from xdpmasq.config import Config
+
+class Raising(Alg):
+    name, ports = "raising", {"tcp": (2001,)}
+    def translate(self, data, side, control, openings):
+        raise RuntimeError("it was written so")
+
+class Sleeping(Alg):
+    name, ports = "sleeping", {"tcp": (2002,)}
+    def translate(self, data, side, control, openings):
+        time.sleep(0.2)
+        return b"late"
+
+class Looping(Alg):
+    name, ports = "looping", {"tcp": (2003,)}
+    def ready(self, data, side):
+        while True:
+            pass
+
+class Lying(Alg):
+    name, ports = "lying", {"tcp": (2004,)}
+    def ready(self, data, side):
+        return -len(data)
+    def translate(self, data, side, control, openings):
+        return "no bytes"
+
+class Shouting(Alg):
+    name, ports = "shouting", {"tcp": (2005,)}
+    def translate(self, data, side, control, openings):
+        return data.upper() * 2
+
+plug_ins = {each.name: each() for each in (Raising, Sleeping, Looping, Lying, Shouting)}
+registry.find = plug_ins.__getitem__
+uses = tuple(Use(each.name, (("tcp", each.ports["tcp"][0]),)) for each in plug_ins.values())
+agent.run(Config(("wan0",), ("lan0",), mode="tc", algs=uses))
+"""
+
+
+@pytest.fixture(scope="module")
+def plugged(gateway: Gateway) -> Iterator[Gateway]:
+    """The agent is another one; then it is as it was."""
+    gateway.kill_agent()
+    log = gateway.lab.directory / "plug-ins.log"
+    with log.open("wb") as output:
+        agent = gateway.lab.popen("masq-gate", [sys.executable, "-c", PLUG_INS], stdout=output, stderr=output)
+    soon(lambda: "shouting" in [each.name for each in algs.read(gateway.tables)], "the other agent is there")
+    soon(lambda: int(gateway.tables.settings["punt"]) != 0, "it has its punt port")
+    yield gateway
+    assert gateway.agent_pid == agent.pid, log.read_text()
+    gateway.lab.stop(agent)
+    gateway.attach_with(algs=USES)
+
+
+@pytest.mark.parametrize(
+    ("port", "counted"),
+    [
+        pytest.param(2001, {"raising": {"messages": 2, "failed": 2}}, id="raises"),
+        pytest.param(2002, {"sleeping": {"messages": 2, "late": 2}}, id="sleeps"),
+        pytest.param(2003, {"looping": {"messages": 2, "late": 2, "failed": 2}}, id="loops"),
+        pytest.param(2004, {"lying": {"messages": 2, "failed": 4}}, id="lies"),
+    ],
+)
+def test_a_plug_in_that_fails_changes_nothing(
+    plugged: Gateway, port: int, counted: dict[str, dict[str, int]]
+) -> None:
+    with Talk(plugged, port=port) as talk:
+        assert talk.says(b"over there\r\n") == b"over there\r\n"
+        assert talk.is_told(b"and back\r\n") == b"and back\r\n"
+    soon(lambda: counted.items() <= plugged.tables.manifest["algs"].items(), f"{counted}", 5)
+
+
+def test_a_plug_in_that_works_beside_them(plugged: Gateway) -> None:
+    with Talk(plugged, port=2005) as talk:
+        assert talk.says(b"over there\r\n") + talk.lines.readline() == b"OVER THERE\r\n" * 2
