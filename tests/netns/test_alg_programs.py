@@ -178,6 +178,17 @@ def test_shifts_add_up(gateway: Gateway, talk: Talk) -> None:
     assert talk.lines.read() == b""
 
 
+def test_an_answer_comes_in_pieces(gateway: Gateway, talk: Talk) -> None:
+    """What the client has received it says with its next command only; Nagle's algorithm keeps the rest until then."""
+    started = time.monotonic()
+    for number in range(40):
+        assert talk.says(b"NOOP\r\n") == b"NOOP\r\n"
+        for piece in (b"200 ", b"%d" % number, b" times", b"\r\n"):
+            talk.far.sendall(piece)
+        assert read(talk.near, 12 + len(str(number))) == b"200 %d times\r\n" % number
+    assert time.monotonic() - started < 10
+
+
 def test_a_connection_outlives_the_agent(gateway: Gateway) -> None:
     """Edits before it is killed and after it is started anew; between them the kernel shifts alone."""
     with Talk(gateway) as talk:

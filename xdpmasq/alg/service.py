@@ -29,7 +29,7 @@ from xdpmasq import algs, bpf, datapath
 from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
-from xdpmasq.alg.stream import Outcome, Shifts, Stream
+from xdpmasq.alg.stream import Outcome, Shifts, Stream, before
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, PORTS, Tables
 from xdpmasq.errors import ConfigError
 from xdpmasq.pinholes import Pinholes, SessionsOpenings
@@ -107,7 +107,7 @@ class Service:
         stream = session.streams[direction]
         session.window[direction] = parsed.window
         if parsed.flags & packets.ACK:
-            session.acked[1 - direction] = parsed.ack
+            self._acknowledges(session, 1 - direction, parsed.ack)
         if parsed.flags & packets.SYN:
             if not parsed.flags & packets.ACK:
                 self._begin(session)
@@ -159,8 +159,14 @@ class Service:
                 return None
             self._sessions[name] = known = made
         for nth in range(2):
-            known.acked[nth] = int(record["acked"][nth]) or known.acked[nth]
+            self._acknowledges(known, nth, int(record["acked"][nth]))
         return known
+
+    def _acknowledges(self, session: _Session, direction: int, ack: int) -> None:
+        """Of what goes in that direction. The kernel knows of bare acknowledgements, we of those that come with text."""
+        known = session.acked[direction]
+        if ack and (not known or before(known, ack) > 0):
+            session.acked[direction] = ack
 
     def _open(self, key: tuple[Any, ...], record: Any, protocol: str, remote: Endpoint) -> _Session | None:
         mapping, settings = key[0], self._tables.settings
@@ -190,6 +196,7 @@ class Service:
     def _begin(self, session: _Session, shifts: Sequence[Shifts | None] = (None, None)) -> None:
         """Both directions anew."""
         session.control.memory.clear()
+        session.acked = [0, 0]
         session.streams = [
             Stream(
                 lambda data, side=SIDES[nth]: self._ready(session, side, data),  # type: ignore[misc]
@@ -338,10 +345,10 @@ def _no_longer_than(seconds: float) -> Iterator[None]:
             frame = frame.f_back
         raise _TooLongError
 
-    before = signal.signal(signal.SIGALRM, stop)
+    earlier = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, earlier)
