@@ -24,7 +24,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
-from netkit import Gateway, read, soon
+from netkit import Gateway, raw, read, soon
+from scapy.layers.inet import IP, TCP
 from test_algs import FtpServer
 
 from xdpmasq import algs, bpf
@@ -179,7 +180,7 @@ def test_shifts_add_up(gateway: Gateway, talk: Talk) -> None:
 
 
 def test_an_answer_comes_in_pieces(gateway: Gateway, talk: Talk) -> None:
-    """What the client has received it says with its next command only; Nagle's algorithm keeps the rest until then."""
+    """The client says with its next command only what it has received, and Nagle's algorithm keeps back the rest."""
     started = time.monotonic()
     for number in range(40):
         assert talk.says(b"NOOP\r\n") == b"NOOP\r\n"
@@ -187,6 +188,22 @@ def test_an_answer_comes_in_pieces(gateway: Gateway, talk: Talk) -> None:
             talk.far.sendall(piece)
         assert read(talk.near, 12 + len(str(number))) == b"200 %d times\r\n" % number
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("role", ["internet", "a-box"])
+def test_a_stray_syn_begins_nothing(gateway: Gateway, talk: Talk, role: str) -> None:
+    """RFC 5961 section 4: the connection goes on, and so do its shifts."""
+    assert opened_by(talk.says(port_command(5000)))
+    ends = (talk.near.getsockname(), talk.near.getpeername())
+    if role == "internet":
+        ends = (talk.far.getsockname(), talk.far.getpeername())
+    (source, sport), (destination, dport) = ends
+    syn = IP(src=source, dst=destination) / TCP(sport=sport, dport=dport, seq=12345, flags="S")
+    with raw(gateway, role, socket.IPPROTO_RAW) as stranger:
+        stranger.sendto(bytes(syn), (destination, 0))
+    for number in range(3):
+        assert opened_by(talk.says(port_command(50000 + number)))
+        assert talk.is_told(b"200 so be it\r\n") == b"200 so be it\r\n"
 
 
 def test_a_connection_outlives_the_agent(gateway: Gateway) -> None:

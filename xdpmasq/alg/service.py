@@ -29,7 +29,7 @@ from xdpmasq import algs, bpf, datapath
 from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
-from xdpmasq.alg.stream import Outcome, Shifts, Stream, before
+from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Stream, before
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, PORTS, Tables
 from xdpmasq.errors import ConfigError
 from xdpmasq.pinholes import Pinholes, SessionsOpenings
@@ -58,6 +58,8 @@ class _Session:
     streams: list[Stream] = field(default_factory=list)  # by direction
     window: list[int] = field(default_factory=lambda: [WINDOW, WINDOW])
     acked: list[int] = field(default_factory=lambda: [0, 0])
+    asked: list[int | None] = field(default_factory=lambda: [None, None])  # numbers of SYNs
+    begun: list[int | None] = field(default_factory=list)  # those of the connection
 
 
 class Service:
@@ -109,9 +111,7 @@ class Service:
         if parsed.flags & packets.ACK:
             self._acknowledges(session, 1 - direction, parsed.ack)
         if parsed.flags & packets.SYN:
-            if not parsed.flags & packets.ACK:
-                self._begin(session)
-            session.streams[direction].begin(parsed.sequence)
+            self._handshake(session, direction, parsed)
             return [(direction, each) for each in packets.segments(parsed, parsed.sequence, parsed.text)]
         outcome = stream.segment(parsed.sequence, parsed.text, last=bool(parsed.flags & packets.FIN))
         if outcome.shifted:
@@ -122,6 +122,19 @@ class Service:
             for each in packets.segments(parsed, piece.sequence, piece.text)
         ]
         return pieces + self._acknowledged(session, direction, parsed, outcome)
+
+    def _handshake(self, session: _Session, direction: int, parsed: Packet) -> None:
+        """A connection begins when a SYN has been answered by another; one alone may be anybody's (RFC 5961)."""
+        session.asked[direction], asked = parsed.sequence, session.asked[1 - direction]
+        if not parsed.flags & packets.ACK or asked is None or parsed.ack != (asked + 1) % ROUND:
+            return
+        if session.asked == session.begun:  # said again
+            return
+        session.begun = list(session.asked)
+        self._begin(session)
+        self._acknowledges(session, 1 - direction, parsed.ack)
+        session.streams[direction].begin(parsed.sequence)
+        session.streams[1 - direction].begin(asked)
 
     def _acknowledged(
         self, session: _Session, direction: int, parsed: Packet, outcome: Outcome
@@ -163,7 +176,7 @@ class Service:
         return known
 
     def _acknowledges(self, session: _Session, direction: int, ack: int) -> None:
-        """Of what goes in that direction. The kernel knows of bare acknowledgements, we of those that come with text."""
+        """Of what goes in that direction. The kernel knows of bare acknowledgements, we of those with a text."""
         known = session.acked[direction]
         if ack and (not known or before(known, ack) > 0):
             session.acked[direction] = ack
