@@ -397,6 +397,16 @@ def test_tftp_server_inside(gateway: Gateway, inner_tftp_server: TftpServer, cli
     assert (inner_tftp_server.files / f"taken-{client}").read_bytes() == given[::-1]
 
 
+def test_tftp_fetches_twice_from_one_port(gateway: Gateway, tftp_server: TftpServer, tmp_path: Path) -> None:
+    """Each answer comes from another port of the server's."""
+    given = [os.urandom(2000), os.urandom(2000)]
+    for number, text in enumerate(given):
+        (tftp_server.files / f"twice-{number}").write_bytes(text)
+    commands = "".join(f"get twice-{number} {tmp_path}/{number}\n" for number in range(2))
+    gateway.lab.exec("a-box", ["tftp", "-m", "binary", INTERNET], input=commands + "quit\n")
+    assert [(tmp_path / str(number)).read_bytes() for number in range(2)] == given
+
+
 def test_a_tftp_pinhole_is_for_the_server(gateway: Gateway) -> None:
     with gateway.udp("a-box") as client, gateway.udp("internet", 69, address=INTERNET_TOO) as server:
         client.sendto(b"\0\1file\0octet\0", (INTERNET_TOO, 69))
