@@ -167,10 +167,9 @@ class Pinholes:
     def keep_latest(self, owner: Owner, most: int) -> None:
         """Of what a control session has, the oldest go."""
         now, mine = bpf.jiffies(), np.array(owner, self._tables.maps["controls"].key)
-        left = sorted((_left(now, value) for _, value in self.records() if value["control"] == mine), reverse=True)
-        if len(left) > most:
-            limit = left[most]
-            self.end_those(lambda _, value: value["control"] == mine and _left(now, value) <= limit)
+        own = [(_left(now, value), -int(key["mapping"])) for key, value in self.records() if value["control"] == mine]
+        gone = {-slot for _, slot in sorted(own, reverse=True)[most:]}  # by ports where they are of the same moment
+        self.end_those(lambda key, value: value["control"] == mine and int(key["mapping"]) in gone)
 
     def tick(self) -> None:
         """Ends those that are over, and those whose address is no longer ours."""

@@ -4,8 +4,9 @@ Whose a packet is stands in the kernel's tables (``struct control`` of bpf/types
 goes on where it can: it knows the shifts of an earlier one, and takes the first text that it sees of a session for
 the beginning of a message.
 
-An ALG is somebody's code, and what it reads is anybody's text. Of one that raises, or takes longer than
-:data:`LONG_S`, the message passes unchanged.
+An ALG is somebody's code, and what it reads is anybody's text. Of one that raises, returns what it may not, or takes
+longer than :data:`LONG_S`, the message passes unchanged; one that is late :data:`LATE_MOST` times running is asked no
+more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from xdpmasq import bpf, datapath
 from xdpmasq.alg import packets, switches
 from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
-from xdpmasq.alg.stream import Outcome, Shifts, Stream
+from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Stream, before
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, PORTS, Tables
 from xdpmasq.errors import ConfigError
 from xdpmasq.pinholes import Pinholes, SessionsOpenings
@@ -35,8 +37,12 @@ from xdpmasq.pinholes import Pinholes, SessionsOpenings
 log = logging.getLogger("xdpmasq")
 
 LONG_S = 0.1
+LATE_MOST = 8  # all that the agent does waits meanwhile
 WINDOW = 1024  # of an acknowledgement to somebody whose other side has not said one yet
 SIDES = (Side.INSIDE, Side.OUTSIDE)  # by enum direction
+
+
+T = TypeVar("T")
 
 
 class _TooLongError(BaseException):
@@ -52,6 +58,8 @@ class _Session:
     streams: list[Stream] = field(default_factory=list)  # by direction
     window: list[int] = field(default_factory=lambda: [WINDOW, WINDOW])
     acked: list[int] = field(default_factory=lambda: [0, 0])
+    asked: list[int | None] = field(default_factory=lambda: [None, None])  # numbers of SYNs
+    begun: list[int | None] = field(default_factory=list)  # those of the connection
 
 
 class Service:
@@ -61,7 +69,7 @@ class Service:
         find: an ALG by its name; raises ConfigError.
 
     Attributes:
-        counts: by ALG: messages that came, of those edited, unparsed, refused, failed and late ones.
+        counts: by ALG: messages that came, of those edited, unparsed, refused, failed, late and unasked ones.
     """
 
     def __init__(self, tables: Tables, pinholes: Pinholes, find: Callable[[str], Alg]) -> None:
@@ -71,6 +79,7 @@ class Service:
         self._loaded: dict[str, Alg | None] = {}
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._blamed: set[tuple[str, str]] = set()
+        self._late: Counter[str] = Counter()  # running
 
     # --- packets
 
@@ -100,11 +109,9 @@ class Service:
         stream = session.streams[direction]
         session.window[direction] = parsed.window
         if parsed.flags & packets.ACK:
-            session.acked[1 - direction] = parsed.ack
+            self._acknowledges(session, 1 - direction, parsed.ack)
         if parsed.flags & packets.SYN:
-            if not parsed.flags & packets.ACK:
-                self._begin(session)
-            session.streams[direction].begin(parsed.sequence)
+            self._handshake(session, direction, parsed)
             return [(direction, each) for each in packets.segments(parsed, parsed.sequence, parsed.text)]
         outcome = stream.segment(parsed.sequence, parsed.text, last=bool(parsed.flags & packets.FIN))
         if outcome.shifted:
@@ -115,6 +122,19 @@ class Service:
             for each in packets.segments(parsed, piece.sequence, piece.text)
         ]
         return pieces + self._acknowledged(session, direction, parsed, outcome)
+
+    def _handshake(self, session: _Session, direction: int, parsed: Packet) -> None:
+        """A connection begins when a SYN has been answered by another; one alone may be anybody's (RFC 5961)."""
+        session.asked[direction], asked = parsed.sequence, session.asked[1 - direction]
+        if not parsed.flags & packets.ACK or asked is None or parsed.ack != (asked + 1) % ROUND:
+            return
+        if session.asked == session.begun:  # said again
+            return
+        session.begun = list(session.asked)
+        self._begin(session)
+        self._acknowledges(session, 1 - direction, parsed.ack)
+        session.streams[direction].begin(parsed.sequence)
+        session.streams[1 - direction].begin(asked)
 
     def _acknowledged(
         self, session: _Session, direction: int, parsed: Packet, outcome: Outcome
@@ -152,8 +172,14 @@ class Service:
                 return None
             self._sessions[name] = known = made
         for nth in range(2):
-            known.acked[nth] = int(record["acked"][nth]) or known.acked[nth]
+            self._acknowledges(known, nth, int(record["acked"][nth]))
         return known
+
+    def _acknowledges(self, session: _Session, direction: int, ack: int) -> None:
+        """Of what goes in that direction. The kernel knows of bare acknowledgements, we of those with a text."""
+        known = session.acked[direction]
+        if ack and (not known or before(known, ack) > 0):
+            session.acked[direction] = ack
 
     def _open(self, key: tuple[Any, ...], record: Any, protocol: str, remote: Endpoint) -> _Session | None:
         mapping, settings = key[0], self._tables.settings
@@ -183,6 +209,7 @@ class Service:
     def _begin(self, session: _Session, shifts: Sequence[Shifts | None] = (None, None)) -> None:
         """Both directions anew."""
         session.control.memory.clear()
+        session.acked = [0, 0]
         session.streams = [
             Stream(
                 lambda data, side=SIDES[nth]: self._ready(session, side, data),  # type: ignore[misc]
@@ -232,33 +259,43 @@ class Service:
         alg = session.alg
         if session.control.memory.get("over"):
             return len(data)
-        found = self._trusted(alg, lambda: alg.ready(data, side))
-        return found if isinstance(found, int) and 0 <= found <= len(data) else len(data)
+        found = self._trusted(alg, lambda: _length(alg.ready(data, side), len(data)))
+        return len(data) if found is None else found
 
     def _edited(self, session: _Session, side: Side, data: bytes) -> bytes:
         alg, counts = session.alg, self.counts[session.alg.name]
         if session.control.memory.get("over"):
             return data
         counts["messages"] += 1
-        found = self._trusted(alg, lambda: alg.translate(data, side, session.control, session.openings))
-        if not isinstance(found, bytes):
+        found = self._trusted(alg, lambda: _text(alg.translate(data, side, session.control, session.openings)))
+        if found is None:
             return data
         counts["edited"] += found != data
         return found
 
-    def _trusted(self, alg: Alg, call: Callable[[], Any]) -> Any:
+    def _trusted(self, alg: Alg, call: Callable[[], T]) -> T | None:
         """What it returns; None, and it is counted, where it does not."""
         counts = self.counts[alg.name]
+        if self._late[alg.name] >= LATE_MOST:
+            counts["unasked"] += 1
+            return None
         try:
             with _no_longer_than(LONG_S):
-                return call()
+                found = call()
+            self._late[alg.name] = 0
+            return found
         except Refused:
             counts["refused"] += 1
         except Unparsed:
             counts["unparsed"] += 1
         except _TooLongError:
             counts["late"] += 1
+            self._late[alg.name] += 1
             self._blame(alg, f"took longer than {LONG_S * 1000:.0f} ms", None)
+            if self._late[alg.name] == LATE_MOST:
+                log.warning(
+                    "the ALG %s is always late; until xdpmasq is restarted it is not asked any more", alg.name
+                )
         except Exception as error:
             counts["failed"] += 1
             self._blame(alg, f"failed: {error!r}", error)
@@ -292,20 +329,39 @@ def _shifts(record: Any) -> Shifts:
     return Shifts(int(record["before"]), [(int(each["at"]), int(each["by"])) for each in steps])
 
 
+def _length(found: Any, most: int) -> int:
+    if not isinstance(found, int) or not 0 <= found <= most:
+        raise ValueError(f"ready() of {most} bytes returned {found!r}")
+    return found
+
+
+def _text(found: Any) -> bytes:
+    if not isinstance(found, bytes):
+        raise TypeError(f"translate() returned {type(found).__name__}, not bytes")
+    return found
+
+
 @contextlib.contextmanager
 def _no_longer_than(seconds: float) -> Iterator[None]:
-    """Raises _TooLongError. A signal does it, so it is for the main thread; elsewhere there is no limit."""
+    """Raises _TooLongError, but not in what an ALG calls of ours: half opened, a pinhole's port would be lost.
+
+    A signal does it, so it is for the main thread; elsewhere there is no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: object) -> None:
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame:
+            if frame.f_globals.get("__name__") == SessionsOpenings.__module__:
+                return
+            frame = frame.f_back
         raise _TooLongError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, earlier)
