@@ -79,19 +79,30 @@ static __always_inline long sequences_change(const struct packet *p, const struc
 	return 0;
 }
 
+static __always_inline bool packet_has_text(const struct packet *p)
+{
+	return p->l4 + p->l4_len > p->payload;
+}
+
 /* Is there anything to be read? SYN and FIN too, so that the agent knows where texts begin and end. */
 static __always_inline bool alg_wants(const struct packet *p)
 {
 	if (p->alg || p->hairpin || p->own)
 		return false;
-	return p->class != CLASS_TCP || p->tcp_flags & (TCP_SYN | TCP_FIN) || p->l4 + p->l4_len > p->payload;
+	return p->class != CLASS_TCP || p->tcp_flags & (TCP_SYN | TCP_FIN) || packet_has_text(p);
 }
 
 /* The first look at a packet of a control session: REDIRECT when the agent is to read it. */
 static __always_inline enum verdict alg_read(const struct settings *cfg, const struct packet *p, const struct session *s,
 					     enum punt_reason reason)
 {
+	struct control_key key = control_key_of(s);
+	struct control *control;
+
 	if (!alg_wants(p))
+		return CONTINUE;
+	control = controls.lookup(&key);
+	if (control && control->over && !(p->tcp_flags & TCP_SYN))
 		return CONTINUE;
 	if (!p->more_fragments && punt_with(cfg, p, reason, s->mapping)) {
 		count(COUNT_punt_alg);
@@ -111,8 +122,8 @@ static __always_inline bool alg_shifts(const struct packet *p, const struct sess
 		return false;
 	/* A new connection over the same endpoints. */
 	if (p->tcp_flags & TCP_SYN && !tcp_is_established(s))
-		__builtin_memset(control->acked, 0, sizeof(*control) - offsetof(struct control, acked));
-	if (p->tcp_flags & TCP_ACK && !p->alg)
+		__builtin_memset(&control->over, 0, sizeof(*control) - offsetof(struct control, over));
+	if (p->tcp_flags & TCP_ACK && (!p->alg || packet_has_text(p)))
 		control->acked[!direction] = bpf_ntohl(p->ack);
 	return control->shifts[OUTBOUND].count | control->shifts[INBOUND].count;
 }

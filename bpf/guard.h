@@ -2,15 +2,11 @@
  * goes from one LAN to another, and they are gone with their device when a WAN is deleted and made anew (as a ppp0 is at
  * each dial). Until the agent, which may be dead, has attached to the new one, a packet must not get out by it.
  */
-#define NO_SUCH_DEVICE (-19) /* ENODEV */
-
 static __always_inline bool wans_are_there(const struct settings *cfg, const struct packet *p)
 {
-	u32 mtu = 0;
-
 #pragma clang loop unroll(full)
 	for (u32 wan = 0; wan < WANS; wan++)
-		if (!cfg->exit[wan] || bpf_check_mtu(p->skb, cfg->exit[wan], &mtu, 0, 0) == NO_SUCH_DEVICE)
+		if (!cfg->exit[wan] || !device_is_there(p, cfg->exit[wan]))
 			return false;
 	return true;
 }

@@ -63,6 +63,16 @@ static __always_inline u32 route_to(const struct packet *p, addr_t dst)
 	return result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH ? way.ifindex : 0;
 }
 
+#define NO_SUCH_DEVICE (-19) /* ENODEV */
+
+/* bpf_check_mtu is the cheapest helper that knows. */
+static __always_inline bool device_is_there(const struct packet *p, u32 ifindex)
+{
+	u32 mtu = 0;
+
+	return bpf_check_mtu(p->skb, ifindex, &mtu, 0, 0) != NO_SUCH_DEVICE;
+}
+
 /* bcc declares this helper with an argument too few. */
 static long (*redirect_neigh)(u32 ifindex, void *params, int length, u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 

@@ -18,9 +18,10 @@ static __always_inline bool budget_spend(const struct settings *cfg, u32 reason,
 	return budget->used++ < (reason < PUNT_ALG_IN ? PUNT_A_WINDOW : PUNT_ALG_A_WINDOW);
 }
 
-static __always_inline bool punt_is_attended(const struct settings *cfg, u32 now)
+/* The port goes with the agent: of one that was killed nobody needs to wait for the heartbeat to be missed. */
+static __always_inline bool punt_is_attended(const struct settings *cfg, const struct packet *p)
 {
-	return cfg->punt && !idle_longer(now, cfg->heartbeat, PUNT_ALIVE_S * cfg->hz);
+	return cfg->punt && !idle_longer(p->now, cfg->heartbeat, PUNT_ALIVE_S * cfg->hz) && device_is_there(p, cfg->punt);
 }
 
 /* Sends the packet to the agent; false when that is not possible, and the packet is as it was. */
@@ -33,7 +34,7 @@ static __always_inline bool punt_with(const struct settings *cfg, const struct p
 				      .about = { bpf_htons(about >> 16), bpf_htons(about & 0xffff) },
 				      .proto = bpf_htons(ETH_P_IP) };
 
-	if (!punt_is_attended(cfg, p->now) || !budget_spend(cfg, reason, p->now))
+	if (!punt_is_attended(cfg, p) || !budget_spend(cfg, reason, p->now))
 		return false;
 	if (!p->l3 && bpf_skb_change_head(p->skb, sizeof(header), 0))
 		return false;

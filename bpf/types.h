@@ -319,6 +319,7 @@ struct control {
 	struct mapping_key internal;
 	u32 opened_at; /* jiffies */
 	u32 from_outside;
+	u32 over; /* its ALG will read no more */
 	u32 acked[2]; /* by enum direction, of what went that way: as its receiver has acknowledged; 0: not known */
 	struct shifts shifts[2]; /* by enum direction */
 };

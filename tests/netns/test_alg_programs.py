@@ -30,6 +30,7 @@ from scapy.layers.inet import IP, TCP
 from test_algs import FtpServer
 
 from xdpmasq import algs, bpf
+from xdpmasq.alg import switches
 from xdpmasq.lab import Lab
 from xdpmasq.lab.servers import Server
 from xdpmasq.lab.topology import INTERNET, INTERNET_TOO, PUBLIC
@@ -827,7 +828,7 @@ def plugged(gateway: Gateway) -> Iterator[Gateway]:
     log = gateway.lab.directory / "plug-ins.log"
     with log.open("wb") as output:
         agent = gateway.lab.popen("masq-gate", [sys.executable, "-c", PLUG_INS], stdout=output, stderr=output)
-    soon(lambda: "shouting" in [each.name for each in algs.read(gateway.tables)], "the other agent is there")
+    soon(lambda: "shouting" in [each.name for each in switches.read(gateway.tables)], "the other agent is there")
     soon(lambda: int(gateway.tables.settings["punt"]) != 0, "it has its punt port")
     yield gateway
     assert gateway.agent_pid == agent.pid, log.read_text()

@@ -108,6 +108,8 @@ def test_every_drop_has_its_line() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_configurations_in_documents_are_good(path: Path, tmp_path: Path) -> None:
     for block in blocks(path.read_text(), "toml"):
+        if "[project]" in block or "entry-points" in block:  # another package's
+            continue
         (tmp_path / "one.toml").write_text(block)
         load(tmp_path / "one.toml")
 

@@ -55,6 +55,7 @@ class _Session:
     control: Control
     openings: SessionsOpenings
     opened_at: int
+    over: bool = False
     streams: list[Stream] = field(default_factory=list)  # by direction
     window: list[int] = field(default_factory=lambda: [WINDOW, WINDOW])
     acked: list[int] = field(default_factory=lambda: [0, 0])
@@ -115,7 +116,10 @@ class Service:
             return [(direction, each) for each in packets.segments(parsed, parsed.sequence, parsed.text)]
         outcome = stream.segment(parsed.sequence, parsed.text, last=bool(parsed.flags & packets.FIN))
         if outcome.shifted:
-            self._write_shifts(session)
+            self._write(session)
+        if session.control.memory.get("over") and not session.over and all(each.settled for each in session.streams):
+            session.over = True
+            self._write(session)
         pieces = [
             (direction, each)
             for piece in outcome.pieces
@@ -208,6 +212,7 @@ class Service:
 
     def _begin(self, session: _Session, shifts: Sequence[Shifts | None] = (None, None)) -> None:
         """Both directions anew."""
+        session.over = False
         session.control.memory.clear()
         session.acked = [0, 0]
         session.streams = [
@@ -241,10 +246,12 @@ class Service:
         acked = session.acked[direction]
         return session.streams[direction].shifts.acked(acked) if acked else None
 
-    def _write_shifts(self, session: _Session) -> None:
+    def _write(self, session: _Session) -> None:
+        """What the kernel goes by: shifts, and whether it need not come by here any more."""
         record = self._controls.get(session.openings.owner)
         if record is None:
             return
+        record["over"] = session.over
         for direction, stream in enumerate(session.streams):
             shifts, steps = record["shifts"][direction], stream.shifts.steps
             shifts["before"], shifts["count"] = stream.shifts.base, len(steps)

@@ -127,6 +127,14 @@ class Stream:
     def holds(self) -> int:
         return len(self._held)
 
+    @property
+    def settled(self) -> bool:
+        """Nothing is held, and nothing that was edited can be asked for again."""
+        if self._held or not self._regions:
+            return not self._held
+        delivered = self._delivered()
+        return delivered is not None and all(before(each.end, delivered) >= 0 for each in self._regions)
+
     def begin(self, sequence: int) -> None:
         """A SYN with that number: a new connection."""
         self.__init__(self._ready, self._edit, self._longest, self._delivered)  # type: ignore[misc]

@@ -114,6 +114,26 @@ def test_what_the_agent_reads(gateway: Gateway) -> None:
     assert passes(gateway, udp(HOST, 5000, SERVER, 69), OUT)[0] == "redirect"
 
 
+def test_what_is_over_is_read_no_more(gateway: Gateway) -> None:
+    """Until somebody connects anew."""
+    port = control_session(gateway)
+    gateway.attend()
+    key, record = control(gateway, port)
+    record["over"] = 1
+    gateway.tables.maps["controls"].set(key, record, bpf.UPDATE_EXIST)
+    packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"anything")
+    assert passes(gateway, packet, OUT)[0] == "pass"
+    assert passes(gateway, tcp(HOST, 5000, SERVER, 21, SYN, seq=1), OUT)[0] == "redirect"
+
+
+def test_of_an_agent_that_is_gone_nobody_waits(gateway: Gateway) -> None:
+    """Its port has gone with it, however young its last heartbeat is."""
+    control_session(gateway)
+    gateway.tables.set_settings(punt=60000, heartbeat=bpf.jiffies())
+    packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"PORT 1\r\n")
+    assert passes(gateway, packet, OUT)[0] == "pass"
+
+
 def test_without_an_agent_they_pass_unread(gateway: Gateway) -> None:
     control_session(gateway)
     packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"PORT 1\r\n")
@@ -193,8 +213,13 @@ def test_the_record_goes_with_the_session(gateway: Gateway) -> None:
 
 
 def test_acknowledgements_are_noted(gateway: Gateway) -> None:
+    """Also those of what the agent puts back; what it makes up itself has no text."""
     port = control_session(gateway)
     assert control(gateway, port)[1]["acked"].tolist() == [101, 501]
+    passes(gateway, tcp(HOST, 5000, SERVER, 21, ACK, seq=101, ack=777, payload=b""), OUT, ALG_MARK | READ)
+    assert control(gateway, port)[1]["acked"].tolist() == [101, 501]
+    passes(gateway, tcp(HOST, 5000, SERVER, 21, ACK, seq=101, ack=505, payload=b"x"), OUT, ALG_MARK | READ)
+    assert control(gateway, port)[1]["acked"].tolist() == [101, 505]
 
 
 def assert_sums(frame: bytes) -> None:
