@@ -189,7 +189,7 @@ class Agent:
         )
         self._settings()
         if self._leftover:
-            self._move_pool(configuration.from_fields(self._leftover["config"]).ports)
+            self._move_pool(configuration.Ports(**self._leftover["config"]["ports"]))
 
     def _functions(self) -> list[str]:
         """The programs that the interfaces as they are will want in any mode, the longest first."""
