@@ -208,7 +208,7 @@ class Metrics(Collector):
     def _algs(self, sheet: Sheet) -> None:
         for name, counts in self._subject.manifest.get("algs", {}).items():
             sheet.put("alg_messages_total", counts.get("messages", 0), name)
-            for outcome in ("edited", "unparsed", "refused", "failed", "late"):
+            for outcome in ("edited", "unparsed", "refused", "failed", "late", "unasked"):
                 sheet.put("alg_outcomes_total", counts.get(outcome, 0), name, outcome)
         opened = Counter(each.protocol for each in pinholes.listed(self._subject.tables))
         for protocol in ("tcp", "udp"):

@@ -147,7 +147,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield ROW % ("ALG", "ON", "READS", "OF", "MESSAGES", "EDITED", "UNCHANGED")
     for row in rows:
         if row["enabled"]:
-            failed = sum(row.get(each, 0) for each in ("unparsed", "refused", "failed", "late"))
+            failed = sum(row.get(each, 0) for each in ("unparsed", "refused", "failed", "late", "unasked"))
             counts = f"{row.get('messages', 0):,}", f"{row.get('edited', 0):,}", f"{failed:,}"
             yield ROW % (row["name"], "on", _ports(row), _hosts(row), *counts)
         else:
