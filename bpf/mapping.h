@@ -491,6 +491,11 @@ static __always_inline bool session_reopen(const struct settings *cfg, struct se
 	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;
 	event_of_session(s, EVENT_CLOSED, now);
+	if (s->out.marks & SESSION_ALG & ~same.marks) {
+		struct flow_key inbound = flow_inbound(s->mapping, s->out.remote_addr, s->out.remote_port);
+
+		control_close(&inbound);
+	}
 	session_init(cfg, s, &same, s->mapping, now);
 	control_open(s, now);
 	count(COUNT_session_reopened);

@@ -14,7 +14,7 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
 from typing import Any
@@ -53,6 +53,7 @@ from xdpmasq.datapath import Hook, Role
 from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqError
 from xdpmasq.expiry import Expiry
 from xdpmasq.externals import Place
+from xdpmasq.forwards import Rule
 from xdpmasq.pinholes import Pinholes
 from xdpmasq.pulse import Pulse
 from xdpmasq.punt import Punt
@@ -78,10 +79,13 @@ class Signals:
     Attributes:
         stop: SIGTERM or SIGINT.
         reload: SIGHUP.
+        wake: readable when one has come.
     """
 
     def __init__(self) -> None:
         self.stop = self.reload = False
+        self.wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # who waits for descriptors is woken by it
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note)
 
@@ -100,6 +104,7 @@ class Agent:
         adopted: the datapath that an earlier agent left, to go on with.
         programs: those of the earlier one, where it was in this process.
         recorder: logs what happens, if anything is to be logged.
+        algs: the earlier one's, in this process: what they hold goes on.
     """
 
     def __init__(
@@ -108,8 +113,10 @@ class Agent:
         adopted: datapath.Attached | None = None,
         programs: datapath.Programs | None = None,
         recorder: Recorder | None = None,
+        algs: Service | None = None,
     ) -> None:
-        self._config, self._recorder = config, recorder
+        self.config = self._config = config
+        self._recorder = recorder
         further = adopted.further if adopted else settings.further_sessions(config)
         externals = config.external.room(len(config.wans))
         if adopted and adopted.externals != externals:
@@ -158,7 +165,8 @@ class Agent:
         self._neighbours: dict[tuple[int, str], bytes] = {}
         self._selector = selectors.DefaultSelector()
         pinholes = Pinholes(self.tables, self._programs["masq_reap"], config.ports, self._hz)
-        self._algs = Service(self.tables, pinholes, registry.find)
+        self._algs = algs or Service(self.tables, pinholes, registry.find)
+        self._algs.pinholes = pinholes
         self._punting = Punting(
             self.tables,
             self._programs,
@@ -657,12 +665,16 @@ class Agent:
 
     # --- life
 
-    def start(self) -> None:
+    def start(self, *, anyhow: bool = False) -> None:
         """Attaches everything, or nothing.
+
+        Args:
+            anyhow: what fails is tried again in service.
 
         Raises:
             MasqError: what failed; whatever was attached by then is detached again.
         """
+        self._serving = anyhow
         adopted = bool(self._manifest["interfaces"])
         others = [each.manifest for each in datapath.find_all() if each.wan_names != list(self._config.wans)]
         sysctls.inherit(self._manifest, others)
@@ -675,7 +687,11 @@ class Agent:
         try:
             self.reconcile()
             self._route()
-        except BaseException:
+        except BaseException as error:
+            if anyhow and isinstance(error, MasqError):
+                log.warning("%s", error)
+                self._retry_at = time.monotonic()
+                return
             self._punting.drop()
             self._asking.drop()
             if not adopted:
@@ -689,10 +705,9 @@ class Agent:
         Returns:
             The configuration to go on with, instead of stopping.
         """
-        wake, _ = _wakeup_on_signals()
         with netdev.Watch() as watch:
             self._selector.register(watch, selectors.EVENT_READ)
-            self._selector.register(wake, selectors.EVENT_READ)
+            self._selector.register(signals.wake, selectors.EVENT_READ)
             self._safely(self.reconcile)  # what changed between start() and Watch()
             self._safely(self._follow_neighbours)
             ready(self._manifest)
@@ -706,7 +721,7 @@ class Agent:
                 due_at = min(next_tick, self._punting.due_at, self._asking.due_at)
                 self._selector.select(max(0.0, due_at - time.monotonic()))
                 with contextlib.suppress(BlockingIOError):
-                    os.read(wake, 64)
+                    os.read(signals.wake, 64)
                 self._follow(watch)
                 self._safely(self._punting.serve)
                 self._safely(self._asking.serve)
@@ -725,7 +740,9 @@ class Agent:
     def _reread(self) -> Config | None:
         """The configuration file as it is now; None when it cannot be gone on with, which is said."""
         try:
-            return reloading.reread(self._config)
+            wanted = reloading.reread(self._config)
+            checks.check_interfaces(wanted)
+            return wanted
         except MasqError as error:
             log.warning("nothing is changed: %s", error)
             self.note_reload(error)
@@ -737,6 +754,10 @@ class Agent:
         self._manifest["reload"] = {"count": count, "error": error.as_dict() if error else None}
         self._save()
 
+    @property
+    def algs(self) -> Service:
+        return self._algs
+
     def give_way(self, wanted: Config) -> datapath.Programs:
         """To an agent of another configuration in this process: rules that it no longer has are taken out.
 
@@ -747,9 +768,7 @@ class Agent:
         self._asking.drop()
         self._selector.close()
         gone = [rule for rule in self._config.rules if rule not in wanted.rules]
-        placed = [each for each in forwarding.read(self.tables) if each.rule in gone]
-        if placed:
-            forwarding.take(self.tables, self._programs["masq_reap"], *placed)
+        _take_out(self.tables, self._programs, gone)
         return self._programs
 
     def _disarm(self) -> None:
@@ -866,12 +885,6 @@ def _primary(link: netdev.Link, addresses: list[netdev.Address]) -> netdev.Addre
     return next((each for each in addresses if each.index == link.index and not each.secondary), None)
 
 
-def _wakeup_on_signals() -> tuple[int, int]:
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    return reader, writer
-
-
 @contextlib.contextmanager
 def _showing(config: Config) -> Iterator[Callable[[Agent], None]]:
     """Holds the place where metrics are served, and begins to serve those of an agent."""
@@ -891,24 +904,13 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
         MasqError: before anything has changed, or with everything put back.
     """
     checks.check_host()
-    signals, programs, earlier = Signals(), None, config
+    signals = Signals()
     with presence.being_agent(config.wans):
-        while True:
-            with contextlib.ExitStack() as stack:
-                failed: MasqError | None = None
-                with presence.changing():
-                    try:
-                        agent = _begin(config, programs, stack, lambda: signals.stop)
-                    except MasqError as error:
-                        if config is earlier:
-                            raise
-                        log.warning("going on as before: %s", error)
-                        failed, config = error, earlier
-                        agent = _begin(config, programs, stack, lambda: signals.stop)
-                    if agent is None:
-                        return
-                    if programs:
-                        agent.note_reload(failed)
+        with presence.changing():
+            begun = _begin(config, signals)
+        while begun:
+            agent, stack = begun
+            with stack:
                 wanted = agent.serve(ready, signals)
                 if wanted is None:
                     notify.send(notify.STOPPING)
@@ -916,25 +918,67 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
                     if wanted is None:
                         agent.stop()
                         return
-                    programs, earlier, config = agent.give_way(wanted), config, wanted
+                    programs = agent.give_way(wanted)
+            with presence.changing():
+                begun = _go_on(config, wanted, programs, agent.algs, signals)
+            config = begun[0].config if begun else config
             del agent
             gc.collect()  # it refers to itself in many ways, and has a large table mapped
 
 
+Begun = tuple[Agent, contextlib.ExitStack]  # and what is to be closed after it
+
+
+def _go_on(
+    config: Config, wanted: Config, programs: datapath.Programs, algs: Service, signals: Signals
+) -> Begun | None:
+    """With another configuration, or where that fails with the one that there was."""
+    tables = datapath.Tables(programs.maps)
+    before = [each.rule for each in forwarding.read(tables)]
+    failed: MasqError | None = None
+    try:
+        begun = _begin(wanted, signals, programs, algs)
+    except Exception as error:
+        failed = error if isinstance(error, MasqError) else DatapathError("the agent failed", repr(error))
+        log.warning("going on as before: %s", failed)
+        _take_out(tables, programs, [rule for rule in wanted.rules if rule not in (*before, *config.rules)])
+        begun = _begin(config, signals, programs, algs, anyhow=True)
+    if begun:
+        begun[0].note_reload(failed)
+    return begun
+
+
+def _take_out(tables: datapath.Tables, programs: datapath.Programs, rules: Sequence[Rule]) -> None:
+    if placed := [each for each in forwarding.read(tables) if each.rule in rules]:
+        forwarding.take(tables, programs["masq_reap"], *placed)
+
+
 def _begin(
-    config: Config, programs: datapath.Programs | None, stack: contextlib.ExitStack, stopped: Callable[[], bool]
-) -> Agent | None:
-    """An agent at work; what is to be closed after it goes to the stack. None: it was stopped before it had begun."""
-    checks.check_interfaces(config)
-    show = stack.enter_context(_showing(config))
-    recorder = stack.enter_context(recording(config.log))
-    if programs:
-        adopted: datapath.Attached | None = datapath.Attached(programs.maps)
-    else:
-        adopted = next((each for each in datapath.find_all() if each.wan_names == list(config.wans)), None)
-    agent = Agent(config, adopted, programs, recorder)
-    if stopped():
-        return None
-    agent.start()
-    show(agent)
-    return agent
+    config: Config,
+    signals: Signals,
+    programs: datapath.Programs | None = None,
+    algs: Service | None = None,
+    *,
+    anyhow: bool = False,
+) -> Begun | None:
+    """An agent at work; None: it was stopped before it had begun.
+
+    Args:
+        programs, algs: of the agent before, in this process.
+        anyhow: what cannot be attached to is tried again later.
+    """
+    if not anyhow:
+        checks.check_interfaces(config)
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(_showing(config))
+        recorder = stack.enter_context(recording(config.log))
+        if programs:
+            adopted: datapath.Attached | None = datapath.Attached(programs.maps)
+        else:
+            adopted = next((each for each in datapath.find_all() if each.wan_names == list(config.wans)), None)
+        agent = Agent(config, adopted, programs, recorder, algs)
+        if signals.stop:
+            return None
+        agent.start(anyhow=anyhow)
+        show(agent)
+        return agent, stack.pop_all()

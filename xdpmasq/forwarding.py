@@ -209,6 +209,11 @@ def _slots_of_all(rules: Sequence[Rule], externals: int) -> Slots:
     return np.unique(np.concatenate([NONE, *(slots_of(rule, externals) for rule in rules)]))
 
 
+def forwarded_slots(tables: Tables) -> Slots:
+    """Of all rules."""
+    return _slots_of_all([each.rule for each in read(tables)], tables.externals)
+
+
 def _endpoints(rule: Rule, wans: Sequence[int]) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Slot and ``struct mapping_key`` of the internal endpoint that may use it, where there is just one.
 
@@ -477,8 +482,9 @@ class Upkeep:
         """Gives up what a command left that was killed between a rule's end and its ports'."""
         slots = self._tables.used_slots()
         static = slots[self._tables.sessions["life"][slots] & LIFE_STATIC != 0]
-        rules = [each.rule for each in read(self._tables)]
-        self._tables.reap(reaper, np.setdiff1d(static, _slots_of_all(rules, self._tables.externals)), REAP_YIELD)
+        held = [keys["mapping"] for keys, _ in self._tables.maps["pinholes"].items()]
+        kept = np.concatenate([forwarded_slots(self._tables), *held])
+        self._tables.reap(reaper, np.setdiff1d(static, kept), REAP_YIELD)
 
     def slots(self) -> Slots:
         """What expiry has to look at."""

@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, calls, config, datapath, expiry, sessions
+from xdpmasq import bpf, calls, config, datapath, expiry, forwarding, presence, sessions
 from xdpmasq.alg import switches
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
 from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, Tables
+from xdpmasq.errors import BusyError
 from xdpmasq.ports import Endpoint as Mapped
 from xdpmasq.ports import Ports
 from xdpmasq.sessions import Table
 
 LASTS_S = 300  # at most
+MOST_OF_A_HOST = 256  # pinholes, and calls
+CLI_S = 0.2  # that a message may wait for a command at work
 ANYBODY = IPv4Address(0)
 
 Owner = tuple[Any, ...]  # ``struct control_key``
@@ -145,24 +148,34 @@ class Pinholes:
         """
         ports, endpoints = self.ports(wan), wish.endpoints
         places = self._places(ports, endpoints) if wish.pair else [self._place(ports, endpoints[0])]
-        for endpoint, (slot, owned) in zip(endpoints, places, strict=True):
-            self._put(owner, slot, wish, endpoint.port, owned)
-            ports.publish(endpoint, slot)
+        try:
+            for endpoint, (slot, owned) in zip(endpoints, places, strict=True):
+                self._put(owner, slot, wish, endpoint.port, owned)
+                ports.publish(endpoint, slot)
+        except OSError as error:
+            self._give_back({slot for slot, owned in places if owned})
+            raise Refused("the table of pinholes is full") from error
         first = places[0][0]
         return Endpoint(ports.address(first), first % PORTS)
 
     def end_those(self, ended: Callable[[Any, Any], bool]) -> None:
         """Ends some, by key and value."""
         records = list(self.records())
-        gone = [(key, value) for key, value in records if ended(key, value)]
+        gone = [key for key, value in records if ended(key, value)]
         if not gone:
             return
-        kept = {int(key["mapping"]) for key, value in records if not ended(key, value)}
         owned = {int(key["mapping"]) for key, value in records if value["owned"]}
-        for key, _ in gone:
+        for key in gone:
             self._table.delete(key)
-        for slot in {int(key["mapping"]) for key, _ in gone} & owned - kept:
-            self.ports(0).give_back(slot)
+        self._give_back({int(key["mapping"]) for key in gone} & owned)
+
+    def count(self, host: Address) -> int:
+        """How many pinholes lead to a host, and how many calls it has."""
+        (words,) = datapath.addr(host if isinstance(host, IPv4Address) else None)[0]
+        tables = (self._table, self._tables.maps["calls"])
+        return sum(
+            int((values["internal"]["word"][:, 0] == words).sum()) for each in tables for _, values in each.items()
+        )
 
     def keep_latest(self, owner: Owner, most: int) -> None:
         """Of what a control session has, the oldest go."""
@@ -175,12 +188,16 @@ class Pinholes:
         """Ends those that are over, and those whose address is no longer ours."""
         now = bpf.jiffies()
         calls.forget(self._tables, LASTS_S * self._hz)
-        self.end_those(lambda key, value: _left(now, value) < 0 or _is_served(value) or self._is_moved(key))
+        self.end_those(lambda key, value: _left(now, value) < 0 or _is_served(value) or self._is_lost(key, value))
 
-    def _is_moved(self, key: Any) -> bool:
+    def _is_lost(self, key: Any, value: Any) -> bool:
+        """The external address is another, or the port, which was held for it, is somebody else's."""
         slot = int(key["mapping"])
         row = self._tables.rows(np.array([slot], np.uint32))[0]
-        return bool(row["out"]["new_addr"] != self._tables.settings["external"][slot // EXTERNAL_SLOTS])
+        if row["out"]["new_addr"] != self._tables.settings["external"][slot // EXTERNAL_SLOTS]:
+            return True
+        is_there = row["life"] & LIFE_STATE == LIFE_LIVE and row["in"]["new_addr"] == value["internal"]
+        return bool(value["owned"]) and not is_there
 
     def _places(self, ports: Ports, endpoints: list[Mapped]) -> list[tuple[int, bool]]:
         """Of neighbours; where one has a mapping already, beside that."""
@@ -199,8 +216,7 @@ class Pinholes:
             elif ports.take(endpoint, (first + nth) % PORTS, exact=True) is not None:
                 found.append((first + nth, True))
             else:
-                for slot in (slot for slot, owned in found if owned):
-                    ports.give_back(slot)
+                self._give_back({slot for slot, owned in found if owned})
                 raise Refused("the port beside its own is another's")
         return found
 
@@ -223,12 +239,13 @@ class Pinholes:
         value["internal"]["word"][0] = datapath.addr(wish.host)[0][0]
         value["internal_port"], value["remote_port"] = socket.htons(port), socket.htons(wish.remote_port)
         value["control"], value["owned"] = np.array(owner, value["control"].dtype), owned
-        try:
-            self._table.set((slot, datapath.addr(wish.remote)), value)
-        except OSError as error:
-            if owned:
-                self.ports(0).give_back(slot)
-            raise Refused("the table of pinholes is full") from error
+        self._table.set((slot, datapath.addr(wish.remote)), value)
+
+    def _give_back(self, slots: set[int]) -> None:
+        """Those that no pinhole, and no forward, has by now."""
+        kept = {int(key["mapping"]) for key, _ in self.records()}
+        for slot in slots - kept - set(forwarding.forwarded_slots(self._tables).tolist()):
+            self.ports(0).give_back(slot)
 
 
 @dataclass(frozen=True)
@@ -260,6 +277,8 @@ class SessionsOpenings:
     ) -> Endpoint:
         if internal.address != self.control.internal.address:
             raise Refused(f"{internal} is not of the host that says so")
+        if self.pinholes.count(internal.address) >= MOST_OF_A_HOST:
+            raise Refused(f"{internal.address} has {MOST_OF_A_HOST} already")
         if protocol == "gre" and remote == self.control.remote.address:
             return Endpoint(self.control.external.address, calls.open_(*self._call(internal.port)))
         if protocol not in CLASSES[:2]:
@@ -273,7 +292,11 @@ class SessionsOpenings:
         )
         if not self._has(wish):
             self.pinholes.keep_latest(self.owner, (self.most - 1) * (1 + pair))
-        return self.pinholes.open(self.owner, self.wan, wish)
+        try:
+            with presence.changing(CLI_S):  # commands take ports, too
+                return self.pinholes.open(self.owner, self.wan, wish)
+        except BusyError as error:
+            raise Refused(error.what) from error
 
     def external(self, protocol: str, internal: Endpoint) -> Endpoint | None:
         if internal.address != self.control.internal.address:

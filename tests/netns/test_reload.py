@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from netkit import Gateway, soon
 
 from xdpmasq import forwarding
 from xdpmasq.lab.servers import EchoServer
-from xdpmasq.lab.topology import INTERNET
+from xdpmasq.lab.topology import INTERNET, PUBLIC
 
 BASE = """\
 [interfaces]
@@ -139,6 +141,62 @@ def test_a_wrong_file_changes_nothing(of_file: Reloaded, text: str, why: str) ->
     assert (gateway.status()["agent"]["pid"], gateway.opens()) == (agent, True)
     assert gateway.tables.settings["udp"] == 300 * gateway.tables.settings["hz"]
     assert of_file.reload("") == IN_FORCE
+
+
+def test_what_fails_when_it_begins_leaves_everything_as_it_was(of_file: Reloaded) -> None:
+    """The file is right, the log cannot be written: the old configuration is in force, its metrics are served."""
+    gateway = of_file.gateway
+    agent = gateway.status()["agent"]["pid"]
+    log = '[log]\nfile = "/nowhere/at/all/log"\n'
+    forward = '[[forward]]\nprotocol = "tcp"\nports = 8080\nto = "192.168.0.2:80"\n'
+    for _ in range(2):
+        assert "/nowhere/at/all" in of_file.reload(log + forward)
+        assert (gateway.status()["agent"]["pid"], listed(gateway), gateway.opens()) == (agent, set(), True)
+    shown = gateway.lab.exec("masq-gate", ["curl", "-sS", "http://127.0.0.1:9477/metrics"]).stdout
+    assert "xdpmasq_working 1.0" in shown
+    assert of_file.reload("") == IN_FORCE
+
+
+def test_a_wan_without_address(of_file: Reloaded) -> None:
+    """The new configuration is refused, and the agent waits for the address as before."""
+    gateway = of_file.gateway
+    gateway.readdress()
+    try:
+        assert "no IPv4 address" in of_file.reload("[timeouts]\nudp_s = 500\n")
+    finally:
+        gateway.readdress("203.0.113.1/24")
+    soon(gateway.opens, "it works again")
+    assert of_file.reload("") == IN_FORCE
+
+
+def test_pinholes_outlive_it(of_file: Reloaded) -> None:
+    """An answer that was announced before comes in after."""
+    gateway = of_file.gateway
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(gateway.listen("internet", 21, INTERNET))
+        near = stack.enter_context(gateway.tcp("a-box", (INTERNET, 21)))
+        far = stack.enter_context(listener.accept()[0])
+        waiting = stack.enter_context(gateway.listen("a-box", 40000))
+        far.settimeout(5)
+        near.sendall(b"PORT 192,168,0,2,156,64\r\n")
+        numbers = far.recv(100).split(b" ")[1].strip().split(b",")
+        port = int(numbers[4]) * 256 + int(numbers[5])
+        assert of_file.reload("[timeouts]\nudp_s = 400\n") == IN_FORCE
+        time.sleep(1.5)  # a round of the agent
+        data = stack.enter_context(gateway.tcp("internet", (PUBLIC, port)))
+        end = stack.enter_context(waiting.accept()[0])
+        data.sendall(b"here")
+        assert end.recv(100) == b"here"
+        near.sendall(b"PORT 192,168,0,2,156,65\r\n")
+        assert far.recv(100).startswith(b"PORT 203,0,113,1,")
+
+
+def test_thirty_times_leak_nothing(of_file: Reloaded) -> None:
+    agent, files = of_file.gateway.agent_pid, []
+    for nth in range(30):
+        of_file.reload(f"[timeouts]\nudp_s = {300 + nth}\n")
+        files.append(len(list(Path(f"/proc/{agent}/fd").iterdir())))
+    assert max(files[10:]) <= max(files[:10])
 
 
 def test_without_a_file() -> None:

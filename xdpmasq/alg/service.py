@@ -70,11 +70,12 @@ class Service:
         find: an ALG by its name; raises ConfigError.
 
     Attributes:
+        pinholes: where sessions to come have theirs.
         counts: by ALG: messages that came, of those edited, unparsed, refused, failed, late and unasked ones.
     """
 
     def __init__(self, tables: Tables, pinholes: Pinholes, find: Callable[[str], Alg]) -> None:
-        self._tables, self._pinholes, self._find = tables, pinholes, find
+        self._tables, self.pinholes, self._find = tables, pinholes, find
         self._controls, self._algs = tables.maps["controls"], tables.maps["algs"]
         self._sessions: dict[bytes, _Session] = {}
         self._loaded: dict[str, Alg | None] = {}
@@ -115,6 +116,8 @@ class Service:
             self._handshake(session, direction, parsed)
             return [(direction, each) for each in packets.segments(parsed, parsed.sequence, parsed.text)]
         outcome = stream.segment(parsed.sequence, parsed.text, last=bool(parsed.flags & packets.FIN))
+        if stream.jumped:  # or whoever makes us miss something chooses where we begin to read
+            session.control.memory["over"] = True
         if outcome.shifted:
             self._write(session)
         if session.control.memory.get("over") and not session.over and all(each.settled for each in session.streams):
@@ -135,6 +138,7 @@ class Service:
         if session.asked == session.begun:  # said again
             return
         session.begun = list(session.asked)
+        session.asked = [None, None]  # another answer is none without another question
         self._begin(session)
         self._acknowledges(session, 1 - direction, parsed.ack)
         session.streams[direction].begin(parsed.sequence)
@@ -197,7 +201,7 @@ class Service:
             return None
         control = Control(protocol, internal, Endpoint(address, mapping % PORTS), remote, from_outside)
         openings = SessionsOpenings(
-            self._pinholes,
+            self.pinholes,
             self._tables,
             key,
             int(settings["external_wan"][external]),
@@ -322,13 +326,17 @@ class Service:
         return {name: dict(counts) for name, counts in sorted(self.counts.items())}
 
     def tick(self) -> None:
-        """Forgets sessions that have ended; ends pinholes."""
+        """Forgets sessions that have ended, reads no more in those whose ALG was switched off; ends pinholes."""
         for name, session in list(self._sessions.items()):
-            record = self._controls.get(session.openings.owner)
+            record, control = self._controls.get(session.openings.owner), session.control
             if record is None or int(record["opened_at"]) != session.opened_at:
                 del self._sessions[name]
+                continue
+            port = control.internal.port if control.from_outside else control.remote.port
+            if self._alg_of(control.protocol, port, control.internal) is not session.alg:
+                control.memory["over"] = True
         switches.forget(self._tables)
-        self._pinholes.tick()
+        self.pinholes.tick()
 
 
 def _shifts(record: Any) -> Shifts:

@@ -110,6 +110,7 @@ class Stream:
 
     Attributes:
         unexpected: segments that were dropped because an earlier one was missing, so far.
+        jumped: some text was never here: what begins behind it need not be the beginning of a message.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Stream:
         self._regions: list[Region] = []
         self._told: int | None = None  # what is before is not the sender's any more
         self.unexpected = 0
+        self.jumped = False
 
     @property
     def holds(self) -> int:
@@ -162,7 +164,7 @@ class Stream:
         delivered = self._delivered()
         if delivered is None or before(self._next, delivered) <= 0:
             return Outcome()
-        self._next, self._held = delivered, b""
+        self._next, self._held, self.jumped = delivered, b"", True
         return self.segment(sequence, text, last=last)
 
     def _again(self, sequence: int, text: bytes) -> Outcome:
@@ -177,7 +179,7 @@ class Stream:
         whole = self._held + text[late:]
         at = self._held_at if self._held else start
         self._next = (start + len(text) - late + last) % ROUND
-        ready = len(whole) if last else self._ready(whole)
+        ready = len(whole) if last or self.jumped else self._ready(whole)
         if len(whole) - ready > self._longest:
             ready = len(whole)
         joined = min(len(self._held), ready)
@@ -188,7 +190,7 @@ class Stream:
         if not ready:
             return Outcome(early, acked)
         message = whole[:ready]
-        changed = self._edit(message)
+        changed = message if self.jumped else self._edit(message)
         shifted = self._remember(at, message, changed, joined)
         return Outcome((*early, Piece(self.shifts.seen(at), changed)), acked, shifted)
 

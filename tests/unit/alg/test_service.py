@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 from fakes import session
+from scapy.layers.inet import IP, TCP
 
 from xdpmasq import pinholes
-from xdpmasq.alg.api import Alg, Refused, Side, Unparsed
+from xdpmasq.alg import packets
+from xdpmasq.alg.api import Alg, Endpoint, Refused, Side, Unparsed
+from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.service import LATE_MOST, LONG_S, Service, _Session
 
 
@@ -105,7 +108,9 @@ def test_one_that_is_late_at_times_is_asked_on(service: Service, asked: _Session
 
 def test_a_pinhole_is_opened_to_the_end(service: Service, asked: _Session) -> None:
     """However long that takes; the ALG's own time goes on then."""
-    slow: Any = SimpleNamespace(ports=lambda _: time.sleep(1.5 * LONG_S) or SimpleNamespace(mapped=lambda _: None))
+    slow: Any = SimpleNamespace(
+        count=lambda _: 0, ports=lambda _: time.sleep(1.5 * LONG_S) or SimpleNamespace(mapped=lambda _: None)
+    )
     control = asked.control
     openings = pinholes.SessionsOpenings(slow, None, (), 0, control, 1, "given")  # type: ignore[arg-type]
 
@@ -118,3 +123,41 @@ def test_a_pinhole_is_opened_to_the_end(service: Service, asked: _Session) -> No
     asked.alg.does = lambda: opens() and forever()  # type: ignore[attr-defined]
     assert service._edited(asked, Side.INSIDE, b"said") == b"said"
     assert service.report["given"] == {"messages": 2, "edited": 1, "late": 1}
+
+
+# --- connections
+
+
+def segment(source: Endpoint, destination: Endpoint, text: bytes = b"", **fields: int) -> Packet:
+    ip = IP(src=str(source.address), dst=str(destination.address))
+    made = packets.parse(bytes(ip / TCP(sport=source.port, dport=destination.port, **fields) / text))
+    assert made
+    return made
+
+
+def test_another_answer_does_not_begin_anew(service: Service, asked: _Session) -> None:
+    """What is not its protocol an ALG reads no more of, whatever the server does then."""
+    asked.alg.does = lambda: 0  # type: ignore[attr-defined]
+    service._begin(asked)
+    inside, outside = asked.control.internal, asked.control.remote
+    for direction, packet in (
+        (0, segment(inside, outside, flags=packets.SYN, seq=100)),
+        (1, segment(outside, inside, flags=packets.SYN | packets.ACK, seq=500, ack=101)),
+    ):
+        service._segment(asked, direction, packet)
+    assert asked.begun == [100, 500]
+    asked.control.memory["over"] = True
+    service._segment(asked, 1, segment(outside, inside, flags=packets.SYN | packets.ACK, seq=9000, ack=101))
+    assert asked.control.memory["over"]
+
+
+def test_behind_a_gap_nothing_is_read(service: Service, asked: _Session) -> None:
+    """Whoever makes us miss something could choose where we begin to read again."""
+    asked.alg.does = lambda: b"edited"  # type: ignore[attr-defined]
+    service._begin(asked)
+    asked.streams[0].begin(99)
+    asked.acked[0], asked.over = 200, True  # the kernel's table is not here
+    inside, outside = asked.control.internal, asked.control.remote
+    ((_, made),) = service._segment(asked, 0, segment(inside, outside, b"PORT 1", flags=packets.ACK, seq=200, ack=1))
+    assert made.endswith(b"PORT 1")
+    assert asked.control.memory["over"]
