@@ -262,7 +262,8 @@ def test_the_command_line_in_json() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_nothing_stays_when_it_is_interrupted(number: signal.Signals) -> None:
-    command = bench_command("--rounds", "1000", "--contestant", "nftables")
+    # What a shell runs in the background ignores SIGINT, and so would ours.
+    command = ["env", "--default-signal=INT", *bench_command("--rounds", "1000", "--contestant", "nftables")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         name = f"masq-bench-{process.pid}"
         deadline = time.monotonic() + 20
@@ -271,5 +272,8 @@ def test_nothing_stays_when_it_is_interrupted(number: signal.Signals) -> None:
         assert len(namespaces(name)) == 3
         time.sleep(1.5)  # into the measurement
         process.send_signal(number)
-        assert process.wait(timeout=20) != 0
+        try:
+            assert process.wait(timeout=20) != 0
+        finally:
+            process.kill()
     assert namespaces(name) == []
