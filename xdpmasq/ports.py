@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, config, datapath, forwarding, settings
+from xdpmasq import bpf, config, datapath, forwarding, settings, sockets
 from xdpmasq.datapath import (
     CLASSES,
     EXTERNAL_SLOTS,
@@ -125,7 +125,7 @@ class Ports:
         self._reap(slot, REAP_YIELD)
 
     def _take(self, endpoint: Endpoint, slot: int) -> bool:
-        if _is_own(endpoint.protocol, slot % PORTS):
+        if sockets.is_taken(endpoint.protocol, slot % PORTS):
             return False
         self._reap(slot, REAP_TAKE)
         if not self.is_static(slot):
@@ -186,14 +186,3 @@ class Ports:
         """``struct mapping_key``."""
         class_, wan = CLASSES.index(endpoint.protocol), self._wan_of(endpoint.address)
         return datapath.addr(endpoint.address), socket.htons(endpoint.port), class_, wan
-
-
-def _is_own(protocol: str, port: int) -> bool:
-    """A socket of the gateway's has it, at whatever address."""
-    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
-    with socket.socket(socket.AF_INET, kind) as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False

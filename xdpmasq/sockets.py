@@ -52,15 +52,16 @@ def _listener(protocol: str, columns: list[str], state: str) -> Listener | None:
     if len(word) > 8:  # IPv6
         if word.startswith(_MAPPED):
             word = word[-8:]
-        elif int(word, 16) or not _takes_ipv4(protocol, port):
+        # Whether the listener at [::] has IPv4 as well /proc does not tell, but then nobody else can bind it.
+        elif int(word, 16) or not is_taken(protocol, port):
             return None
         else:
             word = "0"
     return Listener(protocol, IPv4Address(socket.ntohl(int(word, 16))), port, int(columns[9]))
 
 
-def _takes_ipv4(protocol: str, port: int) -> bool:
-    """Whether the listener at [::] has IPv4 as well: /proc does not tell, but then nobody else can bind it."""
+def is_taken(protocol: str, port: int) -> bool:
+    """Somebody has a port of IPv4, at whatever address: nobody else can bind it to all."""
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET, kind) as probe:
         try:

@@ -164,3 +164,19 @@ def test_another_address_of_the_gateway(gateway: Gateway, all_: Pinholes, openin
     all_.tick()
     gateway.tables.set_settings(external=before)
     assert pinholes.listed(gateway.tables) == []
+
+
+def test_a_pair_that_the_table_has_no_room_for(
+    gateway: Gateway, all_: Pinholes, openings: SessionsOpenings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither port stays taken."""
+
+    def full(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(all_, "_put", full)
+    with pytest.raises(Refused, match="full"):
+        openings.open("udp", at(40000), remote=REMOTE, pair=True)
+    slots = gateway.tables.used_slots()
+    static = gateway.tables.rows(slots)["life"] & datapath.LIFE_STATIC != 0
+    assert not static.any()
