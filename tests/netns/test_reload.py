@@ -162,6 +162,22 @@ def test_what_fails_when_it_begins_leaves_everything_as_it_was(of_file: Reloaded
     assert of_file.reload("") == IN_FORCE
 
 
+def test_forwards_of_a_refused_file_are_taken_out_again(of_file: Reloaded) -> None:
+    """They were in place already when an interface refused XDP."""
+    gateway = of_file.gateway
+    gateway.gate("ip", "link", "add", "lan9", "type", "bridge")
+    gateway.gate("ip", "link", "set", "lan9", "up")
+    forward = '[[forward]]\nprotocol = "tcp"\nports = 8080\nto = "192.168.0.2:80"\n'
+    try:
+        of_file.file.write_text(BASE.replace('"lan0"', '"lan0", "lan9"').replace('"tc"', '"xdp"') + forward)
+        refused = gateway.masq("reload", check=False)
+        assert "lan9" in refused.stderr
+        assert (listed(gateway), gateway.opens()) == (set(), True)
+    finally:
+        gateway.gate("ip", "link", "del", "lan9")
+        assert of_file.reload("") == IN_FORCE
+
+
 def test_a_wan_without_address(of_file: Reloaded) -> None:
     """The new configuration is refused, and the agent waits for the address as before."""
     gateway = of_file.gateway
