@@ -32,7 +32,6 @@ from xdpmasq import (
     expiry,
     forwarding,
     health,
-    netdev,
     notify,
     presence,
     redirecting,
@@ -54,6 +53,7 @@ from xdpmasq.errors import DatapathError, ForwardError, InterfaceError, MasqErro
 from xdpmasq.expiry import Expiry
 from xdpmasq.externals import Place
 from xdpmasq.forwards import Rule
+from xdpmasq.net import clsact, ifaddrs, monitor, neighbours, netdev, routing
 from xdpmasq.pinholes import Pinholes
 from xdpmasq.pulse import Pulse
 from xdpmasq.punt import Punt
@@ -281,7 +281,7 @@ class Agent:
     def reconcile(self) -> None:
         """Brings programs, tables and external address in step with the interfaces as they are now."""
         links = self._links = netdev.links()
-        addresses = [each for each in netdev.addresses(4) if isinstance(each.ip, IPv4Interface)]
+        addresses = [each for each in ifaddrs.addresses(4) if isinstance(each.ip, IPv4Interface)]
         outside = wans.present(self._config, links, addresses)
         uplinks = [wan.link for wan in outside if wan.link]
         lans = [link for link in netdev.match_links(self._config.lans, links) if link not in uplinks]
@@ -421,10 +421,10 @@ class Agent:
             return
         self._check_free(link.name, datapath.on_link(link))
         on_clsact = not attachment.uses_tcx() and any(each.kind != "xdp" for each in hooks)
-        if on_clsact and not netdev.clsact_present(link.index):
+        if on_clsact and not clsact.present(link.index):
             self._manifest["qdiscs"] = sorted({*self._manifest["qdiscs"], link.index})
             self._save()
-            netdev.clsact_add(link.index)
+            clsact.add(link.index)
         for each in hooks:
             if each == datapath.XDP_HOOK:
                 self._launch(self._device(link))
@@ -463,7 +463,7 @@ class Agent:
         return all((hook.kind, self._programs[hook.function].id) in present for hook in hooks)
 
     def _tell(
-        self, chosen: list[tuple[netdev.Link, Role, str, str]], outside: list[Wan], addresses: list[netdev.Address]
+        self, chosen: list[tuple[netdev.Link, Role, str, str]], outside: list[Wan], addresses: list[ifaddrs.Address]
     ) -> list[dict[str, Any]]:
         """Writes the interfaces' rows, by the links' features as they are with our programs attached.
 
@@ -472,7 +472,7 @@ class Agent:
         """
         present = netdev.links()
         fresh = {link.index: link for link in present}
-        routes = netdev.routes(4) if self._config.mss != "off" else []
+        routes = routing.routes(4) if self._config.mss != "off" else []
         numbers = {wan.link.index: number for number, wan in enumerate(outside) if wan.link}
         self.tables.set_settings(exit=[wan.link.index if wan.link else 0 for wan in outside])
         reports, on_xdp = [], {}
@@ -539,7 +539,7 @@ class Agent:
         self._manifest["qdiscs"] = [index for index in self._manifest["qdiscs"] if index in there]
 
     def _follow_addresses(
-        self, outside: list[Wan], lans: list[netdev.Link], addresses: list[netdev.Address]
+        self, outside: list[Wan], lans: list[netdev.Link], addresses: list[ifaddrs.Address]
     ) -> list[IPv4Address | None]:
         """Makes the tables know the addresses; returns for each WAN the one that it has for its hosts."""
         external = self._config.external
@@ -565,7 +565,7 @@ class Agent:
             self._serve(places, before, choices)
         return now
 
-    def _clashing(self, outside: list[Wan], lans: list[netdev.Link], addresses: list[netdev.Address]) -> set[int]:
+    def _clashing(self, outside: list[Wan], lans: list[netdev.Link], addresses: list[ifaddrs.Address]) -> set[int]:
         """WANs, by number, with a lease that came after the start and shares addresses with a LAN: then nothing is
         masqueraded there, in words.
         """
@@ -620,17 +620,17 @@ class Agent:
             )
         for network in lacking:
             link = outside[self._owners[network]].link
-            if link and netdev.local_route_add(network, link.index):
+            if link and routing.local_route_add(network, link.index):
                 self._manifest["local_routes"] = sorted({*self._manifest["local_routes"], str(network)})
                 self._save()
 
     def _prefixes(
-        self, outside: list[Wan], lans: list[netdev.Link], addresses: list[netdev.Address]
+        self, outside: list[Wan], lans: list[netdev.Link], addresses: list[ifaddrs.Address]
     ) -> dict[IPv4Network, int]:
         """Roles of source prefixes, the more specific winning: private, internal, the WAN's own addresses."""
         inside = {link.index for link in lans}
         roles = dict.fromkeys(datapath.PRIVATE, datapath.PREFIX_PRIVATE)
-        routed = [route.prefix for route in netdev.routes(4) if route.oif in inside and route.prefix.prefixlen]
+        routed = [route.prefix for route in routing.routes(4) if route.oif in inside and route.prefix.prefixlen]
         connected = [each.network for each in addresses if each.index in inside]
         networks = map(IPv4Network, (*routed, *connected, *self._config.internal))
         roles |= dict.fromkeys(collapse_addresses(networks), datapath.PREFIX_INTERNAL)
@@ -705,7 +705,7 @@ class Agent:
         Returns:
             The configuration to go on with, instead of stopping.
         """
-        with netdev.Watch() as watch:
+        with monitor.Watch() as watch:
             self._selector.register(watch, selectors.EVENT_READ)
             self._selector.register(signals.wake, selectors.EVENT_READ)
             self._safely(self.reconcile)  # what changed between start() and Watch()
@@ -834,7 +834,7 @@ class Agent:
             return True
         return False
 
-    def _follow(self, watch: netdev.Watch) -> None:
+    def _follow(self, watch: monitor.Watch) -> None:
         changes = watch.drain()
         again = time.monotonic() >= self._retry_at
         if not changes and not again:
@@ -878,10 +878,10 @@ class Agent:
 
     def _next_hops(self) -> dict[tuple[int, str], bytes]:
         mine = {link.index for link, _ in self._attached.values()}
-        return {key: mac for key, mac in netdev.neighbours().items() if key[0] in mine}
+        return {key: mac for key, mac in neighbours.resolved().items() if key[0] in mine}
 
 
-def _primary(link: netdev.Link, addresses: list[netdev.Address]) -> netdev.Address | None:
+def _primary(link: netdev.Link, addresses: list[ifaddrs.Address]) -> ifaddrs.Address | None:
     return next((each for each in addresses if each.index == link.index and not each.secondary), None)
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address
 from typing import Any
 
-from xdpmasq import bpf, leases, netdev, presence
+from xdpmasq import bpf, leases, presence
 from xdpmasq.config import Config
 from xdpmasq.datapath import PREFIX_INTERNAL, Tables
+from xdpmasq.net import ifaddrs, netdev, routing
 from xdpmasq.pcpd import Place, Service
 from xdpmasq.pcpserver import Server
 
@@ -47,7 +48,7 @@ class Asking:
     def follow(
         self,
         lans: Iterable[netdev.Link],
-        addresses: Iterable[netdev.Address],
+        addresses: Iterable[ifaddrs.Address],
         externals: Iterable[IPv4Address | None],
     ) -> None:
         """The interfaces, or the addresses, may have changed.
@@ -86,8 +87,8 @@ class Asking:
         """The WAN that the kernel's policy routing chooses for what a host sends to anybody."""
         if self._wans == 1:
             return 0
-        inside = netdev.route_to(host)
-        route = netdev.route_to(ANYBODY, host, inside.oif) if inside else None
+        inside = routing.route_to(host)
+        route = routing.route_to(ANYBODY, host, inside.oif) if inside else None
         return self._tables.wan_of(route.oif) if route else 0
 
     def _epoch_s(self) -> int:
@@ -97,7 +98,7 @@ class Asking:
         """Its own packets come by that interface, as far as the routes tell (RFC 6887 section 8.2)."""
         if self._tables.role_of(client) != PREFIX_INTERNAL:
             return False
-        route = netdev.route_to(client)
+        route = routing.route_to(client)
         return route is not None and route.oif == ifindex
 
 

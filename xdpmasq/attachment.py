@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network
 from typing import Any
 
-from xdpmasq import bpf, datapath, netdev, sysctls, vlans
+from xdpmasq import bpf, datapath, sysctls, vlans
 from xdpmasq.datapath import Hook
 from xdpmasq.errors import InterfaceError
+from xdpmasq.net import clsact, netdev, routing, xdp
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def uses_tcx() -> bool:
 @contextlib.contextmanager
 def _current(index: int) -> Iterator[int | None]:
     """A descriptor of the program on the XDP hook, None when it is empty."""
-    number = next((each.xdp_prog_id for each in netdev.links() if each.index == index), 0)
+    number = xdp.program(index)
     if not number:
         yield None
         return
@@ -45,15 +46,15 @@ def _ours_on_tcx(index: int, hook: bpf.TcHook) -> list[bpf.Program]:
     return [program for program in found if program.name.startswith(datapath.PROGRAM)]
 
 
-def _our_filters(index: int, hook: bpf.TcHook) -> list[netdev.TcProgram]:
-    return [each for each in netdev.tc_programs(index) if (each.name, each.direction) == (datapath.FILTER, hook)]
+def _our_filters(index: int, hook: bpf.TcHook) -> list[clsact.Filter]:
+    return [each for each in clsact.filters(index) if (each.name, each.direction) == (datapath.FILTER, hook)]
 
 
 def tc_programs(link: netdev.Link) -> set[tuple[str, int]]:
     """(hook, program's id) of all programs where ours would be attached, others' included."""
     if uses_tcx():
         return {(hook, number) for hook in datapath.TC_HOOKS for number in bpf.tcx_programs(link.index, hook)}
-    return {(each.direction, each.prog_id) for each in netdev.tc_programs(link.index)}
+    return {(each.direction, each.prog_id) for each in clsact.filters(link.index)}
 
 
 def put(link: netdev.Link, hook: Hook, programs: datapath.Programs) -> None:
@@ -65,7 +66,7 @@ def put(link: netdev.Link, hook: Hook, programs: datapath.Programs) -> None:
     program = programs[hook.function]
     if hook.kind == "xdp":
         with _current(link.index) as there:
-            netdev.xdp_attach(link.index, program.fd, "native", there)
+            xdp.attach(link.index, program.fd, "native", there)
         return
     # No packet may be translated twice, nor never. As clsact's filters run after TCX, a move between the two, either
     # way, is covered by a program on TCX after which they do not run. For that moment others' filters do not either.
@@ -76,7 +77,7 @@ def put(link: netdev.Link, hook: Hook, programs: datapath.Programs) -> None:
         if uses_tcx():
             _clear_clsact(link, hook.kind)
         else:
-            netdev.tc_attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
+            clsact.attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
             _clear_tcx(link, hook.kind)
 
 
@@ -112,12 +113,12 @@ def clear_device(device: netdev.Link, manifest: dict[str, Any]) -> bool:
 
 def _clear_xdp(link: netdev.Link) -> bool:
     with _current(link.index) as there:
-        return there is not None and netdev.xdp_detach(link.index, "native", there)
+        return there is not None and xdp.detach(link.index, "native", there)
 
 
 def _clear_clsact(link: netdev.Link, hook: bpf.TcHook) -> bool:
     filters = _our_filters(link.index, hook)
-    return any([netdev.tc_detach(link.index, hook, each.priority, each.handle) for each in filters])
+    return any([clsact.detach(link.index, hook, each.priority, each.handle) for each in filters])
 
 
 def _clear_tcx(link: netdev.Link, hook: bpf.TcHook) -> bool:
@@ -129,7 +130,7 @@ def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     others = [each.manifest for each in datapath.find_all() if each.manifest["wan"] != manifest["wan"]]
     put_back = sysctls.restore(manifest, others)
     for each in manifest.get("local_routes", ()):
-        netdev.local_route_del(IPv4Network(each))
+        routing.local_route_del(IPv4Network(each))
     cleared = []
     links = netdev.links()
     for device in devices(manifest, links):
@@ -146,8 +147,8 @@ def leave(link: netdev.Link, manifest: dict[str, Any]) -> bool:
     """Takes everything of ours off a link; True when there were programs."""
     found = clear(link)
     # Not when moving to TCX: while a qdisc comes or goes, even this one, the kernel drops what is to be sent.
-    if link.index in manifest["qdiscs"] and netdev.clsact_is_empty(link.index):
-        netdev.clsact_del(link.index)
+    if link.index in manifest["qdiscs"] and clsact.is_empty(link.index):
+        clsact.remove(link.index)
         manifest["qdiscs"].remove(link.index)
     return found
 

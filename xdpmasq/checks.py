@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from xdpmasq import datapath, netdev
+from xdpmasq import datapath, kernel
 from xdpmasq.config import Config
 from xdpmasq.errors import HostError, InterfaceError
+from xdpmasq.net import ifaddrs, netdev
 
 OLDEST_KERNEL = (6, 12)
 LOOPBACK = "lo"
@@ -17,9 +18,9 @@ def check_host() -> None:
     """Raises HostError when this machine cannot carry a datapath."""
     if os.geteuid() != 0:
         raise HostError("must be root", "loading programs needs CAP_BPF and CAP_NET_ADMIN", "use sudo")
-    if netdev.kernel_release() < OLDEST_KERNEL:
+    if kernel.release() < OLDEST_KERNEL:
         raise HostError(
-            f"kernel {'.'.join(map(str, netdev.kernel_release()))} is too old",
+            f"kernel {'.'.join(map(str, kernel.release()))} is too old",
             "xdpmasq needs 6.12 or later, whose verifier follows programs of this length; it is tested on 6.18",
             "upgrade the kernel",
         )
@@ -52,7 +53,7 @@ def check_interfaces(config: Config) -> None:
     _check_unused(config.wans, [*outside, *lans])
 
 
-def overlap(wan: netdev.Link, lans: list[netdev.Link], addresses: list[netdev.Address]) -> InterfaceError | None:
+def overlap(wan: netdev.Link, lans: list[netdev.Link], addresses: list[ifaddrs.Address]) -> InterfaceError | None:
     """What is wrong where a LAN and the WAN share addresses, so that nobody could tell inside from outside."""
     names = {link.index: link.name for link in lans}
     for outer in (each for each in addresses if each.index == wan.index):
@@ -68,7 +69,7 @@ def overlap(wan: netdev.Link, lans: list[netdev.Link], addresses: list[netdev.Ad
 
 def _check_addresses(wans: list[netdev.Link], lans: list[netdev.Link]) -> None:
     """One WAN with an address is enough: the others' may be a provider's that is out of order."""
-    addresses = netdev.addresses(4)
+    addresses = ifaddrs.addresses(4)
     names = {link.index: link.name for link in wans}
     outside = [each for each in addresses if each.index in names]
     if not outside:

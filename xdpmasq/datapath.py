@@ -22,9 +22,10 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, compiler, netdev, presence, source
+from xdpmasq import bpf, compiler, presence, source
 from xdpmasq.errors import DatapathError, NotAttachedError
 from xdpmasq.externals import PROTOCOLS, Exempt, Place
+from xdpmasq.net import clsact, netdev
 from xdpmasq.vlans import TAGS, Wire
 
 Slots = npt.NDArray[np.uint32]
@@ -578,7 +579,7 @@ def _with_layout(map_: bpf.Map, key: Any, value: Any) -> bpf.Map:
 
 def program_ids(link: netdev.Link) -> list[int]:
     """Ids of the programs on a link that may be ours: our filters', and whatever is on TCX and the XDP hook."""
-    ids = [each.prog_id for each in netdev.tc_programs(link.index) if each.name == FILTER]
+    ids = [each.prog_id for each in clsact.filters(link.index) if each.name == FILTER]
     ids += [number for hook in TC_HOOKS for number in bpf.tcx_programs(link.index, hook)]
     return ids + ([link.xdp_prog_id] if link.xdp_prog_id else [])
 

@@ -1,6 +1,6 @@
 """Looks at this machine without changing it, and says what stands in the way of the NAT.
 
-Each check yields findings. What netdev cannot tell is read under /proc and /sys, or comes from `nft` and
+Each check yields findings. What netlink cannot tell is read under /proc and /sys, or comes from `nft` and
 `iptables-save` where those exist. Nothing loads a kernel module.
 """
 
@@ -19,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from xdpmasq import attachment, bpf, checks, drivers, netdev, vlans
+from xdpmasq import attachment, bpf, checks, drivers, kernel, vlans
 from xdpmasq.errors import HostError
+from xdpmasq.net import ethtool, ifaddrs, netdev, routing, sysctl
 
 Level = Literal["ok", "warn", "block"]
 Mode = Literal["auto", "xdp", "tc"]
@@ -57,8 +58,8 @@ class Host:
         return (*self.wans, *self.lans)
 
     @cached_property
-    def addresses(self) -> list[netdev.Address]:
-        return netdev.addresses(4)
+    def addresses(self) -> list[ifaddrs.Address]:
+        return ifaddrs.addresses(4)
 
     def networks(self, link: netdev.Link) -> list[ipaddress.IPv4Network]:
         own = [each.network for each in self.addresses if each.index == link.index]
@@ -135,7 +136,7 @@ def check_privileges(host: Host) -> Iterator[Finding]:
 
 def check_kernel(host: Host) -> Iterator[Finding]:
     release = os.uname().release
-    if netdev.kernel_release() < checks.OLDEST_KERNEL:
+    if kernel.release() < checks.OLDEST_KERNEL:
         needed = ".".join(map(str, checks.OLDEST_KERNEL))
         why = "its verifier gives up on programs of this length"
         yield Finding("kernel", "block", f"Linux {release} is too old: {why}", f"use {needed} or later")
@@ -153,7 +154,7 @@ def check_tc(host: Host) -> Iterator[Finding]:
 
 def check_jit(host: Host) -> Iterator[Finding]:
     # the sysctl exists in the first network namespace only
-    value = netdev.sysctl_get("net.core.bpf_jit_enable")
+    value = sysctl.read("net.core.bpf_jit_enable")
     if value == "0":
         message = "the BPF JIT is off: programs are interpreted, several times slower"
         yield Finding("jit", "warn", message, "sysctl -w net.core.bpf_jit_enable=1")
@@ -272,7 +273,7 @@ def check_hook(host: Host) -> Iterator[Finding]:
 def check_offloads(host: Host) -> Iterator[Finding]:
     users = host.devices(xdp=True)
     for link in host.devices():
-        active = netdev.offloads(link.name)
+        active = ethtool.offloads(link.name)
         if "rx-lro" in active:
             message = f"{link.name}: LRO is on, which breaks forwarding and is refused by XDP"
             yield Finding("offloads", "warn", message, f"ethtool -K {link.name} lro off")
@@ -308,17 +309,17 @@ FEW_PORTS = 4096
 
 
 def check_forwarding(host: Host) -> Iterator[Finding]:
-    if netdev.sysctl_get("net.ipv4.ip_forward") == "1":
+    if sysctl.read("net.ipv4.ip_forward") == "1":
         yield Finding("ip_forward", "ok", "IPv4 forwarding is on")
     else:
         yield Finding("ip_forward", "ok", "IPv4 forwarding is off; attach turns it on, detach restores it")
 
 
 def check_rp_filter(host: Host) -> Iterator[Finding]:
-    everywhere = int(netdev.sysctl_get("net.ipv4.conf.all.rp_filter") or 0)
+    everywhere = int(sysctl.read("net.ipv4.conf.all.rp_filter") or 0)
     strict = []
     for link in host.ports:
-        own = int(netdev.sysctl_get(("net", "ipv4", "conf", link.name, "rp_filter")) or 0)
+        own = int(sysctl.read(("net", "ipv4", "conf", link.name, "rp_filter")) or 0)
         if max(everywhere, own) == 1:
             strict.append(link.name)
     out = _default_route()
@@ -340,12 +341,12 @@ def check_rp_filter(host: Host) -> Iterator[Finding]:
 
 def _default_route() -> int | None:
     # 1.1.1.1 stands for the Internet; nothing is sent
-    route = netdev.route_to(ipaddress.IPv4Address("1.1.1.1"))
+    route = routing.route_to(ipaddress.IPv4Address("1.1.1.1"))
     return route.oif if route else None
 
 
 def check_ports(host: Host) -> Iterator[Finding]:
-    low, high = map(int, (netdev.sysctl_get("net.ipv4.ip_local_port_range") or "32768 60999").split())
+    low, high = map(int, (sysctl.read("net.ipv4.ip_local_port_range") or "32768 60999").split())
     left = len(POOL) - len(range(max(low, POOL.start), min(high + 1, POOL.stop)))
     message = f"{left} ports an address for NAT beside the gateway's own {low}–{high}"
     if left >= FEW_PORTS:
@@ -432,7 +433,7 @@ def check_nat(host: Host) -> Iterator[Finding]:
 
 
 def check_conntrack(host: Host) -> Iterator[Finding]:
-    liberal = netdev.sysctl_get("net.netfilter.nf_conntrack_tcp_be_liberal")
+    liberal = sysctl.read("net.netfilter.nf_conntrack_tcp_be_liberal")
     if liberal != "0" or not any(map(host.uses_xdp, host.ports)) or not host.ruleset.uses_conntrack:
         return
     message = (

@@ -7,8 +7,9 @@ Native XDP where a hardware driver has it and can redirect; TC everywhere else. 
 from collections.abc import Sequence
 from typing import Literal
 
-from xdpmasq import vlans
-from xdpmasq.netdev import XDP_FEATURE_BASIC, XDP_FEATURE_NDO_XMIT, XDP_FEATURE_REDIRECT, Link, kernel_release
+from xdpmasq import kernel, vlans
+from xdpmasq.net import features
+from xdpmasq.net.netdev import Link
 
 Hook = Literal["xdp", "tc"]
 
@@ -75,9 +76,9 @@ def xdp_policy(link: Link) -> tuple[Hook, str]:
 def native_xdp(link: Link) -> bool:
     """Whether the driver takes an XDP program and can redirect from it."""
     if link.xdp_features is not None:
-        needed = XDP_FEATURE_BASIC | XDP_FEATURE_REDIRECT
+        needed = features.BASIC | features.REDIRECT
         return link.xdp_features & needed == needed
-    return link.driver in VIRTUAL or NATIVE_XDP.get(link.driver, (99, 0)) <= kernel_release()
+    return link.driver in VIRTUAL or NATIVE_XDP.get(link.driver, (99, 0)) <= kernel.release()
 
 
 def takes_frames(link: Link) -> bool:
@@ -86,5 +87,5 @@ def takes_frames(link: Link) -> bool:
     Ask after attaching a program to it: many drivers have a transmit queue for XDP only then.
     """
     if link.xdp_features is not None:
-        return bool(link.xdp_features & XDP_FEATURE_NDO_XMIT)
+        return bool(link.xdp_features & features.NDO_XMIT)
     return link.ethernet and native_xdp(link)

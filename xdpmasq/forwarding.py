@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, datapath, forwards, netdev, presence, redirecting, sockets
+from xdpmasq import bpf, datapath, forwards, presence, redirecting, sockets
 from xdpmasq.datapath import (
     CLASSES,
     EXTERNAL_SLOTS,
@@ -35,6 +35,7 @@ from xdpmasq.datapath import (
 from xdpmasq.errors import BusyError, ForwardError
 from xdpmasq.expiry import age
 from xdpmasq.forwards import Lease, Rule, Target
+from xdpmasq.net import ifaddrs
 from xdpmasq.redirects import Redirect
 from xdpmasq.sessions import Table
 from xdpmasq.triggers import Trigger
@@ -246,7 +247,7 @@ def check(
     """
     if error := forwards.contradiction(rule, [each.rule for each in read(tables)]):
         raise error
-    own = {each.ip.ip for each in netdev.addresses(4)}
+    own = {each.ip.ip for each in ifaddrs.addresses(4)}
     for target in () if isinstance(rule, Redirect) else rule.targets:
         if target.address in own or target.address.is_loopback:
             why = "a forward leads to a host behind the gateway"

@@ -27,11 +27,12 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from xdpmasq import __version__, census, forwarding, health, netdev, pinholes
+from xdpmasq import __version__, census, forwarding, health, pinholes
 from xdpmasq import config as configuration
 from xdpmasq.datapath import CLASSES, Programs, Tables, addr
 from xdpmasq.exporter import Answer, Exporter
 from xdpmasq.families import BY_REASON, FAMILIES, PREFIX, TRANSLATED, TURNS, Family
+from xdpmasq.net import netdev
 from xdpmasq.pulse import Pulse
 from xdpmasq.punting import Punting
 from xdpmasq.recorder import Recorder

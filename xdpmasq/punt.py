@@ -19,10 +19,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from xdpmasq import bpf, expiry, ipv4, netdev, refusal
+from xdpmasq import bpf, expiry, ipv4, refusal
 from xdpmasq.allowance import Allowance
 from xdpmasq.datapath import Tables
 from xdpmasq.errors import HostError
+from xdpmasq.net import netdev, tun
 from xdpmasq.orphans import Key, Orphans
 
 MTU = 65521  # the most a TAP takes: no redirected packet is refused for its size
@@ -62,7 +63,7 @@ class Punt:
 
     def __init__(
         self,
-        tap: netdev.Tap,
+        tap: tun.Tap,
         known: Known,
         icmp: socket.socket,
         patience_s: float,
@@ -84,7 +85,7 @@ class Punt:
         Raises:
             MasqError: this machine lets us have none.
         """
-        tap = netdev.tap_create(f"{netdev.PUNT_PORT}%d", MTU, QUEUE)
+        tap = tun.tap_create(f"{netdev.PUNT_PORT}%d", MTU, QUEUE)
         try:
             icmp = _icmp_socket()
         except OSError as error:

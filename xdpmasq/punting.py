@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from xdpmasq import attachment, datapath, netdev
+from xdpmasq import attachment, datapath
 from xdpmasq.errors import MasqError
+from xdpmasq.net import clsact, netdev
 from xdpmasq.punt import Punt
 
 log = logging.getLogger("xdpmasq")
@@ -87,7 +88,7 @@ class Punting:
         self._selector.register(port, selectors.EVENT_READ)
         link = netdev.link(port.name)
         if not attachment.uses_tcx():
-            netdev.clsact_add(link.index)
+            clsact.add(link.index)
         attachment.put(link, datapath.PUNT_HOOK, self._programs)
         self._tables.set_settings(punt=link.index)
 

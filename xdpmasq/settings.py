@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import datapath, netdev
+from xdpmasq import datapath
 from xdpmasq.config import FILTERINGS, OTHERS, Config, Ports
 from xdpmasq.errors import HostError
+from xdpmasq.net import netdev, routing, sysctl
 
 FURTHER_LEAST, FURTHER_MOST = 65536, 1048576
 _RAM_SHARE, _SESSION_BYTES = 32, 200  # a session's record and its entries in the hashes
@@ -35,7 +36,7 @@ def further_for(ram_bytes: int) -> int:
 
 def own_ports() -> tuple[int, int]:
     """First and last of the gateway's own ephemeral ports."""
-    first, last = map(int, (netdev.sysctl_get("net.ipv4.ip_local_port_range") or "32768 60999").split())
+    first, last = map(int, (sysctl.read("net.ipv4.ip_local_port_range") or "32768 60999").split())
     return first, last
 
 
@@ -112,7 +113,7 @@ def fields(config: Config, hz: int, further: int) -> dict[str, Any]:
     }
 
 
-def mss(config: Config, link: netdev.Link, routes: Iterable[netdev.Route]) -> int:
+def mss(config: Config, link: netdev.Link, routes: Iterable[routing.Route]) -> int:
     """To what new TCP connections over this WAN are clamped, in bytes; 0: not at all."""
     if config.mss == "off":
         return 0

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from xdpmasq import netdev
 from xdpmasq.errors import HostError
+from xdpmasq.net import netdev, sysctl
 
 FORWARDING, LIBERAL = "net.ipv4.ip_forward", "net.netfilter.nf_conntrack_tcp_be_liberal"
 ACCEPT_LOCAL = "net.ipv4.conf.lo.accept_local"
@@ -44,7 +44,7 @@ class Sysctls:
             # What a forward's host answers the gateway comes back through lo, from the gateway's own address.
             wanted.add(ACCEPT_LOCAL)
         for name in wanted - self._done:
-            before = netdev.sysctl_get(name)
+            before = sysctl.read(name)
             if before is None:
                 continue
             self._done.add(name)
@@ -52,8 +52,8 @@ class Sysctls:
         for index in loose.keys() - self._loose:
             self._loose.add(index)
             name = RP_FILTER.format(loose[index])
-            before = netdev.sysctl_get(name)
-            if before and max(int(before), int(netdev.sysctl_get(RP_FILTER.format("all")) or 0)) == STRICT:
+            before = sysctl.read(name)
+            if before and max(int(before), int(sysctl.read(RP_FILTER.format("all")) or 0)) == STRICT:
                 self._set(name, before)
 
     def _set(self, name: str, before: str) -> None:
@@ -63,7 +63,7 @@ class Sysctls:
         if name == FORWARDING:
             self._manifest["side_effects"] = _side_effects()
         self._save()
-        netdev.sysctl_set(name, _wanted(name))
+        sysctl.write(name, _wanted(name))
 
 
 def _wanted(name: str) -> str:
@@ -75,7 +75,7 @@ def _side_effects() -> dict[str, str]:
     names = ["default", *(link.name for link in netdev.links())]
     come_back = {"net/ipv4/conf/all/accept_redirects": "1"}
     come_back |= {f"net/ipv4/conf/{name}/forwarding": "0" for name in names}
-    now = {name: netdev.sysctl_get(name) for name in come_back}
+    now = {name: sysctl.read(name) for name in come_back}
     return {name: value for name, value in now.items() if value is not None and value != come_back[name]}
 
 
@@ -92,8 +92,8 @@ def restore(manifest: dict[str, Any], others: Iterable[Mapping[str, Any]] = ()) 
     """
     needed = {name for other in others for name in other["sysctls"]}
     noted = {name: value for name, value in manifest["sysctls"].items() if name not in needed}
-    ours = {name: value for name, value in noted.items() if netdev.sysctl_get(name) == _wanted(name)}
+    ours = {name: value for name, value in noted.items() if sysctl.read(name) == _wanted(name)}
     for name, value in {**ours, **(manifest.get("side_effects", {}) if FORWARDING in ours else {})}.items():
         with contextlib.suppress(HostError):  # gone with its interface
-            netdev.sysctl_set(name, value)
+            sysctl.write(name, value)
     return ours

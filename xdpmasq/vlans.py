@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xdpmasq import netdev
 from xdpmasq.errors import InterfaceError
-from xdpmasq.netdev import Link, Vlan
+from xdpmasq.net import ethtool
+from xdpmasq.net.netdev import Link, Vlan
 
 TAGS = 2  # as in bpf/types.h
 TAG_LENGTH = 4  # bytes
@@ -54,7 +54,7 @@ def trouble(device: Link, links: Sequence[Link]) -> InterfaceError | None:
     """Why XDP on this device would take frames of its VLANs for others', or None."""
     if not any(each.vlan and each.vlan.parent == device.index for each in links):
         return None
-    features = sorted(STRIPPING & netdev.offloads(device.name))
+    features = sorted(STRIPPING & ethtool.offloads(device.name))
     if not features:
         return None
     return InterfaceError(

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from xdpmasq import checks, netdev
+from xdpmasq import checks
 from xdpmasq.config import Config
+from xdpmasq.net import ifaddrs, netdev
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Wan:
 
     name: str
     link: netdev.Link | None
-    own: tuple[netdev.Address, ...]
+    own: tuple[ifaddrs.Address, ...]
 
     @property
     def primary(self) -> IPv4Address | None:
@@ -37,7 +38,7 @@ class Wan:
         return any(network.subnet_of(IPv4Network(each.network)) for each in self.own)
 
 
-def present(config: Config, links: list[netdev.Link], addresses: Iterable[netdev.Address]) -> list[Wan]:
+def present(config: Config, links: list[netdev.Link], addresses: Iterable[ifaddrs.Address]) -> list[Wan]:
     """The WANs by number."""
     found = []
     for name, link in zip(config.wans, checks.wans_of(config, links), strict=True):

@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves test mod
 
 from harness import NETWORK, Bench, Gateway
 
-from xdpmasq import attachment, datapath, netdev
+from xdpmasq import attachment, datapath
 from xdpmasq.lab import netns
+from xdpmasq.net import clsact
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +48,9 @@ def real_wan(gateway: Gateway) -> Iterator[str]:
     """wan0 with the programs attached for real, for what test runs cannot do."""
     bench = gateway.bench
     if not attachment.uses_tcx():
-        netdev.clsact_add(bench.wan.index)
+        clsact.add(bench.wan.index)
     for hook in datapath.hooks("wan", xdp=False, ethernet=True):
         attachment.put(bench.wan, hook, bench.programs)
     yield bench.wan.name
     attachment.clear(bench.wan, keep=(datapath.Hook("xdp", "masq_xdp"),))
-    netdev.clsact_del(bench.wan.index)
+    clsact.remove(bench.wan.index)

@@ -24,9 +24,10 @@ import numpy as np
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
-from xdpmasq import bpf, datapath, forwarding, netdev, source
+from xdpmasq import bpf, datapath, forwarding, source
 from xdpmasq.externals import Place
 from xdpmasq.forwards import Rule, Target
+from xdpmasq.net import netdev, xdp
 
 GATEWAY = "203.0.113.1"
 GATEWAY_INSIDE = "192.168.0.1"
@@ -205,8 +206,8 @@ class Bench:
         self.tables = datapath.Tables(self.programs.maps)
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.
-        netdev.xdp_attach(self.lan.index, self.programs["masq_xdp"].fd, "native")
-        netdev.xdp_attach(self.wan.index, self.programs["masq_xdp"].fd, "native")
+        xdp.attach(self.lan.index, self.programs["masq_xdp"].fd, "native")
+        xdp.attach(self.wan.index, self.programs["masq_xdp"].fd, "native")
         self.counter_names = list(source.counters())
         self._counters = np.zeros((len(self.counter_names), bpf.possible_cpus()), np.uint64)
         self._indices = np.zeros(len(self.counter_names), np.uint32)

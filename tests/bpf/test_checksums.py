@@ -24,9 +24,10 @@ from harness import (
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
-from xdpmasq import attachment, bpf, netdev, source
+from xdpmasq import attachment, bpf, source
 from xdpmasq.datapath import Hook
 from xdpmasq.lab import netns
+from xdpmasq.net import clsact, netdev
 
 # A header of ten words is filled at random, its sum taken in full; then words 4 and 5 (an address) and word 6 (a
 # port) are replaced, and the updated sum compared with a full one.
@@ -284,7 +285,7 @@ def jumbo(gateway: Gateway) -> Iterator[None]:
     try:
         link = netdev.link("jumbo0")
         if not attachment.uses_tcx():
-            netdev.clsact_add(link.index)
+            clsact.add(link.index)
         attachment.put(link, Hook("egress", "masq_wan_out"), gateway.bench.programs)
         yield
     finally:

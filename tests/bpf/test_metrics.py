@@ -10,8 +10,9 @@ import pytest
 from harness import GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, SERVER, Gateway, echo, tcp, udp
 from prometheus_client.parser import text_string_to_metric_families
 
-from xdpmasq import bpf, metrics, netdev
+from xdpmasq import bpf, metrics
 from xdpmasq.families import FAMILIES, PREFIX
+from xdpmasq.net import netdev
 from xdpmasq.pulse import Pulse
 
 Values = dict[tuple[str, ...], float]

@@ -28,8 +28,8 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq import netdev
-from xdpmasq.netdev import Link, Vlan
+from xdpmasq.net import netdev
+from xdpmasq.net.netdev import Link, Vlan
 from xdpmasq.vlans import Wire
 
 Q, AD = 0x8100, 0x88A8

@@ -35,8 +35,9 @@ from harness import (
 from scapy.layers.inet import ICMP, IP
 from scapy.packet import Packet, Raw
 
-from xdpmasq import bpf, netdev
+from xdpmasq import bpf
 from xdpmasq.lab import netns
+from xdpmasq.net import netdev
 
 pytestmark = pytest.mark.xdist_group("two WANs")  # what they need is compiled once, while the others go on
 

@@ -25,13 +25,14 @@ import numpy as np
 import pytest
 import zygote
 
-from xdpmasq import attachment, bpf, datapath, forwarding, forwards, netdev, presence
+from xdpmasq import attachment, bpf, datapath, forwarding, forwards, presence
 from xdpmasq.config import Config, as_fields
 from xdpmasq.datapath import Hook
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import LabError, wait_until
 from xdpmasq.lab.servers import ECHO_PORT, DnsServer, IperfServer, SshServer, WebServer
 from xdpmasq.lab.topology import HOSTS, INTERNET, PUBLIC, TRANSIT
+from xdpmasq.net import clsact, netdev
 
 GATE = "masq-gate"
 ECHO = (INTERNET, ECHO_PORT)
@@ -166,7 +167,7 @@ class Gateway:
         wait_until(lambda: self.agent_pid is None, "the agent is dead")
 
     def die_at(self, step: str, call: int) -> None:
-        """Attaches by an agent that is killed at that call of a function, ``netdev.xdp_attach``, half way."""
+        """Attaches by an agent that is killed at that call of a function, ``xdp.attach``, half way."""
         program = _DIE.format(step=step, call=call, mode=self.mode)
         assert self.lab.exec(GATE, [self.python, "-c", program], check=False).returncode == -signal.SIGKILL
         assert self.agent_pid is None
@@ -205,7 +206,7 @@ class Gateway:
             link = netdev.link(interface)
             here = {("xdp", link.xdp_prog_id)} if link.xdp_prog_id else set()
             here |= {(hook, number) for hook in datapath.TC_HOOKS for number in bpf.tcx_programs(link.index, hook)}
-            here |= {(each.direction, each.prog_id) for each in netdev.tc_programs(link.index)}
+            here |= {(each.direction, each.prog_id) for each in clsact.filters(link.index)}
             return {hook for hook, number in here if bpf.Program.by_id(number).name.startswith(datapath.PROGRAM)}
 
     def take_off(self, interface: str, *hooks: str) -> None:
@@ -333,7 +334,8 @@ class Gateway:
 
 _DIE = """
 import os, signal
-from xdpmasq import agent, bpf, netdev
+from xdpmasq import agent, bpf
+from xdpmasq.net import clsact, sysctl, xdp
 from xdpmasq.config import Config
 real, calls = {step}, []
 def step(*args, **named):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 from netkit import GATE, Gateway, Stream, Wire, answers, ask, seen, soon, strangers_program, who
 
-from xdpmasq import netdev
 from xdpmasq.lab.servers import ECHO_PORT, EchoServer
 from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, PUBLIC, TRANSIT
+from xdpmasq.net import netdev, xdp
 
 XDP_PASS = 2
 pytestmark = pytest.mark.xdist_group("acceleration")
@@ -234,9 +234,9 @@ def test_somebody_elses_program_in_place_of_ours_is_left_alone(own_gateway: Gate
     own_gateway.attach()
     with own_gateway.inside():
         index = netdev.link("lan0").index
-        netdev.xdp_detach(index, "native")
+        xdp.detach(index, "native")
         with strangers_program("xdp", XDP_PASS) as program:
-            netdev.xdp_attach(index, program.fd, "native")
+            xdp.attach(index, program.fd, "native")
             stranger = program.id
     soon(lambda: own_gateway.hooks() == {"wan0": "xdp", "lan0": "tc"}, "the agent has noticed")
     assert own_gateway.opens()

@@ -24,8 +24,9 @@ from netkit import (
     who,
 )
 
-from xdpmasq import bpf, datapath, netdev
+from xdpmasq import bpf, datapath
 from xdpmasq.lab.snapshot import differences, snapshot
+from xdpmasq.net import clsact, netdev
 
 in_tc = pytest.mark.parametrize("mode", ["tc"], indirect=True)  # where the mode makes no difference
 
@@ -208,7 +209,7 @@ def test_detach_and_attach_when_half_attached() -> None:
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize(
     ("step", "then"),
-    [("netdev.xdp_attach", "detach"), ("netdev.sysctl_set", "attach")],
+    [("xdp.attach", "detach"), ("sysctl.write", "attach")],
 )
 def test_killed_in_the_middle_of_attaching(step: str, then: str) -> None:
     """At the second call of each step; what is there by then is found, and detached or attached to anew."""
@@ -227,7 +228,7 @@ def test_a_failing_attach_leaves_nothing() -> None:
     """Whatever goes wrong at whichever call, also what no error of ours was made for."""
     with Gateway.in_new_lab("xdp", attach=False) as gateway:
         before = snapshot(gateway.lab)
-        for step, error in (("xdp_attach", "OSError(22, 'no')"), ("sysctl_set", "ValueError('no')")):
+        for step, error in (("xdp.attach", "OSError(22, 'no')"), ("sysctl.write", "ValueError('no')")):
             program = _FAIL.format(step=step, error=error)
             done = gateway.lab.exec(GATE, [gateway.python, "-c", program], check=False)
             assert done.returncode == 1
@@ -235,11 +236,12 @@ def test_a_failing_attach_leaves_nothing() -> None:
 
 
 _FAIL = """
-from xdpmasq import agent, netdev
+from xdpmasq import agent
+from xdpmasq.net import sysctl, xdp
 from xdpmasq.config import Config
 def fail(*args, **named):
     raise {error}
-netdev.{step} = fail
+{step} = fail
 agent.run(Config(("wan0",), ("lan0",), mode="xdp"))
 """
 
@@ -251,7 +253,7 @@ def test_what_others_have_put_there_stays(bare: Gateway) -> None:
     bare.gate("tc", "qdisc", "add", "dev", "lan0", "clsact")
     bare.gate("tc", "qdisc", "add", "dev", "wan0", "clsact")
     with bare.inside(), strangers_program("tc", -1) as program:  # TC_ACT_UNSPEC
-        netdev.tc_attach(netdev.link("wan0").index, "egress", program.fd, "somebody's", 7)
+        clsact.attach(netdev.link("wan0").index, "egress", program.fd, "somebody's", 7)
     before = snapshot(bare.lab)
     bare.attach()
     assert bare.opens()

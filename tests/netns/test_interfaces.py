@@ -13,10 +13,10 @@ from functools import partial
 import pytest
 from netkit import GATE, Gateway, Stream, Wire, answers, ask, internal, read, seen, soon, who
 
-from xdpmasq import netdev
 from xdpmasq.lab.servers import ECHO_PORT, EchoServer
 from xdpmasq.lab.snapshot import differences, snapshot
 from xdpmasq.lab.topology import INTERNET, PUBLIC, TRANSIT
+from xdpmasq.net import netdev
 
 in_tc = pytest.mark.parametrize("mode", ["tc"], indirect=True)
 

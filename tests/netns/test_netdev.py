@@ -1,4 +1,4 @@
-"""netdev and doctor against a real kernel, in a namespace of each test's own.
+"""The modules of net/, and doctor, against a real kernel, in a namespace of each test's own.
 
 ::
 
@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from xdpmasq import doctor, drivers, netdev
+from xdpmasq import doctor, drivers, kernel
 from xdpmasq.errors import HostError, InterfaceError
+from xdpmasq.net import clsact, ethtool, ifaddrs, monitor, neighbours, netdev, routing, sysctl, xdp
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -138,7 +139,7 @@ def test_links(ns: Namespace) -> None:
     assert [drivers.xdp_policy(found[name])[0] for name in ("near", "br0", "tun0")] == ["tc"] * 3
 
 
-@pytest.mark.skipif(netdev.kernel_release() < (6, 3), reason="the kernel tells XDP features since 6.3")
+@pytest.mark.skipif(kernel.release() < (6, 3), reason="the kernel tells XDP features since 6.3")
 @pytest.mark.skipif(version("pyroute2").startswith("0.7."), reason="pyroute2 0.7 reads one answer of this dump")
 def test_xdp_features(ns: Namespace) -> None:
     near, bridge = ns.call(netdev.link, "near"), ns.call(netdev.link, "br0")
@@ -155,12 +156,12 @@ def test_no_such_link_names_those_there_are(ns: Namespace) -> None:
 
 def test_addresses(ns: Namespace) -> None:
     near, tun = ns.index("near"), ns.index("tun0")
-    found = {str(each.ip): each for each in ns.call(netdev.addresses) if each.index in (near, tun)}
+    found = {str(each.ip): each for each in ns.call(ifaddrs.addresses) if each.index in (near, tun)}
     assert list(found) == ["10.9.0.1/24", "10.9.0.2/24", "10.8.0.1/32"]
     assert [each.secondary for each in found.values()] == [False, True, False]
     assert found["10.8.0.1/32"].peer == ipaddress.ip_interface("10.8.0.2/32")
     assert str(found["10.8.0.1/32"].network) == "10.8.0.2/32"
-    assert any(each.index == near and each.ip.ip.is_link_local for each in ns.call(netdev.addresses, 6))
+    assert any(each.index == near and each.ip.ip.is_link_local for each in ns.call(ifaddrs.addresses, 6))
 
 
 def test_routes(ns: Namespace) -> None:
@@ -169,7 +170,7 @@ def test_routes(ns: Namespace) -> None:
     ns.run("ip route add 10.22.0.0/16 via inet6 fe80::1 dev near")
     ns.run("ip route add blackhole 10.23.0.0/16")
     near = ns.index("near")
-    found = {(str(r.prefix), r.oif, str(r.gateway), r.table) for r in ns.call(netdev.routes)}
+    found = {(str(r.prefix), r.oif, str(r.gateway), r.table) for r in ns.call(routing.routes)}
     assert found == {
         ("10.8.0.2/32", ns.index("tun0"), "None", 254),
         ("10.9.0.0/24", near, "None", 254),
@@ -178,14 +179,14 @@ def test_routes(ns: Namespace) -> None:
         ("10.21.0.0/16", near, "10.9.0.8", 254),
         ("10.22.0.0/16", near, "fe80::1", 254),
     }
-    assert all(route.prefix.version == 6 for route in ns.call(netdev.routes, 6))
+    assert all(route.prefix.version == 6 for route in ns.call(routing.routes, 6))
 
 
 def test_route_to(ns: Namespace) -> None:
-    route = ns.call(netdev.route_to, ipaddress.ip_address("10.9.0.77"))
+    route = ns.call(routing.route_to, ipaddress.ip_address("10.9.0.77"))
     assert route is not None
     assert route.oif == ns.index("near")
-    assert ns.call(netdev.route_to, ipaddress.ip_address("198.51.100.1")) is None
+    assert ns.call(routing.route_to, ipaddress.ip_address("198.51.100.1")) is None
 
 
 def test_neighbours(ns: Namespace) -> None:
@@ -194,27 +195,27 @@ def test_neighbours(ns: Namespace) -> None:
     ns.run("ip neigh add 10.9.0.4 nud failed dev near")
     ns.run("ip neigh add fe80::9 lladdr 02:00:00:00:00:0a dev near")
     mac = bytes.fromhex("020000000009"), bytes.fromhex("02000000000a")
-    assert ns.call(netdev.neighbours) == {(near, "10.9.0.3"): mac[0], (near, "fe80::9"): mac[1]}
+    assert ns.call(neighbours.resolved) == {(near, "10.9.0.3"): mac[0], (near, "fe80::9"): mac[1]}
 
 
 def test_offloads(ns: Namespace) -> None:
-    assert "tx-checksum-ip-generic" in ns.call(netdev.offloads, "near")
+    assert "tx-checksum-ip-generic" in ns.call(ethtool.offloads, "near")
     ns.run("ethtool -K near tx off gro on")
-    active = ns.call(netdev.offloads, "near")
+    active = ns.call(ethtool.offloads, "near")
     assert "rx-gro" in active
     assert "tx-checksum-ip-generic" not in active
-    assert ns.call(netdev.offloads, "eth7") == frozenset()
+    assert ns.call(ethtool.offloads, "eth7") == frozenset()
 
 
 def test_sysctl_is_the_namespace_s_own(ns: Namespace) -> None:
     ns.run("ip link set near down")
     ns.run("ip link set near name near.5")
     name = ("net", "ipv4", "conf", "near.5", "rp_filter")
-    ns.call(netdev.sysctl_set, name, 2)
-    assert ns.call(netdev.sysctl_get, name) == "2"
-    assert netdev.sysctl_get(name) is None
+    ns.call(sysctl.write, name, 2)
+    assert ns.call(sysctl.read, name) == "2"
+    assert sysctl.read(name) is None
     with pytest.raises(HostError, match="no_such"):
-        ns.call(netdev.sysctl_set, "net.ipv4.no_such", 1)
+        ns.call(sysctl.write, "net.ipv4.no_such", 1)
 
 
 # --- XDP -------------------------------------------------------------------------------------------
@@ -222,47 +223,47 @@ def test_sysctl_is_the_namespace_s_own(ns: Namespace) -> None:
 
 def test_xdp_attach_replace_detach(ns: Namespace, load: Load) -> None:
     near, old, new = ns.index("near"), load(XDP, XDP_PASS), load(XDP, XDP_PASS)
-    ns.call(netdev.xdp_attach, near, old, "native")
+    ns.call(xdp.attach, near, old, "native")
     link = ns.call(netdev.link, "near")
     assert (link.xdp_prog_id, link.xdp_mode) == (prog_id(old), "native")
-    ns.call(netdev.xdp_attach, near, new, "native", replace_fd=old)
+    ns.call(xdp.attach, near, new, "native", replace_fd=old)
     assert ns.call(netdev.link, "near").xdp_prog_id == prog_id(new)
-    assert ns.call(netdev.xdp_detach, near, "native", expected_fd=new)
+    assert ns.call(xdp.detach, near, "native", expected_fd=new)
     assert ns.call(netdev.link, "near").xdp_prog_id == 0
-    assert not ns.call(netdev.xdp_detach, near, "native", expected_fd=new)
+    assert not ns.call(xdp.detach, near, "native", expected_fd=new)
 
 
 def test_xdp_generic(ns: Namespace, load: Load) -> None:
     bridge = ns.index("br0")
-    ns.call(netdev.xdp_attach, bridge, load(XDP, XDP_PASS), "generic")
+    ns.call(xdp.attach, bridge, load(XDP, XDP_PASS), "generic")
     assert ns.call(netdev.link, "br0").xdp_mode == "generic"
-    assert ns.call(netdev.xdp_detach, bridge, "generic")
+    assert ns.call(xdp.detach, bridge, "generic")
 
 
 def test_a_stranger_s_xdp_program_stays(ns: Namespace, load: Load) -> None:
     near, theirs, ours, other = ns.index("near"), *(load(XDP, XDP_PASS) for _ in range(3))
-    ns.call(netdev.xdp_attach, near, theirs, "native")
+    ns.call(xdp.attach, near, theirs, "native")
     with pytest.raises(InterfaceError, match="someone else"):
-        ns.call(netdev.xdp_attach, near, ours, "native")
+        ns.call(xdp.attach, near, ours, "native")
     with pytest.raises(InterfaceError, match="someone else"):
-        ns.call(netdev.xdp_attach, near, ours, "generic")
+        ns.call(xdp.attach, near, ours, "generic")
     with pytest.raises(InterfaceError, match="someone else"):
-        ns.call(netdev.xdp_attach, near, ours, "native", replace_fd=other)
+        ns.call(xdp.attach, near, ours, "native", replace_fd=other)
     with pytest.raises(InterfaceError, match="someone else"):
-        ns.call(netdev.xdp_detach, near, "native", expected_fd=ours)
+        ns.call(xdp.detach, near, "native", expected_fd=ours)
     assert ns.call(netdev.link, "near").xdp_prog_id == prog_id(theirs)
 
 
 def test_xdp_refusals_say_why(ns: Namespace, load: Load) -> None:
     fd = load(XDP, XDP_PASS)
     with pytest.raises(InterfaceError, match="no native XDP"):
-        ns.call(netdev.xdp_attach, ns.index("br0"), fd, "native")
+        ns.call(xdp.attach, ns.index("br0"), fd, "native")
     ns.run("ip link set far mtu 9000")
     with pytest.raises(InterfaceError, match="MTU is too large"):
-        ns.call(netdev.xdp_attach, ns.index("near"), fd, "native")
+        ns.call(xdp.attach, ns.index("near"), fd, "native")
     with pytest.raises(InterfaceError, match="does not exist"):
-        ns.call(netdev.xdp_attach, 9999, fd, "native")
-    assert not ns.call(netdev.xdp_detach, 9999, "native")
+        ns.call(xdp.attach, 9999, fd, "native")
+    assert not ns.call(xdp.detach, 9999, "native")
 
 
 # --- TC --------------------------------------------------------------------------------------------
@@ -271,44 +272,44 @@ def test_xdp_refusals_say_why(ns: Namespace, load: Load) -> None:
 @pytest.mark.parametrize("name", ["near", "br0", "tun0"])
 def test_clsact(ns: Namespace, name: str) -> None:
     index = ns.index(name)
-    assert not ns.call(netdev.clsact_present, index)
-    assert not ns.call(netdev.clsact_del, index)
-    assert ns.call(netdev.clsact_add, index)
-    assert not ns.call(netdev.clsact_add, index)
-    assert ns.call(netdev.clsact_present, index)
-    assert ns.call(netdev.clsact_del, index)
-    assert not ns.call(netdev.clsact_present, index)
+    assert not ns.call(clsact.present, index)
+    assert not ns.call(clsact.remove, index)
+    assert ns.call(clsact.add, index)
+    assert not ns.call(clsact.add, index)
+    assert ns.call(clsact.present, index)
+    assert ns.call(clsact.remove, index)
+    assert not ns.call(clsact.present, index)
 
 
 def test_clsact_refusals(ns: Namespace) -> None:
     ns.run("tc qdisc add dev near ingress")
     with pytest.raises(InterfaceError, match="ingress qdisc"):
-        ns.call(netdev.clsact_add, ns.index("near"))
+        ns.call(clsact.add, ns.index("near"))
     with pytest.raises(InterfaceError, match="does not exist"):
-        ns.call(netdev.clsact_add, 9999)
+        ns.call(clsact.add, 9999)
 
 
 def test_tc_attach_replace_detach(ns: Namespace, load: Load) -> None:
     near, old, new = ns.index("near"), load(SCHED_CLS, TC_ACT_OK), load(SCHED_CLS, TC_ACT_OK)
-    ns.call(netdev.clsact_add, near)
-    ns.call(netdev.tc_attach, near, "egress", old, "slow_outbound", 10)
-    ns.call(netdev.tc_attach, near, "ingress", old, "slow_inbound", 10)
-    ns.call(netdev.tc_attach, near, "egress", new, "slow_outbound", 10)
-    assert ns.call(netdev.tc_programs, near) == [
-        netdev.TcProgram(near, "ingress", "slow_inbound", prog_id(old), 10, 1),
-        netdev.TcProgram(near, "egress", "slow_outbound", prog_id(new), 10, 1),
+    ns.call(clsact.add, near)
+    ns.call(clsact.attach, near, "egress", old, "slow_outbound", 10)
+    ns.call(clsact.attach, near, "ingress", old, "slow_inbound", 10)
+    ns.call(clsact.attach, near, "egress", new, "slow_outbound", 10)
+    assert ns.call(clsact.filters, near) == [
+        clsact.Filter(near, "ingress", "slow_inbound", prog_id(old), 10, 1),
+        clsact.Filter(near, "egress", "slow_outbound", prog_id(new), 10, 1),
     ]
-    assert ns.call(netdev.tc_detach, near, "ingress", 10)
-    assert not ns.call(netdev.tc_detach, near, "ingress", 10)
-    assert [each.direction for each in ns.call(netdev.tc_programs, near)] == ["egress"]
-    ns.call(netdev.clsact_del, near)
-    assert ns.call(netdev.tc_programs, near) == []
+    assert ns.call(clsact.detach, near, "ingress", 10)
+    assert not ns.call(clsact.detach, near, "ingress", 10)
+    assert [each.direction for each in ns.call(clsact.filters, near)] == ["egress"]
+    ns.call(clsact.remove, near)
+    assert ns.call(clsact.filters, near) == []
 
 
 def test_tc_filters_are_direct_action_for_all_protocols(ns: Namespace, load: Load) -> None:
     near = ns.index("near")
-    ns.call(netdev.clsact_add, near)
-    ns.call(netdev.tc_attach, near, "egress", load(SCHED_CLS, TC_ACT_OK), "ours", 10)
+    ns.call(clsact.add, near)
+    ns.call(clsact.attach, near, "egress", load(SCHED_CLS, TC_ACT_OK), "ours", 10)
     shown = subprocess.run(
         ["tc", "-n", ns.name, "filter", "show", "dev", "near", "egress"],
         capture_output=True, text=True, check=True,
@@ -319,17 +320,17 @@ def test_tc_filters_are_direct_action_for_all_protocols(ns: Namespace, load: Loa
 
 def test_a_stranger_s_filter_stays(ns: Namespace, load: Load) -> None:
     near, fd = ns.index("near"), load(SCHED_CLS, TC_ACT_OK)
-    ns.call(netdev.clsact_add, near)
-    ns.call(netdev.tc_attach, near, "egress", fd, "theirs", 10)
+    ns.call(clsact.add, near)
+    ns.call(clsact.attach, near, "egress", fd, "theirs", 10)
     with pytest.raises(InterfaceError, match="theirs"):
-        ns.call(netdev.tc_attach, near, "egress", fd, "ours", 10)
-    ns.call(netdev.tc_attach, near, "egress", fd, "ours", 10, handle=2)
-    assert [each.name for each in ns.call(netdev.tc_programs, near)] == ["theirs", "ours"]
+        ns.call(clsact.attach, near, "egress", fd, "ours", 10)
+    ns.call(clsact.attach, near, "egress", fd, "ours", 10, handle=2)
+    assert [each.name for each in ns.call(clsact.filters, near)] == ["theirs", "ours"]
 
 
 def test_tc_without_clsact_is_refused(ns: Namespace, load: Load) -> None:
     with pytest.raises(InterfaceError, match="kernel says"):
-        ns.call(netdev.tc_attach, ns.index("near"), "egress", load(SCHED_CLS, TC_ACT_OK), "ours", 10)
+        ns.call(clsact.attach, ns.index("near"), "egress", load(SCHED_CLS, TC_ACT_OK), "ours", 10)
 
 
 # --- changes ---------------------------------------------------------------------------------------
@@ -350,22 +351,22 @@ def test_tc_without_clsact_is_refused(ns: Namespace, load: Load) -> None:
     ],
 )
 def test_watch(ns: Namespace, command: str, kind: str) -> None:
-    with ns.call(netdev.Watch) as watch:
+    with ns.call(monitor.Watch) as watch:
         watch.drain()
         ns.run(command)
         assert getattr(watch.drain(), kind)
 
 
 def test_watch_tells_what_it_lost(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netdev, "WATCH_BUFFER", 1)
-    with ns.call(netdev.Watch) as watch:
+    monkeypatch.setattr(monitor, "BUFFER", 1)
+    with ns.call(monitor.Watch) as watch:
         ns.run("ip -batch -", "".join(f"route add 10.30.{n}.0/24 dev near\n" for n in range(200)))
         assert watch.drain().lost
         assert not watch.drain()
 
 
 def test_watch_of_the_network_namespace_it_was_made_in(ns: Namespace) -> None:
-    with netdev.Watch() as elsewhere, ns.call(netdev.Watch) as watch:
+    with monitor.Watch() as elsewhere, ns.call(monitor.Watch) as watch:
         elsewhere.drain()
         ns.run("tc qdisc add dev near clsact")
         assert watch.drain().filters
@@ -385,7 +386,7 @@ def test_doctor_on_a_good_gateway(ns: Namespace) -> None:
 
 def test_doctor_on_a_bad_one(ns: Namespace, load: Load) -> None:
     ns.run("ip addr add 10.9.0.3/16 dev br0")
-    ns.call(netdev.xdp_attach, ns.index("near"), load(XDP, XDP_PASS), "native")
+    ns.call(xdp.attach, ns.index("near"), load(XDP, XDP_PASS), "native")
     found = ns.call(doctor.run, ["near"], ["br0", "far", "eth7", "ppp*"], "xdp")
     blocks = "\n".join(each.message for each in found if each.level == "block")
     assert "no interface eth7" in blocks

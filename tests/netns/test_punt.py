@@ -15,9 +15,10 @@ import pytest
 from netkit import GATE, Gateway, ask, soon
 from scapy.layers.inet import ICMP, IP, UDP
 
-from xdpmasq import bpf, netdev, punt
+from xdpmasq import bpf, punt
 from xdpmasq.lab.snapshot import differences, snapshot
 from xdpmasq.lab.topology import HOSTS, INTERNET
+from xdpmasq.net import monitor, netdev, tun
 
 pytestmark = pytest.mark.parametrize("mode", ["tc"], indirect=True)  # where the mode makes no difference
 
@@ -97,7 +98,7 @@ def test_made_anew_when_somebody_takes_it_away(fresh: Gateway) -> None:
 def test_no_pattern_makes_it_a_lan_and_nothing_goes_on_for_ever(bare: Gateway) -> None:
     bare.attach(lans=["lan0", "masq*", "m*"])
     assert set(bare.hooks()) == {"wan0", "lan0"}
-    with bare.inside(), netdev.Watch() as watch:
+    with bare.inside(), monitor.Watch() as watch:
         soon(lambda: not (time.sleep(0.3) or watch.drain()), "it is quiet")
         time.sleep(1.5)
         changes = watch.drain()
@@ -107,7 +108,7 @@ def test_no_pattern_makes_it_a_lan_and_nothing_goes_on_for_ever(bare: Gateway) -
 
 def test_each_has_its_own_name(bare: Gateway) -> None:
     with bare.inside():
-        taps = [netdev.tap_create("masq-punt%d", 1500, 10) for _ in range(2)]
+        taps = [tun.tap_create("masq-punt%d", 1500, 10) for _ in range(2)]
         bare.attach()
         assert {link.name for link in netdev.links() if netdev.is_punt_port(link)} == {
             "masq-punt0", "masq-punt1", "masq-punt2"
@@ -133,9 +134,10 @@ def test_without_the_device_the_gateway_works_and_says_what_is_lacking(bare: Gat
 
 
 _NO_DEVICE = """
-from xdpmasq import agent, netdev
+from xdpmasq import agent
+from xdpmasq.net import tun
 from xdpmasq.config import Config
-netdev.TUN = "/dev/net/none"
+tun.DEVICE = "/dev/net/none"
 agent.run(Config(("wan0",), ("lan0",), mode="tc"))
 """
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 from netkit import GATE, Gateway, needs_tcx, strangers_program
 
-from xdpmasq import bpf, netdev
+from xdpmasq import bpf
 from xdpmasq.lab import netns
 from xdpmasq.lab.snapshot import differences, snapshot
+from xdpmasq.net import clsact, netdev, xdp
 
 pytestmark = pytest.mark.xdist_group("refusals")
 XDP_PASS = 2
@@ -86,7 +87,7 @@ def test_a_lease_that_overlaps_the_lan(gateway: Gateway, address: str) -> None:
 def test_somebody_elses_program_on_the_xdp_hook(gateway: Gateway, interface: str) -> None:
     with gateway.inside(), strangers_program("xdp", XDP_PASS) as program:
         index = netdev.link(interface).index
-        netdev.xdp_attach(index, program.fd, "native")
+        xdp.attach(index, program.fd, "native")
         stranger = program.id
     try:
         told = refuse(gateway, "--wan", "wan0", "--lan", "lan*", "--mode", "xdp")
@@ -101,7 +102,7 @@ def test_a_filter_in_our_place(gateway: Gateway, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDPMASQ_TC", "clsact")
     gateway.gate("tc", "qdisc", "add", "dev", "wan0", "clsact")
     with gateway.inside(), strangers_program("tc", 0) as program:
-        netdev.tc_attach(netdev.link("wan0").index, "ingress", program.fd, "firewall", 0x4D51)
+        clsact.attach(netdev.link("wan0").index, "ingress", program.fd, "firewall", 0x4D51)
     try:
         assert "someone else's filter 'firewall'" in refuse(gateway, "--wan", "wan0", "--lan", "lan0")
     finally:

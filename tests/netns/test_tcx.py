@@ -17,9 +17,10 @@ from collections.abc import Iterator
 import pytest
 from netkit import Gateway, Stream, answers, needs_tcx, soon, strangers_program, who
 
-from xdpmasq import bpf, netdev
+from xdpmasq import bpf
 from xdpmasq.lab import netns
 from xdpmasq.lab.snapshot import differences, snapshot
+from xdpmasq.net import clsact, netdev
 
 GOES_ON, DROPS = -1, 2  # TCX_NEXT, TCX_DROP
 in_tc = pytest.mark.parametrize("mode", ["tc"], indirect=True)
@@ -183,7 +184,7 @@ def is_on_clsact(gateway: Gateway) -> bool:
     """Which of the two wan0's programs are on; never on both."""
     with gateway.inside():
         index = netdev.link("wan0").index
-        filters = {each.direction for each in netdev.tc_programs(index)}
+        filters = {each.direction for each in clsact.filters(index)}
         tcx = {hook for hook in ("ingress", "egress") if bpf.tcx_programs(index, hook)}
         assert (filters, tcx) in [({"ingress", "egress"}, set()), (set(), {"ingress", "egress"})]
     return bool(filters)
@@ -217,8 +218,8 @@ def test_without_tcx(bare: Gateway) -> None:
     [
         pytest.param("tcx", "bpf.tcx_attach", "detach", marks=needs_tcx),
         pytest.param("tcx", "bpf.tcx_attach", "attach", marks=needs_tcx),
-        ("clsact", "netdev.clsact_add", "detach"),
-        ("clsact", "netdev.tc_attach", "attach"),
+        ("clsact", "clsact.add", "detach"),
+        ("clsact", "clsact.attach", "attach"),
     ],
 )
 def test_killed_in_the_middle_of_attaching(monkeypatch: pytest.MonkeyPatch, way: str, step: str, then: str) -> None:
@@ -281,7 +282,7 @@ def test_killed_while_it_moves(bare: Gateway, monkeypatch: pytest.MonkeyPatch, t
     with bare.udp("a-box") as client:
         endpoint = who(client)
         bare.kill_agent()
-        bare.die_at("netdev.tc_detach", call=2)
+        bare.die_at("clsact.detach", call=2)
         assert who(client) == endpoint
         if then == "attach":
             bare.attach()

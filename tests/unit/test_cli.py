@@ -1,5 +1,6 @@
 """The command line, with agent and datapath replaced: words, JSON, exit status."""
 
+import importlib
 import io
 import json
 import os
@@ -19,7 +20,6 @@ import typer
 from records import SESSION, SETTINGS
 from rich.console import Console
 
-import xdpmasq
 from xdpmasq import __version__, cli, rates
 from xdpmasq.cli import common
 from xdpmasq.cli import sessions as sessions_cli
@@ -137,8 +137,9 @@ def replace_module(monkeypatch: pytest.MonkeyPatch) -> Replace:
 
     def replace(name: str, **attributes: Any) -> SimpleNamespace:
         module = SimpleNamespace(**attributes)
+        package, _, last = f"xdpmasq.{name}".rpartition(".")
         monkeypatch.setitem(sys.modules, f"xdpmasq.{name}", module)
-        monkeypatch.setattr(xdpmasq, name, module, raising=False)
+        monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
         return module
 
     return replace
@@ -765,7 +766,7 @@ def doctor(replace_module: Replace) -> SimpleNamespace:
             return Program(number)
 
     replace_module("bpf", Program=Program)
-    replace_module("netdev", links=lambda: ["a link"])
+    replace_module("net.netdev", links=lambda: ["a link"])
     replace_module("datapath", find=lambda wan=None: Running(), program_ids=lambda link: [1, 2], PROGRAM="masq_")
     return module
 

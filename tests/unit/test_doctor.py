@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from xdpmasq import doctor, netdev
-from xdpmasq.netdev import Address, Link
+from xdpmasq import doctor, kernel
+from xdpmasq.net import sysctl
+from xdpmasq.net.ifaddrs import Address
+from xdpmasq.net.netdev import Link
 
 INSIDE = [ipaddress.IPv4Network("192.168.0.0/24")]
 
@@ -166,7 +168,7 @@ def test_a_bridge_port_is_refused() -> None:
 def test_programs_on_the_hook(
     monkeypatch: pytest.MonkeyPatch, prog_id: int, mode: doctor.Mode, expected: list[str]
 ) -> None:
-    monkeypatch.setattr("xdpmasq.drivers.kernel_release", lambda: (6, 1))
+    monkeypatch.setattr(kernel, "release", lambda: (6, 1))
     host = make_host(make_link(1, "wan0", xdp_prog_id=prog_id), LAN, mode=mode)
     assert levels(doctor.check_hook(host)) == expected
 
@@ -197,7 +199,7 @@ def test_mtu(mtu: int, mode: doctor.Mode, expected: list[str]) -> None:
     ],
 )
 def test_ports(monkeypatch: pytest.MonkeyPatch, local: str, level: str, left: str) -> None:
-    monkeypatch.setattr(netdev, "sysctl_get", lambda name: local)
+    monkeypatch.setattr(sysctl, "read", lambda name: local)
     (finding,) = doctor.check_ports(make_host(WAN, LAN))
     assert finding.level == level
     assert finding.message.startswith(f"{left} ports")
@@ -207,7 +209,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch, local: str, level: str, left: st
     ("release", "level"), [((6, 11), "block"), ((6, 12), "ok"), ((6, 18), "ok"), ((0, 0), "block")]
 )
 def test_kernel(monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], level: str) -> None:
-    monkeypatch.setattr(netdev, "kernel_release", lambda: release)
+    monkeypatch.setattr(kernel, "release", lambda: release)
     assert levels(doctor.check_kernel(make_host(WAN, LAN))) == [level]
 
 

@@ -1,12 +1,14 @@
-"""The parts of netdev and drivers that need neither root nor a kernel."""
+"""The parts of net/ and drivers that need neither root nor a kernel."""
 
 import struct
 from pathlib import Path
 
 import pytest
 
-from xdpmasq import drivers, netdev
-from xdpmasq.netdev import Changes, Link
+from xdpmasq import drivers, kernel
+from xdpmasq.net import monitor, netdev, sysctl
+from xdpmasq.net.monitor import Changes
+from xdpmasq.net.netdev import Link
 
 BASIC, REDIRECT, NDO_XMIT = 1, 2, 4
 
@@ -57,7 +59,7 @@ def test_match_links(patterns: list[str], expected: list[str]) -> None:
 def test_policy(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], release: tuple[int, int], hook: str
 ) -> None:
-    monkeypatch.setattr(drivers, "kernel_release", lambda: release)
+    monkeypatch.setattr(kernel, "release", lambda: release)
     chosen, reason = drivers.xdp_policy(make_link(**fields))
     assert chosen == hook
     assert reason
@@ -95,7 +97,7 @@ def message(kind: int, payload: bytes = b"") -> bytes:
     ],
 )
 def test_kinds_of_messages(datagram: bytes, expected: set[str]) -> None:
-    assert netdev._kinds(datagram) == expected
+    assert monitor._kinds(datagram) == expected
 
 
 def test_changes_are_true_when_something_changed() -> None:
@@ -112,8 +114,8 @@ def test_changes_are_true_when_something_changed() -> None:
     ],
 )
 def test_sysctl_path(name: str | tuple[str, ...], path: str) -> None:
-    assert netdev._sysctl_path(name) == Path(path)
+    assert sysctl._path(name) == Path(path)
 
 
 def test_sysctl_get_of_an_unknown_name() -> None:
-    assert netdev.sysctl_get("net.ipv4.no_such_thing") is None
+    assert sysctl.read("net.ipv4.no_such_thing") is None

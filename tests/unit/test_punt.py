@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP, fragment
 
-from xdpmasq import datapath, netdev, punt
+from xdpmasq import datapath, punt
 from xdpmasq.errors import HostError
+from xdpmasq.net import netdev, tun
 from xdpmasq.orphans import Key
 from xdpmasq.punt import ALG_IN, ALG_OUT, BUDGET, FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TOO_BIG, TTL, Punt
 
@@ -32,7 +33,7 @@ class Wire:
         self.refuses: OSError | None = None
         self.firsts: set[Key] = set()
         self.asked = 0
-        tap = netdev.Tap(near.detach(), "masq-punt0", 7)
+        tap = tun.Tap(near.detach(), "masq-punt0", 7)
         self.punt = Punt(tap, self._known, self, 30, **options)  # type: ignore[arg-type]
 
     def _known(self, keys: Any) -> list[Key]:
@@ -303,7 +304,7 @@ def test_the_reasons_are_those_of_the_c() -> None:
 
 
 def test_without_the_device_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(netdev, "TUN", str(tmp_path / "tun"))
+    monkeypatch.setattr(tun, "DEVICE", str(tmp_path / "tun"))
     with pytest.raises(HostError, match=r"cannot create a TAP: .*/tun: No such file or directory; modprobe tun"):
         Punt.open(datapath.Tables({}), 30, "prohibited", lambda direction, _, packet: [(direction, packet)])
 

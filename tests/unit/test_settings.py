@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xdpmasq import netdev, settings
+from xdpmasq import settings
 from xdpmasq.config import Config, Limits, Ports
 from xdpmasq.datapath import FURTHER_BASE, PORTS
 from xdpmasq.errors import HostError
+from xdpmasq.net import routing, sysctl
 
 HOME = Config(("wan0",), ("lan0",))
 GIB = 2**30
@@ -19,7 +20,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def ephemeral(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netdev, "sysctl_get", lambda name: "32768\t60999")
+    monkeypatch.setattr(sysctl, "read", lambda name: "32768\t60999")
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,8 @@ def link(mtu: int) -> Any:
     return SimpleNamespace(index=2, mtu=mtu)
 
 
-def route(oif: int, mtu: int) -> netdev.Route:
-    return netdev.Route(IPv4Network("0.0.0.0/0"), oif, None, 254, mtu)
+def route(oif: int, mtu: int) -> routing.Route:
+    return routing.Route(IPv4Network("0.0.0.0/0"), oif, None, 254, mtu)
 
 
 @pytest.mark.parametrize(
@@ -81,5 +82,5 @@ def route(oif: int, mtu: int) -> netdev.Route:
         pytest.param(1300, [route(2, 1200)], 1160, id="given, but too much for a route"),
     ],
 )
-def test_segments_fit_the_wan(mss: Any, routes: list[netdev.Route], wanted: int) -> None:
+def test_segments_fit_the_wan(mss: Any, routes: list[routing.Route], wanted: int) -> None:
     assert settings.mss(replace(HOME, mss=mss), link(1492), routes) == wanted

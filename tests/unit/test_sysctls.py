@@ -12,8 +12,8 @@ FORWARDING, LIBERAL = sysctls.FORWARDING, sysctls.LIBERAL
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     values = {FORWARDING: "1", LIBERAL: "1"}
-    monkeypatch.setattr("xdpmasq.netdev.sysctl_get", values.get)
-    monkeypatch.setattr("xdpmasq.netdev.sysctl_set", values.__setitem__)
+    monkeypatch.setattr("xdpmasq.net.sysctl.read", values.get)
+    monkeypatch.setattr("xdpmasq.net.sysctl.write", values.__setitem__)
     return values
 
 

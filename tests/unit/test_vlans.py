@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from xdpmasq import doctor, drivers, netdev, vlans
-from xdpmasq.netdev import Link, Vlan
+from xdpmasq import doctor, drivers, kernel, vlans
+from xdpmasq.net import ethtool
+from xdpmasq.net.netdev import Link, Vlan
 from xdpmasq.vlans import Wire
 
 Q, AD = 0x8100, 0x88A8
@@ -66,8 +67,8 @@ def test_a_device_that_takes_tags_off_is_left_to_tc(
     monkeypatch: pytest.MonkeyPatch, features: set[str], links: tuple[Link, ...], hook: str, do: str
 ) -> None:
     """Also where it is LAN or WAN itself: a VLAN's frames would seem to be its own."""
-    monkeypatch.setattr(netdev, "offloads", lambda name: frozenset(features))
-    monkeypatch.setattr(drivers, "kernel_release", lambda: (6, 1))
+    monkeypatch.setattr(ethtool, "offloads", lambda name: frozenset(features))
+    monkeypatch.setattr(kernel, "release", lambda: (6, 1))
     for each in links:
         chosen, why = drivers.auto(each, links)
         assert chosen == hook
@@ -77,8 +78,8 @@ def test_a_device_that_takes_tags_off_is_left_to_tc(
 
 @pytest.mark.parametrize(("mode", "levels"), [("xdp", ["block"]), ("auto", ["warn"]), ("tc", [])])
 def test_doctor(monkeypatch: pytest.MonkeyPatch, mode: doctor.Mode, levels: list[str]) -> None:
-    monkeypatch.setattr(netdev, "offloads", lambda name: frozenset({"rx-vlan-hw-parse"}))
-    monkeypatch.setattr(drivers, "kernel_release", lambda: (6, 1))
+    monkeypatch.setattr(ethtool, "offloads", lambda name: frozenset({"rx-vlan-hw-parse"}))
+    monkeypatch.setattr(kernel, "release", lambda: (6, 1))
     host = doctor.Host(present=LINKS, wans=(LINKS[1],), lans=(LINKS[3],), mode=mode, ours=())
     assert [each.level for each in doctor.check_vlans(host)] == levels
 

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from xdpmasq import bpf, datapath, netdev
+from xdpmasq import bpf, datapath
 from xdpmasq.errors import MasqError
 from xdpmasq.lab import netns
+from xdpmasq.net import netdev, xdp
 
 XDPMASQ = str(Path(sys.executable).with_name("xdpmasq"))
 PUBLIC, SERVER, PORT = "203.0.113.1", "203.0.113.10", 7
@@ -209,7 +210,7 @@ def test_somebody_elses_program_stays() -> None:
     passes = bpf.Program(bpf._load(bytes.fromhex("b7000000020000009500000000000000"), bpf.PROG_TYPES["xdp"], "else"))
     with netns.entered("gate"):
         index = netdev.link("eth1").index
-        netdev.xdp_attach(index, passes.fd, "native")
+        xdp.attach(index, passes.fd, "native")
     try:
         refused = xdpmasq("run", "--config", str(CONFIG_FILE), check=False)
         assert refused.returncode == 1
@@ -217,7 +218,7 @@ def test_somebody_elses_program_stays() -> None:
         assert xdp_on("eth1") == passes.id
     finally:
         with netns.entered("gate"):
-            netdev.xdp_detach(index, "native", passes.fd)
+            xdp.detach(index, "native", passes.fd)
 
 
 # --- then those that share a gateway

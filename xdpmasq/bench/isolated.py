@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from xdpmasq import bpf, datapath, netdev
+from xdpmasq import bpf, datapath
 from xdpmasq.bench import figures, measure, turns
 from xdpmasq.bench.generator import DIRECTIONS, SMALLEST_FRAME
 from xdpmasq.bench.report import Column, Drawing, Line, Section
@@ -22,6 +22,7 @@ from xdpmasq.bench.stage import Lane, Stage
 from xdpmasq.bench.topology import HOST_BASE, HOST_PORT, MACS, PUBLIC_ADDR, REMOTE_BASE, REMOTE_PORT, TTL
 from xdpmasq.bench.turns import Case
 from xdpmasq.errors import HostError, MasqError
+from xdpmasq.net import netdev
 
 _REPEAT = 500_000
 _TRIES = 3

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from xdpmasq import netdev
 from xdpmasq.errors import HostError, MasqError
 from xdpmasq.lab import netns
+from xdpmasq.net import xdp
 
 Role = Literal["lan", "gate", "wan"]
 ROLES: tuple[Role, ...] = ("lan", "gate", "wan")
@@ -232,8 +232,8 @@ class Topology:
 
     def attach_xdp(self, role: Role, interface: str, program_fd: int) -> None:
         with self.inside(role):
-            netdev.xdp_attach(socket.if_nametoindex(interface), program_fd, "native")
+            xdp.attach(socket.if_nametoindex(interface), program_fd, "native")
 
     def detach_xdp(self, role: Role, interface: str, program_fd: int) -> None:
         with self.inside(role):
-            netdev.xdp_detach(socket.if_nametoindex(interface), "native", program_fd)
+            xdp.detach(socket.if_nametoindex(interface), "native", program_fd)

@@ -75,7 +75,8 @@ def _running() -> tuple[Sequence[str], Sequence[str], Mode]:
 
 def _own_programs() -> set[int]:
     """Ids of our programs on the interfaces here, which doctor is not to take for a stranger's."""
-    from xdpmasq import bpf, datapath, netdev  # noqa: PLC0415  heavy
+    from xdpmasq import bpf, datapath  # noqa: PLC0415  heavy
+    from xdpmasq.net import netdev  # noqa: PLC0415  heavy
 
     own = set()
     try:

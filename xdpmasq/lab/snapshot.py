@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from xdpmasq import bpf, netdev
+from xdpmasq import bpf
 from xdpmasq.lab import netns
 from xdpmasq.lab.lab import Lab
+from xdpmasq.net import netdev
 
 _OF_BOX = {
     "link": "ip -details -oneline link",
