@@ -34,7 +34,7 @@ def check_interfaces(config: Config) -> None:
         raise netdev.no_such_interface(config.wan, links)
     for pattern in config.lans:
         matched = netdev.match_links([pattern], links)
-        if not matched and not set(pattern) & set("*?["):
+        if not matched and not netdev.is_pattern(pattern):
             raise netdev.no_such_interface(pattern, links)
     lans = netdev.match_links(config.lans, links)
     outside = [wan for wan in wans if wan]

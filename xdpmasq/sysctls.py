@@ -53,7 +53,7 @@ class Sysctls:
             self._loose.add(index)
             name = RP_FILTER.format(loose[index])
             before = sysctl.read(name)
-            if before and max(int(before), int(sysctl.read(RP_FILTER.format("all")) or 0)) == STRICT:
+            if before and is_strict(loose[index]):
                 self._set(name, before)
 
     def _set(self, name: str, before: str) -> None:
@@ -64,6 +64,11 @@ class Sysctls:
             self._manifest["side_effects"] = _side_effects()
         self._save()
         sysctl.write(name, _wanted(name))
+
+
+def is_strict(interface: str) -> bool:
+    """Whether rp_filter lets in only what would be answered by that interface; the higher of two values counts."""
+    return max(int(sysctl.read(RP_FILTER.format(name)) or 0) for name in ("all", interface)) == STRICT
 
 
 def _wanted(name: str) -> str:

@@ -731,7 +731,7 @@ def test_watch_ends_with_the_datapath(
 
 @dataclass(frozen=True)
 class Finding:
-    """As doctor.Finding."""
+    """As doctor.finding.Finding."""
 
     check: str
     level: str

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from xdpmasq import doctor, kernel
+from xdpmasq import kernel
+from xdpmasq.config import Mode
+from xdpmasq.doctor import forwarding, interfaces, iptables, machine, nft, reading
+from xdpmasq.doctor.host import Host
 from xdpmasq.net import sysctl
 from xdpmasq.net.ifaddrs import Address
 from xdpmasq.net.netdev import Link
@@ -66,7 +69,7 @@ MASQUERADE = {"masquerade": None}
     ],
 )  # fmt: skip
 def test_nft_source_nat(given: dict[str, Any], concerns: bool) -> None:
-    found = doctor.nft_nat(given)
+    found = nft.source_nat(given)
     assert found is not None
     assert found.remove == f"nft delete rule {given['family']} nat post handle 7"
     assert found.concerns("wan0", INSIDE) is concerns
@@ -84,16 +87,16 @@ def test_nft_source_nat(given: dict[str, Any], concerns: bool) -> None:
     ],
 )
 def test_nft_other_rules(given: dict[str, Any]) -> None:
-    assert doctor.nft_nat(given) is None
+    assert nft.source_nat(given) is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", "no JSON", '{"nftables": [{"metainfo": {}}]}'])
 def test_nft_without_rules(text: str) -> None:
-    assert doctor.nft_rules(text) == []
+    assert nft.rules(text) == []
 
 
 def test_iptables_save() -> None:
-    docker, ppp = doctor.iptables_nat(IPTABLES)
+    docker, ppp = iptables.source_nats(IPTABLES)
     assert docker.remove == "iptables -t nat -D POSTROUTING -s 172.17.0.0/16 ! -o docker+ -j MASQUERADE"
     assert not docker.concerns("ppp0", INSIDE)
     assert docker.concerns("ppp0", [ipaddress.IPv4Network("172.17.3.0/24")])
@@ -114,10 +117,10 @@ def make_host(
     wan: Link,
     lan: Link,
     *addresses: tuple[int, str],
-    mode: doctor.Mode = "auto",
+    mode: Mode = "auto",
     others: tuple[Link, ...] = (),
-) -> doctor.Host:
-    host = doctor.Host(present=(wan, lan, *others), wans=(wan,), lans=(lan,), mode=mode, ours={42})
+) -> Host:
+    host = Host(present=(wan, lan, *others), wans=(wan,), lans=(lan,), mode=mode, ours={42})
     own = [Address(index, ipaddress.ip_interface(ip), False, None) for index, ip in addresses]
     object.__setattr__(host, "addresses", own)
     return host
@@ -141,18 +144,18 @@ PUBLIC, PRIVATE = (1, "203.0.113.1/24"), (2, "192.168.0.1/24")
     ],
 )
 def test_addresses(addresses: list[tuple[int, str]], expected: list[str]) -> None:
-    found = list(doctor.check_addresses(make_host(WAN, LAN, *addresses)))
+    found = list(interfaces.check_addresses(make_host(WAN, LAN, *addresses)))
     assert sorted(levels(found)) == sorted(expected)
 
 
 def test_one_armed_is_refused() -> None:
-    assert "block" in levels(doctor.check_roles(make_host(WAN, WAN, PUBLIC)))
+    assert "block" in levels(interfaces.check_roles(make_host(WAN, WAN, PUBLIC)))
 
 
 def test_a_bridge_port_is_refused() -> None:
     bridge = make_link(9, "br0", kind="bridge", driver="bridge")
     host = make_host(WAN, make_link(2, "lan0", master=9), PUBLIC, others=(bridge,))
-    (finding,) = doctor.check_roles(host)
+    (finding,) = interfaces.check_roles(host)
     assert (finding.level, finding.do) == ("block", "name br0 instead")
 
 
@@ -165,27 +168,25 @@ def test_a_bridge_port_is_refused() -> None:
         pytest.param(7, "tc", ["warn"], id="someone else's, not needed"),
     ],
 )
-def test_programs_on_the_hook(
-    monkeypatch: pytest.MonkeyPatch, prog_id: int, mode: doctor.Mode, expected: list[str]
-) -> None:
+def test_programs_on_the_hook(monkeypatch: pytest.MonkeyPatch, prog_id: int, mode: Mode, expected: list[str]) -> None:
     monkeypatch.setattr(kernel, "release", lambda: (6, 1))
     host = make_host(make_link(1, "wan0", xdp_prog_id=prog_id), LAN, mode=mode)
-    assert levels(doctor.check_hook(host)) == expected
+    assert levels(interfaces.check_hook(host)) == expected
 
 
 def test_forced_xdp_where_there_is_none() -> None:
     tun = make_link(1, "tun0", kind="tun", driver="tun", ethernet=False)
-    assert "block" in levels(doctor.check_driver(make_host(tun, LAN, mode="xdp")))
-    assert "block" not in levels(doctor.check_driver(make_host(tun, LAN)))
+    assert "block" in levels(interfaces.check_driver(make_host(tun, LAN, mode="xdp")))
+    assert "block" not in levels(interfaces.check_driver(make_host(tun, LAN)))
 
 
 @pytest.mark.parametrize(
     ("mtu", "mode", "expected"),
     [(1500, "xdp", []), (9000, "xdp", ["warn"]), (9000, "tc", [])],
 )
-def test_mtu(mtu: int, mode: doctor.Mode, expected: list[str]) -> None:
+def test_mtu(mtu: int, mode: Mode, expected: list[str]) -> None:
     host = make_host(make_link(1, "wan0", mtu=mtu), LAN, mode=mode)
-    assert levels(doctor.check_mtu(host)) == expected
+    assert levels(interfaces.check_mtu(host)) == expected
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_mtu(mtu: int, mode: doctor.Mode, expected: list[str]) -> None:
 )
 def test_ports(monkeypatch: pytest.MonkeyPatch, local: str, level: str, left: str) -> None:
     monkeypatch.setattr(sysctl, "read", lambda name: local)
-    (finding,) = doctor.check_ports(make_host(WAN, LAN))
+    (finding,) = forwarding.check_ports(make_host(WAN, LAN))
     assert finding.level == level
     assert finding.message.startswith(f"{left} ports")
 
@@ -210,7 +211,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch, local: str, level: str, left: st
 )
 def test_kernel(monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], level: str) -> None:
     monkeypatch.setattr(kernel, "release", lambda: release)
-    assert levels(doctor.check_kernel(make_host(WAN, LAN))) == [level]
+    assert levels(machine.check_kernel(make_host(WAN, LAN))) == [level]
 
 
 @pytest.mark.parametrize(
@@ -227,8 +228,8 @@ def test_bcc(monkeypatch: pytest.MonkeyPatch, module: Any, level: str) -> None:
             raise ImportError(name)
         return module
 
-    monkeypatch.setattr(doctor.importlib, "import_module", load)
-    assert levels(doctor.check_bcc(make_host(WAN, LAN))) == [level]
+    monkeypatch.setattr(machine.importlib, "import_module", load)
+    assert levels(machine.check_bcc(make_host(WAN, LAN))) == [level]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_bcc(monkeypatch: pytest.MonkeyPatch, module: Any, level: str) -> None:
     ],
 )
 def test_privileges(monkeypatch: pytest.MonkeyPatch, held: int, refused: str, level: str, said: str) -> None:
-    monkeypatch.setattr(doctor, "_read", lambda _: f"Name:\tx\nCapEff:\t{held:016x}\n")
+    monkeypatch.setattr(reading, "text_of", lambda _: f"Name:\tx\nCapEff:\t{held:016x}\n")
     monkeypatch.setattr("xdpmasq.bpf.refusal", lambda: refused)
-    (found,) = doctor.check_privileges(make_host(WAN, LAN))
+    (found,) = machine.check_privileges(make_host(WAN, LAN))
     assert (found.level, said in found.message) == (level, True)

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
-from xdpmasq import doctor, drivers, kernel, vlans
+from xdpmasq import drivers, kernel, vlans
+from xdpmasq.config import Mode
+from xdpmasq.doctor import interfaces
+from xdpmasq.doctor.host import Host
 from xdpmasq.net import ethtool
 from xdpmasq.net.netdev import Link, Vlan
 from xdpmasq.vlans import Wire
@@ -77,11 +80,11 @@ def test_a_device_that_takes_tags_off_is_left_to_tc(
 
 
 @pytest.mark.parametrize(("mode", "levels"), [("xdp", ["block"]), ("auto", ["warn"]), ("tc", [])])
-def test_doctor(monkeypatch: pytest.MonkeyPatch, mode: doctor.Mode, levels: list[str]) -> None:
+def test_doctor(monkeypatch: pytest.MonkeyPatch, mode: Mode, levels: list[str]) -> None:
     monkeypatch.setattr(ethtool, "offloads", lambda name: frozenset({"rx-vlan-hw-parse"}))
     monkeypatch.setattr(kernel, "release", lambda: (6, 1))
-    host = doctor.Host(present=LINKS, wans=(LINKS[1],), lans=(LINKS[3],), mode=mode, ours=())
-    assert [each.level for each in doctor.check_vlans(host)] == levels
+    host = Host(present=LINKS, wans=(LINKS[1],), lans=(LINKS[3],), mode=mode, ours=())
+    assert [each.level for each in interfaces.check_vlans(host)] == levels
 
 
 def test_a_vlan_of_a_virtual_device() -> None:

@@ -13,7 +13,7 @@ from xdpmasq.configfile import load
 from xdpmasq.errors import MasqError, UsageError
 
 if TYPE_CHECKING:
-    from xdpmasq.doctor import Finding
+    from xdpmasq.doctor.finding import Finding
 
 COLOURS = {"ok": "green", "warn": "yellow", "block": "red"}
 

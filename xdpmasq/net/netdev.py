@@ -118,6 +118,11 @@ def match_links(patterns: Sequence[str], links: Iterable[Link]) -> list[Link]:
     return [each for each in networks if any(fnmatch.fnmatchcase(each.name, pattern) for pattern in patterns)]
 
 
+def is_pattern(name: str) -> bool:
+    """Whether what fits it may come later."""
+    return bool(set(name) & set("*?["))
+
+
 def is_punt_port(link: Link) -> bool:
     """Whether it is one of our own making: see punt.py."""
     return link.kind == "tun" and link.name.startswith(PUNT_PORT)

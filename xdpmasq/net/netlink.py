@@ -23,7 +23,7 @@ def dump(request: Callable[[Any], Iterable[T]]) -> list[T]:
 
 
 def name_of(index: int) -> str:
-    """The interface's name, for a message; that it has none (any more) is no error."""
+    """The interface's name, or its number when it is gone: for messages."""
     try:
         return socket.if_indextoname(index)
     except OSError:
