@@ -43,11 +43,15 @@ pasv_enable=YES
 
 
 class FtpServer(Server):
-    """vsftpd for anonymous users, with a file to fetch and a place to put one."""
+    """vsftpd for anonymous users, with a file to fetch and a place to put one.
+
+    Args:
+        more: lines of its configuration.
+    """
 
     name = "vsftpd"
 
-    def __init__(self, lab: Lab, role: str = "internet", address: str = INTERNET) -> None:
+    def __init__(self, lab: Lab, role: str = "internet", address: str = INTERNET, more: str = "") -> None:
         super().__init__(lab, role, address)
         files, empty = self.directory / "files", self.directory / "empty"
         (files / "in").mkdir(parents=True)
@@ -59,7 +63,7 @@ class FtpServer(Server):
         (files / "given").write_bytes(self.given)
         self.taken = files / "in" / "taken"
         config = self.directory / "config"
-        config.write_text(VSFTPD.format(address=address, files=files, empty=empty))
+        config.write_text(VSFTPD.format(address=address, files=files, empty=empty) + more)
         self._start(["/usr/sbin/vsftpd", config], "tcp", 21)
 
 
