@@ -92,6 +92,15 @@ static __always_inline bool alg_wants(const struct packet *p)
 	return p->class != CLASS_TCP || p->tcp_flags & (TCP_SYN | TCP_FIN) || packet_has_text(p);
 }
 
+/* A packet that comes once more has again the mark that the gateway's rules had given it. */
+static __always_inline void control_keep_mark(const struct packet *p, struct control *control)
+{
+	if (p->alg)
+		p->skb->mark = control->mark;
+	else
+		control->mark = p->skb->mark;
+}
+
 /* The first look at a packet of a control session: REDIRECT when the agent is to read it. */
 static __always_inline enum verdict alg_read(const struct settings *cfg, const struct packet *p, const struct session *s,
 					     enum punt_reason reason)
@@ -104,6 +113,8 @@ static __always_inline enum verdict alg_read(const struct settings *cfg, const s
 	control = controls.lookup(&key);
 	if (control && control->over && !(p->tcp_flags & TCP_SYN))
 		return CONTINUE;
+	if (control && reason == PUNT_ALG_OUT)
+		control_keep_mark(p, control);
 	if (!p->more_fragments && punt_with(cfg, p, reason, s->mapping)) {
 		count(COUNT_punt_alg);
 		return REDIRECT;
@@ -118,6 +129,8 @@ static __always_inline bool alg_shifts(const struct packet *p, const struct sess
 	struct control_key key = control_key_of(s);
 	struct control *control = controls.lookup(&key);
 
+	if (control && direction == OUTBOUND)
+		control_keep_mark(p, control);
 	if (!control || p->class != CLASS_TCP || p->alg & ALG_SHIFTED)
 		return false;
 	/* A new connection over the same endpoints. */

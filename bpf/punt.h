@@ -36,7 +36,7 @@ static __always_inline bool punt_with(const struct settings *cfg, const struct p
 
 	if (!punt_is_attended(cfg, p) || !budget_spend(cfg, reason, p->now))
 		return false;
-	if (!p->l3 && bpf_skb_change_head(p->skb, sizeof(header), 0))
+	if (bpf_skb_change_head(p->skb, sizeof(header) + (p->l3 ? 0 : ETH_HLEN), 0))
 		return false;
 	return !bpf_skb_store_bytes(p->skb, 0, &header, sizeof(header), 0) &&
 	       bpf_redirect(cfg->punt, 0) == TC_ACT_REDIRECT;

@@ -63,6 +63,7 @@ static __always_inline void trace_begin(const struct packet *p)
 		sight->counts[i] = *counter;
 	}
 	sight->l3 = p->l3;
+	sight->len = p->skb->len;
 	sight->is_open = 1;
 }
 
@@ -116,7 +117,7 @@ static __always_inline int trace_end(const struct packet *p, enum trace_hook hoo
 		sight = sight_get();
 		if (sight && sight->is_open) {
 			sight->is_open = 0;
-			look_at(skb, sight->l3, &sight->after);
+			look_at(skb, sight->l3 + skb->len - sight->len, &sight->after); /* headers may have been put before it */
 			if (sight_fits(sight, t, hook))
 				trace_write(skb, t, sight, hook, verdict);
 		}

@@ -238,7 +238,9 @@ struct fragment {
 	struct span span[FRAGMENT_SPANS];
 };
 
-/* The punt port: a TAP read by the agent. A frame's destination MAC says why and where, the rest is the packet. */
+/* The punt port: a TAP read by the agent. A frame's destination MAC says why and where; behind this header comes the
+ * packet as the hook saw it, with an Ethernet header of zeros where it had none.
+ */
 enum punt_reason {
 	PUNT_FRAGMENT_IN, /* before its first; to be put back on the ingress hook of the interface */
 	PUNT_FRAGMENT_OUT, /* the same at the egress hook */
@@ -319,6 +321,7 @@ struct control {
 	struct mapping_key internal;
 	u32 opened_at; /* jiffies */
 	u32 from_outside;
+	u32 mark; /* of its packets on their way out, while the skb's own says where they are in theirs */
 	u32 over; /* its ALG will read no more */
 	u32 acked[2]; /* by enum direction, of what went that way: as its receiver has acknowledged; 0: not known */
 	struct shifts shifts[2]; /* by enum direction */
@@ -608,7 +611,9 @@ struct sight { /* of the packet that a CPU is at work on */
 	struct look before, after;
 	u64 counts[64 * TRACE_WORDS];
 	u32 l3;
+	u32 len;
 	u32 is_open;
+	u32 pad;
 };
 
 /* A session's end takes effect with a swap of its slot's life, after which the slot may be another's at once; so what is

@@ -1,10 +1,10 @@
 """The punt port: a TAP on which the kernel's programs hand the agent what they cannot settle.
 
 A frame's destination MAC says why it comes and of which interface it is (``struct punt_header`` of bpf/types.h), the
-rest is the packet as the hook saw it. Fragments that overtook their first one go back the same way, unchanged, once
-that one is known. Packets of ALGs' sessions are read, and go back edited (:mod:`xdpmasq.alg.service`). Senders of
-refused packets are told by ICMP; what is too big for the WAN that it has to leave by goes back in pieces, or its
-sender is told. The TAP lives as long as the agent.
+rest is the packet as the hook saw it, with its Ethernet header: by that it goes back the way it was on. Fragments
+that overtook their first one go back unchanged, once that one is known. Packets of ALGs' sessions are read, and go
+back edited (:mod:`xdpmasq.alg.service`). Senders of refused packets are told by ICMP; what is too big for the WAN
+that it has to leave by goes back in pieces, or its sender is told. The TAP lives as long as the agent.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TTL, TOO_BIG, ALG_IN, ALG_OUT = range(7)
 LOCAL = 0x02
 _HEADER = struct.Struct("!BBII2xH")
 _ETH_P_IP = 0x0800
+_LINK = 14  # an Ethernet header
+_NO_LINK = bytes(_LINK)  # the kernel is to look for the way
+_AHEAD = _HEADER.size + _LINK
 
 _SOL_RAW, _ICMP_FILTER, _NO_TYPE = 255, 1, struct.pack("=I", 0xFFFFFFFF)  # linux/icmp.h
 
@@ -122,7 +125,7 @@ class Punt:
         """
         for _ in range(BUDGET):
             try:
-                frame = os.read(self._tap.fd, MTU + _HEADER.size)
+                frame = os.read(self._tap.fd, MTU + _AHEAD)
             except BlockingIOError:
                 break
             self._take(frame, now)
@@ -142,13 +145,13 @@ class Punt:
         return self._orphans.pause(now)
 
     def _take(self, frame: bytes, now: float) -> None:
-        if len(frame) < _HEADER.size:
+        if len(frame) < _AHEAD:
             return
         local, reason, ifindex, about, ethertype = _HEADER.unpack_from(frame)
         # The TAP is an interface like any other: who likes can send to it.
         if local != LOCAL or ethertype != _ETH_P_IP:
             return
-        packet = frame[_HEADER.size :]
+        link, packet = frame[_HEADER.size : _AHEAD], frame[_AHEAD:]
         if reason in (FRAGMENT_IN, FRAGMENT_OUT):
             header = ipv4.parse(packet)
             if header and header.offset:
@@ -157,14 +160,16 @@ class Punt:
         elif reason in self._messages:
             self._tell(packet, self._messages[reason], now)
         elif reason == TOO_BIG and (pieces := ipv4.fragments(packet, about)):
-            back = _HEADER.pack(LOCAL, FRAGMENT_OUT, ifindex, 0, _ETH_P_IP)
+            back = _HEADER.pack(LOCAL, FRAGMENT_OUT, ifindex, 0, _ETH_P_IP) + _NO_LINK  # of the WAN it was on
             for piece in pieces:
                 self._put_back(back + piece)
         elif reason == TOO_BIG:
             self._tell(packet, refusal.TOO_BIG, now, about)
         elif reason in (ALG_IN, ALG_OUT):
             for direction, text in self._read(reason == ALG_IN, about, packet):
-                self._put_back(_HEADER.pack(LOCAL, ALG_IN if direction else ALG_OUT, ifindex, 0, _ETH_P_IP) + text)
+                way = ALG_IN if direction else ALG_OUT
+                back = _HEADER.pack(LOCAL, way, ifindex, 0, _ETH_P_IP) + (link if way == reason else _NO_LINK)
+                self._put_back(back + text)
 
     def _read(self, inbound: bool, mapping: int, packet: bytes) -> list[tuple[int, bytes]]:
         try:

@@ -63,6 +63,7 @@ CHECK_AT = {1: 2, 6: 16, 17: 6}  # the checksum within the transport header
 ICMP_ERRORS = (3, 11, 12)
 HAIRPIN_MARK = 0x4D500000
 LOOPBACK = 1
+PUNT_HEADER = 14  # and behind it an Ethernet header
 PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT, PUNT_REFUSED, PUNT_TTL = range(4)
 COUNTED, FROM_OUTSIDE = 2, 4  # SESSION_*
 LIFE_COUNTED = 16
@@ -304,7 +305,7 @@ class Result:
     @property
     def bytes(self) -> bytes:
         """From the IP header on."""
-        return self.frame[14:]
+        return self.frame[14 if self.punted is None else PUNT_HEADER + 14 :]
 
     @property
     def ip(self) -> Packet:
@@ -506,7 +507,7 @@ class Gateway:
             punted = after[1]
             told = {"masq_lan_in": self.lan, "masq_lan_lean": self.lan}.get(function, self.wan)
             assert after[:6] == bytes([2, punted]) + told.to_bytes(4, "big")
-            assert after[12:] == before[12:], "the agent is to get the packet as it was"
+            assert after[PUNT_HEADER:] == (before if l3 else bytes(14) + before), "the agent is to get it as it was"
             assert punted in {"punt_fragment": (PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT), "drop_ttl": (PUNT_TTL,)}.get(
                 ended, (PUNT_REFUSED,)
             )
@@ -517,7 +518,7 @@ class Gateway:
         if kind == "exit" or (verdict == "pass" and kind in ("own", "up")):
             assert after == before, f"{ended}, but modified"
         elif ended == "punt_return":
-            assert after[6:] == before[6:]
+            assert after[14:] == before[PUNT_HEADER + 14 :]
         elif kind in ("fast", "slow"):
             turns = function == "masq_wan_in" and ended.startswith("slow_hairpin")
             old, new = (before, after) if kind == "slow" else (untagged(before), untagged(after))

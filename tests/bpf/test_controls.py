@@ -37,7 +37,7 @@ from xdpmasq.alg.stream import ROUND, Shifts
 
 FTP = algs.Use("ftp", (("tcp", 21), ("udp", 69)), (IPv4Network("192.168.0.2/32"),))
 ALG_MARK = 0x4D600000
-READ, SHIFT = 1, 2
+READ, SHIFT, SHIFTED = 1, 2, 4
 PUNT_ALG_IN, PUNT_ALG_OUT = 5, 6
 OUT, IN = 0, 1
 WAN_MAC, NEIGHBOUR = "02:00:00:00:00:02", "02:00:00:00:00:01"
@@ -50,15 +50,20 @@ def on(gateway: Gateway) -> Iterator[None]:
     switches.take(gateway.tables, "ftp")
 
 
+def skb(gateway: Gateway, mark: int, direction: int = OUT) -> bytes:
+    """``struct __sk_buff`` at the WAN's hook."""
+    made = bytearray(192)
+    struct.pack_into("<I", made, 8, mark)
+    struct.pack_into("<II", made, 36, (gateway.lan, gateway.wan)[direction], gateway.wan)
+    return bytes(made)
+
+
 def passes(gateway: Gateway, packet: Any, direction: int, mark: int = 0) -> tuple[str, bytes, int]:
     """A packet at the WAN's hook, as often as it comes by: verdict, frame, and how often."""
     frame, function = framed(packet, WAN_MAC, NEIGHBOUR), ("masq_wan_out", "masq_wan_in")[direction]
-    times, verdict, came_by = 0, "", (gateway.lan, gateway.wan)[direction]
+    times, verdict = 0, ""
     while not times or (verdict == "redirect" and mark & ALG_MARK):
-        skb = bytearray(192)  # struct __sk_buff
-        struct.pack_into("<I", skb, 8, mark)
-        struct.pack_into("<II", skb, 36, came_by, gateway.wan)
-        run = gateway.bench.programs[function].test_run(frame, context=bytes(skb))
+        run = gateway.bench.programs[function].test_run(frame, context=skb(gateway, mark, direction))
         verdict, frame, mark = TC_VERDICTS[run.verdict], run.data, struct.unpack_from("<I", run.context, 8)[0]
         times += 1
     gateway.counted()
@@ -103,7 +108,7 @@ def test_what_the_agent_reads(gateway: Gateway) -> None:
         if read:
             assert frame[:2] == bytes((2, PUNT_ALG_OUT))
             assert struct.unpack_from("!II", frame, 2) == (gateway.wan, port)
-            assert frame[14:] == wire(packet)
+            assert frame[28:] == wire(packet)
     answer = tcp(SERVER, 21, GATEWAY, port, ACK | PSH, seq=501, ack=101, payload=b"220 hello\r\n")
     verdict, frame, _ = passes(gateway, answer, IN)
     assert (verdict, frame[1]) == ("redirect", PUNT_ALG_IN)
@@ -147,6 +152,24 @@ def test_what_it_has_read_is_translated(gateway: Gateway) -> None:
     gateway.attend()
     packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"PORT 1\r\n")
     assert passes(gateway, packet, OUT, ALG_MARK | READ)[0] == "pass"
+
+
+def test_its_packets_keep_their_mark(gateway: Gateway) -> None:
+    """Through the agent, and through the shifting of numbers."""
+    port = control_session(gateway)
+    gateway.attend()
+    packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"PORT 1\r\n")
+    assert passes(gateway, packet, OUT, 77)[0] == "redirect"
+    assert gateway.outbound(packet, mark=ALG_MARK | READ).mark == 77
+    shift(gateway, port, OUT, Shifts(0, [(101, 3)]))
+    assert gateway.outbound(packet, mark=ALG_MARK | READ | SHIFTED).mark == 77
+    bare = tcp(HOST, 5000, SERVER, 21, ACK, seq=109, ack=501)
+    first = gateway.bench.programs["masq_wan_out"].test_run(
+        framed(bare, WAN_MAC, NEIGHBOUR), context=skb(gateway, 78)
+    )
+    assert struct.unpack_from("<I", first.context, 8) == (ALG_MARK | SHIFT,)
+    gateway.counted()
+    assert gateway.outbound(bare, mark=ALG_MARK | SHIFTED).mark == 78
 
 
 @pytest.mark.parametrize("options", [0, 1, 2, 3], ids=lambda count: f"{count} blocks")

@@ -161,7 +161,7 @@ def _touched(rng: random.Random, frame: bytes) -> bytes:
     if rng.random() < 0.5:
         return frame
     data = bytearray(frame)
-    data[rng.randrange(14)] = rng.choice(TELLING)
+    data[rng.randrange(28)] = rng.choice(TELLING)
     return bytes(data)
 
 

@@ -16,6 +16,7 @@ from harness import (
     rebuilt,
     tcp,
     udp,
+    wan_frame,
     wire,
 )
 from scapy.layers.inet import IP, fragment
@@ -76,6 +77,18 @@ def test_any_order_inbound(gateway: Gateway) -> None:
     results += [gateway.inbound(back.frame), gateway.inbound(parts[3])]
     expected = rebuilt(packet, dst=HOST, dport=5000)
     assert b"".join(result.bytes[20:] for result in results) == wire(expected)[20:]
+
+
+def test_the_way_back(gateway: Gateway) -> None:
+    """As the kernel had chosen it, or, with an Ethernet header of zeros, as it chooses now."""
+    gateway.attend()
+    frame = wan_frame(pieces(udp(HOST, 5000, SERVER, 53, BIG))[1])
+    early = gateway.outbound(frame)
+    back = gateway.punt_in(early.frame)
+    assert (back.ended, back.frame) == ("punt_return", frame)
+    header, packet = early.frame[:14], early.frame[28:]
+    blank = gateway.punt_in(header + bytes(14) + packet)
+    assert (blank.ended, blank.frame) == ("punt_return", header + packet)
 
 
 @pytest.mark.parametrize("agent", ["never there", "dead"])

@@ -1,6 +1,7 @@
 """What a trace tells of each packet of a host: how it came to a hook, how it left, and why; of others nothing."""
 
 import json
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
@@ -23,10 +24,12 @@ from harness import (
     echo_reply,
     tcp,
     udp,
+    wan_frame,
 )
 from scapy.layers.inet import ICMP, IP, UDP
 
-from xdpmasq import bpf
+from xdpmasq import algs, bpf
+from xdpmasq.alg import switches
 from xdpmasq.datapath import Tables
 from xdpmasq.errors import BusyError, DatapathError
 from xdpmasq.events import HERE_S
@@ -195,6 +198,19 @@ OUT = ("wan-out", "passed", "slow_outbound")
 def test_what_is_told(gateway: Gateway, tracer: Tracer, walk: Callable[[Gateway], None], told: list[Said]) -> None:
     walk(gateway)
     assert said(tracer.read()) == told
+
+
+def test_what_goes_to_the_agent_is_told_as_it_is(gateway: Gateway, tracer: Tracer) -> None:
+    """Behind the punt port's header."""
+    gateway.attend()
+    switches.put(gateway.tables, algs.Use.parse("tftp"))
+    context = (bytes(36) + struct.pack("<II", gateway.lan, gateway.wan)).ljust(192, b"\0")
+    gateway.bench.programs["masq_wan_out"].test_run(wan_frame(udp(HOST, 5000, SERVER, 69)), context=context)
+    gateway.counted()
+    switches.take(gateway.tables, "tftp")
+    (sight,) = tracer.read()
+    assert "punt_alg" in sight.reasons
+    assert str(sight.after) == str(sight.before) == f"{HOST}:5000 > {SERVER}:69"
 
 
 def test_nothing_is_written_when_nobody_traces(gateway: Gateway) -> None:

@@ -155,7 +155,7 @@ def wire(fresh: Gateway) -> Iterator[socket.socket]:
 
 def frame(reason: int, packet: bytes) -> bytes:
     """Of an interface that there is not: the program that takes it back can do nothing with it."""
-    return struct.pack("!BBI6sH", 2, reason, 60_000, b"source", 0x0800) + packet
+    return struct.pack("!BBI6sH", 2, reason, 60_000, b"source", 0x0800) + bytes(14) + packet
 
 
 def returned(wire: socket.socket, timeout_s: float) -> bytes | None:

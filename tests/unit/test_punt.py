@@ -67,8 +67,13 @@ def wire() -> Iterator[Wire]:
     made.punt.close()
 
 
-def frame(reason: int, packet: bytes, *, local: int = 2, ethertype: int = 0x0800, about: int = 0) -> bytes:
-    return struct.pack("!BBII2xH", local, reason, 7, about, ethertype) + packet
+LINK = bytes.fromhex("02 00 00 00 00 01 02 00 00 00 00 02 08 00")
+
+
+def frame(
+    reason: int, packet: bytes, *, local: int = 2, ethertype: int = 0x0800, about: int = 0, link: bytes = LINK
+) -> bytes:
+    return struct.pack("!BBII2xH", local, reason, 7, about, ethertype) + link + packet
 
 
 def later(number: int = 1, *, offset: int = 1, text: bytes = b"the rest") -> bytes:
@@ -184,7 +189,7 @@ def test_no_frame_makes_it_raise(wire: Wire, seed: int) -> None:
     for _ in range(5000):
         data = bytearray(chance.choice(whole))
         for _ in range(chance.randrange(5)):
-            data[chance.randrange(min(len(data), 40))] = chance.randrange(256)
+            data[chance.randrange(min(len(data), 54))] = chance.randrange(256)
         data = data[: chance.randrange(1, len(data) + 1)] if chance.random() < 0.3 else data
         now += 0.01
         wire.put(bytes(data))
@@ -244,7 +249,7 @@ def test_what_is_too_big_goes_back_in_pieces(wire: Wire) -> None:
     wire.put(frame(TOO_BIG, bytes(IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(2000)), about=1300))
     wire.punt.receive(0)
     whole = [
-        frame(FRAGMENT_OUT, bytes(each))
+        frame(FRAGMENT_OUT, bytes(each), link=bytes(14))
         for each in fragment(IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(2000), 1280)
     ]
     assert wire.returned() == whole
@@ -274,7 +279,7 @@ def test_packets_of_algs_are_read_and_go_back(wire: Wire) -> None:
     reading.put(frame(ALG_IN, packet, about=4711), frame(ALG_OUT, packet, about=4712))
     reading.punt.receive(0)
     assert read == [(1, 4711, packet), (0, 4712, packet)]
-    assert reading.returned() == [frame(ALG_IN, b"edited"), frame(ALG_OUT, b"answer")]
+    assert reading.returned() == [frame(ALG_IN, b"edited"), frame(ALG_OUT, b"answer", link=bytes(14))]
     reading.punt.close()
 
 
