@@ -2,9 +2,12 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves test modules without h323_messages
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
