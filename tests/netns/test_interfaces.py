@@ -368,6 +368,11 @@ def test_a_tun_wan_in_tc_mode() -> None:
         assert TRANSIT in output
         assert stream.stop() == 0
         gateway.lab.exec("c-box", ["ping", "-c2", "-i0.05", "-W1", INTERNET])
+        with gateway.listen("internet", 21, INTERNET) as listener, gateway.tcp("a-box", (INTERNET, 21)) as client:
+            server, _ = listener.accept()
+            with server:
+                client.sendall(b"PORT 192,168,0,2,200,21\r\n")
+                assert server.recv(100).startswith(b"PORT 203,0,113,1,")
         wire.check()
         gateway.detach()
         assert differences(before, snapshot(gateway.lab)) == []
