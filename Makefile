@@ -43,7 +43,7 @@ check: setup
 # not part of `make test`: fetches a kernel once, and emulates a machine
 test-vm: setup
 	@# compiled here, and found in the cache there: an emulated machine takes minutes for it
-	$(PYTHON) -c 'from xdpmasq import datapath; datapath.compile_ahead()'
+	$(PYTHON) -c 'from xdpmasq import programs; programs.compile_ahead()'
 	tests/vm/run $(PYTHON) -m pytest tests/vm
 
 soak: setup

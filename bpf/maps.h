@@ -1,7 +1,7 @@
 /* Every map with a line of purpose, and its small accessors. Map methods work only in the main text and never
  * through a macro or an argument (bcc), hence one accessor for each.
  *
- * How large those are that are SIZED is a setting: the control plane, which creates the maps, knows (datapath.py).
+ * How large those are that are SIZED is a setting: the control plane, which creates the maps, knows (programs.py).
  */
 #define SIZED 64
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from xdpmasq import datapath
-from xdpmasq.datapath import EXTERNAL_SLOTS, LIFE_LIVE, LIFE_SESSION
+from xdpmasq.abi import EXTERNAL_SLOTS, LIFE_LIVE, LIFE_SESSION
 from xdpmasq.lab import Lab, netns
 
 NAME, GATE = "masq-scrape", "masq-gate"

@@ -9,11 +9,12 @@ from ipaddress import IPv4Address
 from typing import Any
 
 from xdpmasq import bpf, leases, presence
+from xdpmasq.abi import PREFIX_INTERNAL
 from xdpmasq.config import Config
-from xdpmasq.datapath import PREFIX_INTERNAL, Tables
 from xdpmasq.net import ifaddrs, netdev, routing
 from xdpmasq.pcpd import Place, Service
 from xdpmasq.pcpserver import Server
+from xdpmasq.tables import Tables
 
 ANYBODY = IPv4Address("240.0.0.1")  # reserved (RFC 1112 section 4): no route but the default ones leads there
 

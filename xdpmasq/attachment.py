@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network
 from typing import Any
 
-from xdpmasq import bpf, datapath, sysctls, vlans
-from xdpmasq.datapath import Hook
+from xdpmasq import bpf, datapath, hooks, sysctls, vlans
 from xdpmasq.errors import InterfaceError
+from xdpmasq.hooks import Hook
 from xdpmasq.net import clsact, netdev, routing, xdp
+from xdpmasq.programs import Programs
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def _current(index: int) -> Iterator[int | None]:
         yield None
         return
     with bpf.Program.by_id(number) as program:
-        ours = program.name.startswith(datapath.PROGRAM)
+        ours = program.name.startswith(hooks.PROGRAM)
         yield program.fd if ours else None
 
 
@@ -43,21 +44,21 @@ def _ours_on_tcx(index: int, hook: bpf.TcHook) -> list[bpf.Program]:
     for number in bpf.tcx_programs(index, hook):
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile
             found.append(bpf.Program.by_id(number))
-    return [program for program in found if program.name.startswith(datapath.PROGRAM)]
+    return [program for program in found if program.name.startswith(hooks.PROGRAM)]
 
 
 def _our_filters(index: int, hook: bpf.TcHook) -> list[clsact.Filter]:
-    return [each for each in clsact.filters(index) if (each.name, each.direction) == (datapath.FILTER, hook)]
+    return [each for each in clsact.filters(index) if (each.name, each.direction) == (hooks.FILTER, hook)]
 
 
 def tc_programs(link: netdev.Link) -> set[tuple[str, int]]:
     """(hook, program's id) of all programs where ours would be attached, others' included."""
     if uses_tcx():
-        return {(hook, number) for hook in datapath.TC_HOOKS for number in bpf.tcx_programs(link.index, hook)}
+        return {(hook, number) for hook in hooks.TC for number in bpf.tcx_programs(link.index, hook)}
     return {(each.direction, each.prog_id) for each in clsact.filters(link.index)}
 
 
-def put(link: netdev.Link, hook: Hook, programs: datapath.Programs) -> None:
+def put(link: netdev.Link, hook: Hook, programs: Programs) -> None:
     """Attaches, or replaces our own program without a gap.
 
     Raises:
@@ -77,7 +78,7 @@ def put(link: netdev.Link, hook: Hook, programs: datapath.Programs) -> None:
         if uses_tcx():
             _clear_clsact(link, hook.kind)
         else:
-            clsact.attach(link.index, hook.kind, program.fd, datapath.FILTER, datapath.PRIORITY)
+            clsact.attach(link.index, hook.kind, program.fd, hooks.FILTER, hooks.PRIORITY)
             _clear_tcx(link, hook.kind)
 
 
@@ -98,7 +99,7 @@ def clear(link: netdev.Link, keep: tuple[Hook, ...] = ()) -> bool:
     """Takes our programs off a link, except where ``keep`` wants one. True when there were any."""
     kept = {hook.kind for hook in keep}
     found = "xdp" not in kept and _clear_xdp(link)
-    for hook in datapath.TC_HOOKS:
+    for hook in hooks.TC:
         if hook not in kept:
             found |= _clear_clsact(link, hook)
             found |= _clear_tcx(link, hook)

@@ -76,7 +76,7 @@ def _log_to_syslog() -> None:
 
 def _serve() -> None:
     """The other end of :func:`start`."""
-    from xdpmasq import agent  # noqa: PLC0415  heavy
+    from xdpmasq import daemon  # noqa: PLC0415  heavy
 
     _log_to_syslog()
     answer = os.fdopen(os.dup(1), "w")
@@ -91,7 +91,8 @@ def _serve() -> None:
             answer.close()
 
     try:
-        agent.run(configuration.from_fields(json.load(sys.stdin)), ready=lambda manifest: say({"manifest": manifest}))
+        config = configuration.from_fields(json.load(sys.stdin))
+        daemon.run(config, ready=lambda manifest: say({"manifest": manifest}))
     except MasqError as error:
         say({"error": error.as_dict()})
         sys.exit(error.exit_code)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, datapath, expiry
+from xdpmasq import abi, bpf, expiry
 from xdpmasq.alg.api import Refused
-from xdpmasq.datapath import Tables
+from xdpmasq.tables import Tables
 
 NUMBERS = 65536
 TRIES = 64
@@ -35,13 +35,13 @@ def open_(tables: Tables, external: int, host: IPv4Address, call: int, remote: I
     if (known := outside(tables, external, host, call, remote)) is not None:
         return known
     record = np.zeros((), tables.maps["calls"].value)
-    record["internal"]["word"][0] = datapath.addr(host)[0][0]
+    record["internal"]["word"][0] = abi.addr(host)[0][0]
     record["call"], record["last_seen"] = socket.htons(call), bpf.jiffies()
     for number in (call, *random.SystemRandom().sample(range(1, NUMBERS), TRIES)):
         try:
-            key = (datapath.addr(remote), socket.htons(number), external)
+            key = (abi.addr(remote), socket.htons(number), external)
             tables.maps["calls"].set(key, record, bpf.UPDATE_NOEXIST)
-            tables.maps["callers"].set((datapath.addr(remote), datapath.addr(host)), bpf.jiffies())
+            tables.maps["callers"].set((abi.addr(remote), abi.addr(host)), bpf.jiffies())
         except FileExistsError:
             continue
         except OSError as error:
@@ -57,7 +57,7 @@ def outside(tables: Tables, external: int, host: IPv4Address, call: int, remote:
 
 def inside(tables: Tables, external: int, host: IPv4Address, number: int, remote: IPv4Address) -> int | None:
     """The number of a host's call that has this one outside."""
-    record = tables.maps["calls"].get((datapath.addr(remote), socket.htons(number), external))
+    record = tables.maps["calls"].get((abi.addr(remote), socket.htons(number), external))
     if record is None or IPv4Address(record["internal"]["word"][:1].tobytes()) != host:
         return None
     return socket.ntohs(int(record["call"]))
@@ -75,7 +75,7 @@ def forget(tables: Tables, ticks: int) -> None:
 
 def _of(tables: Tables, host: IPv4Address, call: int) -> Iterator[tuple[tuple[IPv4Address, int], int]]:
     """Of a host's call remote and external address, and the number there."""
-    table, wanted = tables.maps["calls"], (datapath.addr(host)[0][0], socket.htons(call))
+    table, wanted = tables.maps["calls"], (abi.addr(host)[0][0], socket.htons(call))
     for keys, values in table.items(chunk=table.max_entries):
         for key, value in zip(keys, values, strict=True):
             if (int(value["internal"]["word"][0]), int(value["call"])) == wanted:

@@ -15,16 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from xdpmasq import sessions
-from xdpmasq.datapath import (
-    CLASSES,
-    LIFE_LIVE,
-    LIFE_RESTING,
-    LIFE_STATE,
-    LIFE_STATIC,
-    PORTS,
-    Slots,
-    Tables,
-)
+from xdpmasq.abi import CLASSES, LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_STATIC, PORTS, Slots
+from xdpmasq.tables import Tables
 
 USES = ("used", "resting", "forwarded")  # of an external port
 PIECE = 16384  # slots at a time: 2 MB of records

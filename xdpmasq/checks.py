@@ -92,9 +92,7 @@ def _check_addresses(wans: list[netdev.Link], lans: list[netdev.Link]) -> None:
 
 
 def _check_unused(wans: Sequence[str], links: list[netdev.Link]) -> None:
-    for each in datapath.find_all():
-        if each.wan_names == list(wans):
-            continue
+    for each in datapath.find_others(wans):
         taken = {entry["name"] for entry in each.manifest["interfaces"]} & {link.name for link in links}
         if taken:
             raise in_use(", ".join(sorted(taken)), each.manifest["wan"])

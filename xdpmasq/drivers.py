@@ -1,13 +1,16 @@
-"""Which hook `--mode auto` takes on an interface, and why.
+"""Which hook an interface gets, by the mode, and why.
 
-Native XDP where a hardware driver has it and can redirect; TC everywhere else. Virtual devices carry
-64 kB super-packets, which TC keeps whole and XDP cannot (docs/architecture.md). Never generic XDP.
+By `--mode auto` native XDP where a hardware driver has it and can redirect; TC everywhere else. Virtual devices
+carry 64 kB super-packets, which TC keeps whole and XDP cannot (docs/architecture.md). Never generic XDP.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
 from xdpmasq import kernel, vlans
+from xdpmasq.abi import PORTS
+from xdpmasq.config import Mode
+from xdpmasq.errors import InterfaceError
 from xdpmasq.net import features
 from xdpmasq.net.netdev import Link
 
@@ -48,6 +51,31 @@ NATIVE_XDP: dict[str, tuple[int, int]] = {
 
 # Have native XDP, but are virtual: TC keeps their super-packets whole.
 VIRTUAL = ("bonding", "hv_netvsc", "tap", "tun", "veth", "vif", "virtio_net", "vmxnet3")
+
+
+def choose(mode: Mode, link: Link, links: Sequence[Link], uplinks: Sequence[Link]) -> tuple[Hook, str]:
+    """The hook for an interface, and the reason in words.
+
+    Raises:
+        InterfaceError: the mode is XDP, which it cannot do.
+    """
+    if link.name == "lo":
+        return "tc", "for the gateway's own way to its forwards"
+    if mode == "tc":
+        return "tc", "--mode tc"
+    if link.index >= PORTS:
+        return "tc", f"its interface index {link.index} is beyond {PORTS - 1}"
+    if mode == "xdp":
+        if not link.ethernet:
+            raise InterfaceError(
+                f"{link.name} cannot do XDP", "it has no Ethernet header", "choose --mode tc or auto"
+            )
+        return "xdp", "--mode xdp"
+    hook, why = auto(link, links)
+    if hook == "xdp" and uplinks and all(auto(each, links)[0] == "tc" for each in uplinks):
+        names = " and ".join(each.name for each in uplinks)
+        return "tc", f"{names}, the WAN, is on TC, so nothing could be redirected to it"
+    return hook, why
 
 
 def auto(link: Link, links: Sequence[Link]) -> tuple[Hook, str]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xdpmasq import bpf
-from xdpmasq.datapath import (
+from xdpmasq.abi import (
     CLASS_ROOM,
     CLASSES,
     LIFE_FURTHER_MASK,
@@ -26,8 +26,8 @@ from xdpmasq.datapath import (
     REAP_EXPIRED,
     REAP_RESTED,
     Slots,
-    Tables,
 )
+from xdpmasq.tables import Tables
 
 TCP_FIN, TCP_RST, TCP_ACK = 0x01, 0x04, 0x10
 HOST_S = 60  # an internal host with nothing open is forgotten after this

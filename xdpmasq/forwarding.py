@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, datapath, forwards, presence, redirecting, sockets
-from xdpmasq.datapath import (
+from xdpmasq import abi, bpf, forwards, presence, redirecting, sockets
+from xdpmasq.abi import (
     CLASSES,
     EXTERNAL_SLOTS,
     LIFE_FURTHER_MASK,
@@ -30,7 +30,6 @@ from xdpmasq.datapath import (
     REAP_KEEP,
     REAP_YIELD,
     Slots,
-    Tables,
 )
 from xdpmasq.errors import BusyError, ForwardError
 from xdpmasq.expiry import age
@@ -38,6 +37,7 @@ from xdpmasq.forwards import Lease, Rule, Target
 from xdpmasq.net import ifaddrs
 from xdpmasq.redirects import Redirect
 from xdpmasq.sessions import Table
+from xdpmasq.tables import Tables
 from xdpmasq.triggers import Trigger
 
 FLAG_DEFAULT, FLAG_TO_GATEWAY, FLAG_TRIGGERED, FLAG_FROM_INSIDE = 1, 2, 4, 8  # FORWARD_*
@@ -150,7 +150,7 @@ def _record(tables: Tables, rule: Rule, expires: int | None = None) -> Any:
     targets = (Target(IPv4Address(0), rule.first),) if isinstance(rule, Trigger) else rule.targets
     for number, target in enumerate(targets):
         until += target.weight
-        record["target"][number] = (datapath.addr(target.address), target.port, until)
+        record["target"][number] = (abi.addr(target.address), target.port, until)
     record["first"], record["last"], record["class"] = rule.first, rule.last, _class(rule)
     record["targets"], record["expires"] = len(targets), expires or 0
     record["flags"] = _flags(rule) | FLAG_EXPIRES * (expires is not None) | FLAG_LEASED * (rule.lease is not None)
@@ -159,7 +159,7 @@ def _record(tables: Tables, rule: Rule, expires: int | None = None) -> Any:
         record["trigger_first"], record["trigger_last"] = rule.caller_first, rule.caller_last
         record["lasts"] = rule.lasts_s * int(tables.settings["hz"])
     if rule.source:
-        record["source"], record["source_bits"] = datapath.addr(rule.source.network_address), rule.source.prefixlen
+        record["source"], record["source_bits"] = abi.addr(rule.source.network_address), rule.source.prefixlen
     return record
 
 
@@ -181,15 +181,15 @@ def _keys(rule: Rule, externals: int) -> Iterator[tuple[Any, ...]]:
     if isinstance(rule, Trigger):
         called = CLASSES.index(rule.caller_protocol)
         for port, bits in forwards.port_prefixes(rule.caller_first, rule.caller_last):
-            yield PORT_AT + bits, TRIGGER + _class(rule), called, socket.htons(port), datapath.addr(None)
+            yield PORT_AT + bits, TRIGGER + _class(rule), called, socket.htons(port), abi.addr(None)
     for external in (ON_LAN,) if rule.from_inside else _externals(rule, externals):
         if rule.source:
-            remote, bits = datapath.addr(rule.source.network_address), REMOTE_AT + rule.source.prefixlen
+            remote, bits = abi.addr(rule.source.network_address), REMOTE_AT + rule.source.prefixlen
             for port in range(rule.first, rule.last + 1):
                 yield bits, external, _class(rule), socket.htons(port), remote
         else:
             for port, bits in forwards.port_prefixes(rule.first, rule.last):
-                yield PORT_AT + bits, external, _class(rule), socket.htons(port), datapath.addr(None)
+                yield PORT_AT + bits, external, _class(rule), socket.htons(port), abi.addr(None)
 
 
 def _externals(rule: Rule, externals: int) -> Iterable[int]:
@@ -225,7 +225,7 @@ def _endpoints(rule: Rule, wans: Sequence[int]) -> Iterator[tuple[int, tuple[Any
         target = rule.targets[0]
         for slot in slots_of(rule, len(wans)).tolist():
             port, wan = target.port + slot % PORTS - rule.first, wans[slot // EXTERNAL_SLOTS]
-            yield slot, (datapath.addr(target.address), socket.htons(port), _class(rule), wan)
+            yield slot, (abi.addr(target.address), socket.htons(port), _class(rule), wan)
 
 
 def _wans(tables: Tables) -> list[int]:
@@ -254,8 +254,8 @@ def check(
             raise ForwardError(
                 f"{target.address} is the gateway's own address", why, "name the host that is to answer"
             )
-        if lans_known and tables.role_of(target.address) != datapath.PREFIX_INTERNAL:
-            inside = ", ".join(map(str, tables.prefixes_of(datapath.PREFIX_INTERNAL))) or "none"
+        if lans_known and tables.role_of(target.address) != abi.PREFIX_INTERNAL:
+            inside = ", ".join(map(str, tables.prefixes_of(abi.PREFIX_INTERNAL))) or "none"
             do = "name a host in one of them, or its network in [interfaces] internal"
             raise ForwardError(f"{target.address} is behind no LAN", f"the internal networks are {inside}", do)
     if not (rule.is_default or isinstance(rule, Redirect)):
@@ -379,7 +379,7 @@ def inscribe(tables: Tables, rule: Rule, idle: Slots) -> None:
     sessions["out"]["new_port"][idle] = _network_order(idle % PORTS)
     if rule.is_reversible:
         target = rule.targets[0]
-        sessions["in"]["new_addr"]["word"][idle, 0] = datapath.addr(target.address)[0][0]
+        sessions["in"]["new_addr"]["word"][idle, 0] = abi.addr(target.address)[0][0]
         sessions["in"]["new_port"][idle] = _network_order(idle % PORTS - rule.first + target.port)
     readdress(tables, idle)
 
@@ -452,10 +452,10 @@ def _fits(rule: Rule, table: Table, externals: npt.NDArray[np.uint32]) -> Mask:
     if isinstance(rule, Redirect):
         fits &= np.isin(table.internal.addr[:, 0], externals)
     elif not isinstance(rule, Trigger):
-        fits &= np.isin(table.internal.addr[:, 0], [datapath.addr(each.address)[0][0] for each in rule.targets])
+        fits &= np.isin(table.internal.addr[:, 0], [abi.addr(each.address)[0][0] for each in rule.targets])
     fits &= (table.external.port >= rule.first) & (table.external.port <= rule.last)
     if rule.source:
-        mask, network = (datapath.addr(each)[0][0] for each in (rule.source.netmask, rule.source.network_address))
+        mask, network = (abi.addr(each)[0][0] for each in (rule.source.netmask, rule.source.network_address))
         fits &= table.remote.addr[:, 0] & np.uint32(mask) == network
     return fits
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, datapath, forwarding
+from xdpmasq import abi, bpf, forwarding
+from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, PORTS
 from xdpmasq.config import Config
-from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, PORTS, Tables
 from xdpmasq.forwarding import FLAG_LEASED, Placed
 from xdpmasq.forwards import Lease, Rule, Target
 from xdpmasq.ports import Endpoint, Ports
+from xdpmasq.tables import Tables
 
 Filters = Sequence[IPv4Network | None]  # remotes for whom it is; None: all
 EVERYBODY: Filters = (None,)
@@ -80,7 +81,7 @@ class Book:
     def held_by(self, host: IPv4Address, protocol: str | None = None, port: int | None = None) -> Iterator[Held]:
         """A host's leases, of one protocol or internal port, or of all."""
         rules = self._tables.rules
-        mine = self._leased() & (rules["target"]["addr"]["word"][:, 0, 0] == datapath.addr(host)[0][0])
+        mine = self._leased() & (rules["target"]["addr"]["word"][:, 0, 0] == abi.addr(host)[0][0])
         if protocol is not None:
             mine &= rules["class"] == CLASSES.index(protocol)
         if port is not None:

@@ -29,14 +29,16 @@ from prometheus_client.registry import Collector
 
 from xdpmasq import __version__, census, forwarding, health, pinholes
 from xdpmasq import config as configuration
-from xdpmasq.datapath import CLASSES, Programs, Tables, addr
+from xdpmasq.abi import CLASSES, addr
 from xdpmasq.exporter import Answer, Exporter
 from xdpmasq.families import BY_REASON, FAMILIES, PREFIX, TRANSLATED, TURNS, Family
 from xdpmasq.net import netdev
+from xdpmasq.programs import Programs
 from xdpmasq.pulse import Pulse
 from xdpmasq.punting import Punting
 from xdpmasq.recorder import Recorder
 from xdpmasq.sessions import STATES, TCP
+from xdpmasq.tables import Tables
 from xdpmasq.webconfig import Web
 
 log = logging.getLogger("xdpmasq")

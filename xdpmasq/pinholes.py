@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, calls, config, datapath, expiry, forwarding, presence, sessions
+from xdpmasq import abi, bpf, calls, config, expiry, forwarding, presence, sessions
+from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS
 from xdpmasq.alg import switches
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
-from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, Tables
 from xdpmasq.errors import BusyError
 from xdpmasq.ports import Endpoint as Mapped
 from xdpmasq.ports import Ports
 from xdpmasq.sessions import Table
+from xdpmasq.tables import Tables
 
 LASTS_S = 300  # at most
 MOST_OF_A_HOST = 256  # pinholes, and calls
@@ -171,7 +172,7 @@ class Pinholes:
 
     def count(self, host: Address) -> int:
         """How many pinholes lead to a host, and how many calls it has."""
-        (words,) = datapath.addr(host if isinstance(host, IPv4Address) else None)[0]
+        (words,) = abi.addr(host if isinstance(host, IPv4Address) else None)[0]
         tables = (self._table, self._tables.maps["calls"])
         return sum(
             int((values["internal"]["word"][:, 0] == words).sum()) for each in tables for _, values in each.items()
@@ -236,10 +237,10 @@ class Pinholes:
         value = np.zeros((), self._table.value)
         value["left"], value["counted"] = wish.sessions, wish.sessions > 0
         value["expires"] = (bpf.jiffies() + int(min(wish.lasts_s, LASTS_S) * self._hz)) % 2**32
-        value["internal"]["word"][0] = datapath.addr(wish.host)[0][0]
+        value["internal"]["word"][0] = abi.addr(wish.host)[0][0]
         value["internal_port"], value["remote_port"] = socket.htons(port), socket.htons(wish.remote_port)
         value["control"], value["owned"] = np.array(owner, value["control"].dtype), owned
-        self._table.set((slot, datapath.addr(wish.remote)), value)
+        self._table.set((slot, abi.addr(wish.remote)), value)
 
     def _give_back(self, slots: set[int]) -> None:
         """Those that no pinhole, and no forward, has by now."""
@@ -336,7 +337,7 @@ class SessionsOpenings:
 
     def _has(self, wish: Wish) -> bool:
         slot = self.pinholes.ports(self.wan).mapped(wish.endpoints[0])
-        return slot is not None and self.tables.maps["pinholes"].get((slot, datapath.addr(wish.remote))) is not None
+        return slot is not None and self.tables.maps["pinholes"].get((slot, abi.addr(wish.remote))) is not None
 
 
 def _mapped(protocol: str, internal: Endpoint) -> Mapped:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, config, datapath, forwarding, settings, sockets
-from xdpmasq.datapath import (
+from xdpmasq import abi, bpf, config, forwarding, settings, sockets
+from xdpmasq.abi import (
     CLASSES,
     EXTERNAL_SLOTS,
     LIFE_LIVE,
@@ -27,8 +27,8 @@ from xdpmasq.datapath import (
     REAP_HOLD,
     REAP_TAKE,
     REAP_YIELD,
-    Tables,
 )
+from xdpmasq.tables import Tables
 
 TRIES = 8  # packets claim ports, too
 
@@ -134,7 +134,7 @@ class Ports:
         row["mapping"] = slot
         row["out"]["new_port"], row["in"]["new_port"] = socket.htons(slot % PORTS), socket.htons(endpoint.port)
         row["out"]["new_addr"] = self._tables.settings["external"][slot // EXTERNAL_SLOTS]
-        row["in"]["new_addr"]["word"][0] = datapath.addr(endpoint.address)[0][0]
+        row["in"]["new_addr"]["word"][0] = abi.addr(endpoint.address)[0][0]
         for side in ("out", "in"):
             for name in ("new_addr", "new_port"):
                 self._tables.sessions[side][name][slot] = row[side][name]
@@ -185,4 +185,4 @@ class Ports:
     def _key(self, endpoint: Endpoint) -> tuple[Any, ...]:
         """``struct mapping_key``."""
         class_, wan = CLASSES.index(endpoint.protocol), self._wan_of(endpoint.address)
-        return datapath.addr(endpoint.address), socket.htons(endpoint.port), class_, wan
+        return abi.addr(endpoint.address), socket.htons(endpoint.port), class_, wan

@@ -21,10 +21,10 @@ import numpy as np
 
 from xdpmasq import bpf, expiry, ipv4, refusal
 from xdpmasq.allowance import Allowance
-from xdpmasq.datapath import Tables
 from xdpmasq.errors import HostError
 from xdpmasq.net import netdev, tun
 from xdpmasq.orphans import Key, Orphans
+from xdpmasq.tables import Tables
 
 MTU = 65521  # the most a TAP takes: no redirected packet is refused for its size
 QUEUE = 500  # frames that wait for the agent

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from xdpmasq import attachment, datapath
+from xdpmasq import attachment, hooks
 from xdpmasq.errors import MasqError
 from xdpmasq.net import clsact, netdev
+from xdpmasq.programs import Programs
 from xdpmasq.punt import Punt
+from xdpmasq.tables import Tables
 
 log = logging.getLogger("xdpmasq")
 
@@ -33,8 +35,8 @@ class Punting:
 
     def __init__(
         self,
-        tables: datapath.Tables,
-        programs: datapath.Programs,
+        tables: Tables,
+        programs: Programs,
         selector: selectors.BaseSelector,
         make: Callable[[], Punt],
     ) -> None:
@@ -89,13 +91,13 @@ class Punting:
         link = netdev.link(port.name)
         if not attachment.uses_tcx():
             clsact.add(link.index)
-        attachment.put(link, datapath.PUNT_HOOK, self._programs)
+        attachment.put(link, hooks.PUNT, self._programs)
         self._tables.set_settings(punt=link.index)
 
     def _is_whole(self) -> bool:
         if not self.port:
             return False
-        hook, index = datapath.PUNT_HOOK, self.port.ifindex
+        hook, index = hooks.PUNT, self.port.ifindex
         link = next((link for link in netdev.links() if link.index == index and link.up), None)
         wanted = (hook.kind, self._programs[hook.function].id)
         return link is not None and wanted in attachment.tc_programs(link)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xdpmasq import events, sessions
-from xdpmasq.datapath import EXTERNAL_SLOTS, LIFE_FURTHER_MASK, LIFE_LIVE, LIFE_SESSION, LIFE_STATE, PORTS
+from xdpmasq.abi import EXTERNAL_SLOTS, LIFE_FURTHER_MASK, LIFE_LIVE, LIFE_SESSION, LIFE_STATE, PORTS
 from xdpmasq.sessions import ICMP, PROTOCOLS, Array, Selection, host_order
 
 if TYPE_CHECKING:

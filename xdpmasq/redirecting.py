@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import bpf, datapath, sessions
-from xdpmasq.datapath import Attached, Tables
+from xdpmasq import abi, bpf, sessions
+from xdpmasq.datapath import Attached
 from xdpmasq.expiry import age, idle_limits
 from xdpmasq.forwards import RULES_MOST
 from xdpmasq.sessions import Table
+from xdpmasq.tables import Tables
 
 EVERY_RULE = RULES_MOST  # FORWARDS, as the rule of a spared destination
 _RULE_BITS = 32  # of struct spared_key, before the address
@@ -43,7 +44,7 @@ def spare(tables: Tables, rule: int, wanted: Iterable[IPv4Network]) -> None:
 
 
 def _spared_key(rule: int, network: IPv4Network) -> tuple[Any, ...]:
-    return _RULE_BITS + network.prefixlen, rule, datapath.addr(network.network_address)
+    return _RULE_BITS + network.prefixlen, rule, abi.addr(network.network_address)
 
 
 def is_served(attached: Attached) -> bool:
@@ -80,7 +81,7 @@ def listed(tables: Tables, hz: int) -> Iterator[Table]:
         keys, values = all_keys[running_], all_values[running_]
         idle = np.maximum(age(bpf.jiffies(), values["last_seen"]), 0)
         seen = values["tcp_seen"]
-        limits = idle_limits(tables.settings, seen[:, 0], seen[:, 1], keys["class"] * datapath.PORTS)
+        limits = idle_limits(tables.settings, seen[:, 0], seen[:, 1], keys["class"] * abi.PORTS)
         ends = (
             sessions.endpoints(keys["client"], keys["client_port"]),
             sessions.endpoints(values["local"], values["local_port"]),
@@ -103,7 +104,7 @@ def _connections(tables: Tables) -> Iterator[tuple[Any, Any]]:
 def _expired(tables: Tables, keys: Any, values: Any) -> npt.NDArray[np.bool_]:
     now = bpf.jiffies()
     client, gateway = values["tcp_seen"][:, 0], values["tcp_seen"][:, 1]
-    limits = idle_limits(tables.settings, client, gateway, keys["class"] * datapath.PORTS)
+    limits = idle_limits(tables.settings, client, gateway, keys["class"] * abi.PORTS)
     expired: npt.NDArray[np.bool_] = age(now, values["last_seen"]) > limits
     return expired
 

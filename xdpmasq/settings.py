@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import datapath
+from xdpmasq import abi
 from xdpmasq.config import FILTERINGS, OTHERS, Config, Ports
 from xdpmasq.errors import HostError
 from xdpmasq.net import netdev, routing, sysctl
@@ -56,7 +56,7 @@ def pools(ports: Ports) -> list[Pool]:
             "narrow that range, or widen [ports]",
         )
     tcp_udp = ([a for a, _ in ranges], [count for _, count in ranges])
-    return [tcp_udp, tcp_udp, ([0, 0], [datapath.PORTS, 0])]
+    return [tcp_udp, tcp_udp, ([0, 0], [abi.PORTS, 0])]
 
 
 def low_pools(ports: Ports) -> list[Pool]:
@@ -73,11 +73,11 @@ def ports_for_one(pool: int) -> int:
 
 def outside(ports: Ports, slots: int, externals: int = 1) -> npt.NDArray[np.bool_]:
     """For each slot whether it is in no pool."""
-    one = np.ones(datapath.EXTERNAL_SLOTS, bool)
+    one = np.ones(abi.EXTERNAL_SLOTS, bool)
     for every in (pools(ports), low_pools(ports)):
         for class_, (firsts, counts) in enumerate(every):
             for first, count in zip(firsts, counts, strict=True):
-                start = class_ * datapath.PORTS + first
+                start = class_ * abi.PORTS + first
                 one[start : start + count] = False
     return np.concatenate([np.tile(one, externals), np.zeros(slots - externals * len(one), bool)])
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xdpmasq import forwarding, source
-from xdpmasq.datapath import EXTERNAL_SLOTS, LIFE_LIVE, LIFE_RESTING, LIFE_STATE, PORTS, addr
+from xdpmasq.abi import EXTERNAL_SLOTS, LIFE_LIVE, LIFE_RESTING, LIFE_STATE, PORTS, addr
 from xdpmasq.errors import BusyError, DatapathError
 from xdpmasq.events import HERE_S, WATCH_MOST
 from xdpmasq.forwards import Rule

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves test mod
 
 from harness import NETWORK, Bench, Gateway
 
-from xdpmasq import attachment, datapath
+from xdpmasq import attachment, hooks
+from xdpmasq.hooks import Hook
 from xdpmasq.lab import netns
 from xdpmasq.net import clsact
 
@@ -49,8 +50,8 @@ def real_wan(gateway: Gateway) -> Iterator[str]:
     bench = gateway.bench
     if not attachment.uses_tcx():
         clsact.add(bench.wan.index)
-    for hook in datapath.hooks("wan", xdp=False, ethernet=True):
+    for hook in hooks.of_role("wan", xdp=False, ethernet=True):
         attachment.put(bench.wan, hook, bench.programs)
     yield bench.wan.name
-    attachment.clear(bench.wan, keep=(datapath.Hook("xdp", "masq_xdp"),))
+    attachment.clear(bench.wan, keep=(Hook("xdp", "masq_xdp"),))
     clsact.remove(bench.wan.index)

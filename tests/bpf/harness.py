@@ -24,10 +24,12 @@ import numpy as np
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
-from xdpmasq import bpf, datapath, forwarding, source
+from xdpmasq import abi, addressing, bpf, forwarding, source
 from xdpmasq.externals import Place
 from xdpmasq.forwards import Rule, Target
 from xdpmasq.net import netdev, xdp
+from xdpmasq.programs import Programs
+from xdpmasq.tables import Tables
 
 GATEWAY = "203.0.113.1"
 GATEWAY_INSIDE = "192.168.0.1"
@@ -186,9 +188,9 @@ NETWORK = (
 )
 
 PREFIXES = {
-    **dict.fromkeys(datapath.PRIVATE, datapath.PREFIX_PRIVATE),
-    INTERNAL: datapath.PREFIX_INTERNAL,
-    IPv4Network(GATEWAY): datapath.PREFIX_OWN,
+    **dict.fromkeys(addressing.PRIVATE, abi.PREFIX_PRIVATE),
+    INTERNAL: abi.PREFIX_INTERNAL,
+    IPv4Network(GATEWAY): abi.PREFIX_OWN,
 }
 
 
@@ -201,10 +203,10 @@ class Bench:
 
     def __init__(self, addresses: Sequence[str] = (GATEWAY,)) -> None:
         self._places = [Place(IPv4Address(each), number) for number, each in enumerate(addresses)]
-        self.programs = datapath.Programs(
+        self.programs = Programs(
             FURTHER, None, len(addresses), len(addresses), sizes={"redirects": 256, "answers": 256}
         )
-        self.tables = datapath.Tables(self.programs.maps)
+        self.tables = Tables(self.programs.maps)
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.
         xdp.attach(self.lan.index, self.programs["masq_xdp"].fd, "native")
@@ -277,7 +279,7 @@ class Bench:
             heartbeat=0,
         )
         tables.set_externals(self._places, {})
-        tables.set_prefixes(PREFIXES | {IPv4Network(str(each.address)): datapath.PREFIX_OWN for each in self._places})
+        tables.set_prefixes(PREFIXES | {IPv4Network(str(each.address)): abi.PREFIX_OWN for each in self._places})
         tables.set_interface(self.lan, "lan", xdp_from=True, xdp_to=True)
         tables.set_interface(self.wan, "wan", xdp_from=True, xdp_to=True)
 
@@ -335,13 +337,13 @@ class Gateway:
         """Sets (first, count) of both ranges for these protocols; for an idle gateway only."""
         pools = self.tables.settings["pool"].copy()
         for name, two in ranges.items():
-            class_ = datapath.CLASSES.index(name)
-            taken = np.ones(datapath.PORTS, np.uint8)
+            class_ = abi.CLASSES.index(name)
+            taken = np.ones(abi.PORTS, np.uint8)
             for first, count in two:
                 taken[first : first + count] = 0
             bits = np.packbits(taken, bitorder="little").view(np.uint64)
             for external in range(self.tables.externals):
-                word = (external * datapath.EXTERNAL_SLOTS + class_ * datapath.PORTS) // 64
+                word = (external * abi.EXTERNAL_SLOTS + class_ * abi.PORTS) // 64
                 self.tables.claims[word : word + len(bits)] = bits
             first, count = zip(*(*two, (0, 0)), strict=True)
             pools[class_] = (first[:2], count[:2])
@@ -362,7 +364,7 @@ class Gateway:
         self, protocol: str, first: int, *targets: tuple[Any, ...], last: int | None = None, source: str | None = None
     ) -> Rule:
         """Puts a forward in place; targets are (address, port[, weight]). From port 0 it is the default host's."""
-        last = (first or datapath.PORTS - 1) if last is None else last
+        last = (first or abi.PORTS - 1) if last is None else last
         to = tuple(Target(IPv4Address(target[0]), *target[1:]) for target in targets)
         return self.put(Rule(protocol, first, last, to, IPv4Network(source) if source else None))
 
@@ -455,7 +457,7 @@ class Gateway:
         """A hairpin's second leg, at the WAN's ingress."""
         return self.inbound(first.frame, mark=first.mark)
 
-    def reap(self, slots: Iterable[int], order: int = datapath.REAP_EXPIRED) -> dict[str, int]:
+    def reap(self, slots: Iterable[int], order: int = abi.REAP_EXPIRED) -> dict[str, int]:
         """Returns the counters that changed."""
         self.tables.reap(self.bench.programs["masq_reap"], np.array(list(slots), np.uint32), order)
         return self.counted()
@@ -535,7 +537,7 @@ class Gateway:
 
     def slot(self, host: str, port: int, class_: str) -> int | None:
         """The slot of the mapping of an internal endpoint."""
-        key = (datapath.addr(IPv4Address(host)), socket_order(port), datapath.CLASSES.index(class_), 0)
+        key = (abi.addr(IPv4Address(host)), socket_order(port), abi.CLASSES.index(class_), 0)
         found = self.tables.maps["mappings"].get(key)
         return None if found is None else int(found)
 
@@ -543,9 +545,9 @@ class Gateway:
         """The session as a writable row of the table, or None."""
         slots = self.tables.open_slots()
         rows = self.tables.sessions[slots]
-        internal = (datapath.addr(IPv4Address(host)), socket_order(port), datapath.CLASSES.index(class_), 0)
+        internal = (abi.addr(IPv4Address(host)), socket_order(port), abi.CLASSES.index(class_), 0)
         found = rows["internal"] == np.array(internal, rows["internal"].dtype)
-        found &= rows["out"]["remote_addr"]["word"][:, 0] == datapath.addr(IPv4Address(remote))[0][0]
+        found &= rows["out"]["remote_addr"]["word"][:, 0] == abi.addr(IPv4Address(remote))[0][0]
         found &= rows["out"]["remote_port"] == socket_order(remote_port)
         return self.tables.sessions[slots[np.flatnonzero(found)[0]]] if found.any() else None
 
@@ -562,7 +564,7 @@ class Gateway:
 
     def host(self, address: str) -> tuple[int, int, int, int]:
         """What an internal host has open, as it is counted: sessions, and mappings of TCP, UDP, ICMP."""
-        found = self.tables.maps["hosts"].get(datapath.addr(IPv4Address(address)))
+        found = self.tables.maps["hosts"].get(abi.addr(IPv4Address(address)))
         return (0, 0, 0, 0) if found is None else (int(found["sessions"]), *map(int, found["mappings"][:3]))
 
     def entries(self, name: str) -> dict[bytes, Any]:
@@ -587,19 +589,19 @@ class Gateway:
         counted (further sessions, hosts' sessions and mappings) is there.
         """
         rows, maps = self.tables.sessions, self.tables.maps
-        live = [slot for slot in self.slots() if rows[slot]["life"] & datapath.LIFE_STATE == datapath.LIFE_LIVE]
-        running = [slot for slot in live if rows[slot]["life"] & datapath.LIFE_SESSION]
-        static = {slot for slot in live if rows[slot]["life"] & datapath.LIFE_STATIC}
+        live = [slot for slot in self.slots() if rows[slot]["life"] & abi.LIFE_STATE == abi.LIFE_LIVE]
+        running = [slot for slot in live if rows[slot]["life"] & abi.LIFE_SESSION]
+        static = {slot for slot in live if rows[slot]["life"] & abi.LIFE_STATIC}
         further = [slot for slot in live if slot >= self.tables.further_base]
 
         def key(name: str, *fields: Any) -> bytes:
             return np.array(fields, maps[name].key).tobytes()
 
         def class_of(slot: int) -> int:
-            return int(rows[slot]["mapping"]) // datapath.PORTS % len(datapath.CLASSES)
+            return int(rows[slot]["mapping"]) // abi.PORTS % len(abi.CLASSES)
 
         def wan_of(slot: int) -> int:
-            return self.tables.places[int(rows[slot]["mapping"]) // datapath.EXTERNAL_SLOTS].wan
+            return self.tables.places[int(rows[slot]["mapping"]) // abi.EXTERNAL_SLOTS].wan
 
         def mapping_key(slot: int) -> bytes:
             in_ = rows[slot]["in"]
@@ -618,7 +620,7 @@ class Gateway:
         )
         counts = Counter(int(rows[slot]["mapping"]) for slot in further)
         for slot in self.slots():
-            assert int(rows[slot]["life"] & datapath.LIFE_FURTHER_MASK) >> 8 == counts[slot]
+            assert int(rows[slot]["life"] & abi.LIFE_FURTHER_MASK) >> 8 == counts[slot]
         sessions = Counter(
             rows[slot]["in"]["new_addr"].tobytes() for slot in running if rows[slot]["out"]["marks"] & COUNTED
         )
@@ -629,7 +631,7 @@ class Gateway:
         )
         for at, host in self.entries("hosts").items():
             assert host["sessions"] == sessions.pop(at, 0), "a host's sessions"
-            for number in range(len(datapath.CLASSES)):
+            for number in range(len(abi.CLASSES)):
                 assert host["mappings"][number] == mappings.pop((at, number), 0), "a host's mappings"
         assert not sessions
         assert not mappings

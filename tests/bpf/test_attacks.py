@@ -25,7 +25,7 @@ from scapy.layers.inet import ICMP, IP
 from scapy.packet import Packet, Raw
 from test_icmp_errors import icmp_error
 
-from xdpmasq.datapath import LIFE_SESSION
+from xdpmasq.abi import LIFE_SESSION
 
 EMBRYOS = 4096  # bpf/types.h
 

@@ -25,7 +25,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.packet import Packet, Raw
 
 from xdpmasq import attachment, bpf, source
-from xdpmasq.datapath import Hook
+from xdpmasq.hooks import Hook
 from xdpmasq.lab import netns
 from xdpmasq.net import clsact, netdev
 

@@ -31,7 +31,7 @@ from harness import _frame as framed
 from scapy.layers.inet import IP, TCP
 from scapy.packet import Packet
 
-from xdpmasq import algs, bpf, calls, datapath
+from xdpmasq import abi, algs, bpf, calls
 from xdpmasq.alg import switches
 from xdpmasq.alg.stream import ROUND, Shifts
 
@@ -75,7 +75,7 @@ def edges(packet: Packet) -> list[int]:
 
 
 def control(gateway: Gateway, port: int) -> tuple[tuple[Any, ...], Any]:
-    key = (port, datapath.addr(IPv4Address(SERVER)), int(np.uint16(21).byteswap()), 0)
+    key = (port, abi.addr(IPv4Address(SERVER)), int(np.uint16(21).byteswap()), 0)
     return key, gateway.tables.maps["controls"].get(key)
 
 
@@ -231,7 +231,7 @@ def test_a_new_connection_is_not_shifted(gateway: Gateway) -> None:
 def test_the_record_goes_with_the_session(gateway: Gateway) -> None:
     port = control_session(gateway)
     assert control(gateway, port)[1] is not None
-    gateway.reap([port], datapath.REAP_FORCED)
+    gateway.reap([port], abi.REAP_FORCED)
     assert control(gateway, port)[1] is None
 
 

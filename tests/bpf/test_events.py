@@ -24,7 +24,7 @@ from harness import (
 )
 
 from xdpmasq import bpf
-from xdpmasq.datapath import REAP_EXPIRED, REAP_FORCED
+from xdpmasq.abi import REAP_EXPIRED, REAP_FORCED
 from xdpmasq.events import Watcher, json_lines
 from xdpmasq.sessions import Selection
 

@@ -25,7 +25,7 @@ from harness import (
 from scapy.packet import Packet
 
 from xdpmasq import bpf
-from xdpmasq.datapath import (
+from xdpmasq.abi import (
     FURTHER_BASE,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,
@@ -36,9 +36,9 @@ from xdpmasq.datapath import (
     REAP_EXPIRED,
     REAP_FORCED,
     REAP_RESTED,
-    Tables,
 )
 from xdpmasq.expiry import Expiry
+from xdpmasq.tables import Tables
 
 REAP_CLAIM = 3  # bpf/reaper.c
 LIFE_OPENING = 3  # bpf/types.h

@@ -30,7 +30,7 @@ from harness import (
 from scapy.packet import Packet
 
 from xdpmasq import forwarding
-from xdpmasq.datapath import (
+from xdpmasq.abi import (
     LIFE_LIVE,
     LIFE_RESTING,
     LIFE_SESSION,

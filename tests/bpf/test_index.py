@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import GATEWAY, HOST, SERVER, Gateway, age, udp
 
-from xdpmasq.datapath import REAP_EXPIRED, REAP_RESTED
+from xdpmasq.abi import REAP_EXPIRED, REAP_RESTED
 
 BUCKET_ENTRIES = 15
 

@@ -23,8 +23,8 @@ from harness import (
 from scapy.packet import Packet
 
 from xdpmasq import forwarding
+from xdpmasq.abi import LIFE_STATIC, PORTS, REAP_EXPIRED, REAP_RESTED, REAP_TAKE
 from xdpmasq.config import Config, Pcp, Ports
-from xdpmasq.datapath import LIFE_STATIC, PORTS, REAP_EXPIRED, REAP_RESTED, REAP_TAKE
 from xdpmasq.leases import EVERYBODY, Book, Filters, Held
 from xdpmasq.ports import Endpoint
 

@@ -24,8 +24,8 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq import bpf, datapath
-from xdpmasq.datapath import REAP_EXPIRED, REAP_FORCED, REAP_RESTED
+from xdpmasq import abi, bpf
+from xdpmasq.abi import REAP_EXPIRED, REAP_FORCED, REAP_RESTED
 
 OPENING = {
     "tcp": lambda number: tcp(HOST, 5000 + number, SERVER, 80, SYN),
@@ -50,7 +50,7 @@ def test_mappings(gateway: Gateway, class_: str) -> None:
     (other,) = set(OPENING) - {class_, "icmp"} if class_ != "icmp" else {"udp"}
     gateway.open(OPENING[other](3))
     gateway.open(udp(OTHER_HOST, 5000, SERVER, 53))
-    assert gateway.host(HOST)[1 + datapath.CLASSES.index(class_)] == 3
+    assert gateway.host(HOST)[1 + abi.CLASSES.index(class_)] == 3
     gateway.assert_tables_agree()
 
 
@@ -79,7 +79,7 @@ def test_rate(gateway: Gateway) -> None:
     gateway.open(OPENING["udp"](0))
     gateway.open(udp(OTHER_HOST, 5000, SERVER, 53))
     hosts = gateway.tables.maps["hosts"]
-    key = datapath.addr(IPv4Address(HOST))
+    key = abi.addr(IPv4Address(HOST))
     for seconds, more in ((0.31, 3), (1000, 5)):
         host = hosts.get(key).copy()
         assert host["tokens"] == 0
@@ -100,7 +100,7 @@ def test_rate(gateway: Gateway) -> None:
         ({"host_mappings": 0}, "drop_host_limit"),
         ({"host_sessions": 0}, "drop_host_limit"),
         ({"host_burst": 0}, "drop_host_rate"),
-        ({"external": [datapath.addr(None)]}, "drop_no_external"),
+        ({"external": [abi.addr(None)]}, "drop_no_external"),
     ],
     ids=["mappings", "sessions", "rate", "no address"],
 )

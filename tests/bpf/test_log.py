@@ -14,11 +14,12 @@ import pytest
 from harness import GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, SERVER, SYN, TICKS, Gateway, age, tcp, udp
 
 from xdpmasq import bpf, metrics, recorder
+from xdpmasq.abi import REAP_EXPIRED, REAP_FORCED
 from xdpmasq.config import Log
-from xdpmasq.datapath import REAP_EXPIRED, REAP_FORCED, Tables
 from xdpmasq.events import Watcher
 from xdpmasq.recorder import Recorder
 from xdpmasq.records import Record, Scribe
+from xdpmasq.tables import Tables
 
 
 class Logged:

@@ -29,7 +29,7 @@ from harness import (
 from scapy.layers.inet import ICMP, IP, UDP, IPOption_RR, IPOption_Timestamp
 from scapy.packet import Packet, Raw
 
-from xdpmasq.datapath import PREFIX_INTERNAL
+from xdpmasq.abi import PREFIX_INTERNAL
 
 RECORD_ROUTE = [IPOption_RR(length=7, pointer=4, routers=["0.0.0.0"])]
 TIMESTAMP = [IPOption_Timestamp(length=12, pointer=9, oflw=0, flg=0)]

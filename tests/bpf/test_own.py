@@ -140,7 +140,7 @@ def test_own_ping_beside_a_hosts_with_the_same_identifier(gateway: Gateway) -> N
 def test_a_second_address_of_its_own_is_left_alone(gateway: Gateway) -> None:
     from ipaddress import IPv4Network  # noqa: PLC0415
 
-    from xdpmasq.datapath import PREFIX_OWN  # noqa: PLC0415
+    from xdpmasq.abi import PREFIX_OWN  # noqa: PLC0415
 
     second = "203.0.113.2"
     key = (32, ([int.from_bytes(IPv4Network(second).network_address.packed, "little")],))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from harness import ACK, GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, SERVER, SYN, TICKS, Gateway, tcp, udp
 
-from xdpmasq import algs, bpf, config, datapath, pinholes
+from xdpmasq import abi, algs, bpf, config, pinholes
 from xdpmasq.alg import switches
 from xdpmasq.alg.api import Control, Endpoint, Refused
 from xdpmasq.alg.ftp import Ftp
@@ -37,7 +37,7 @@ def openings(gateway: Gateway, all_: Pinholes) -> SessionsOpenings:
 def of_session(gateway: Gateway, all_: Pinholes, *, most: int) -> SessionsOpenings:
     """Of an FTP control session."""
     port = gateway.connect(HOST, 5000, SERVER, 21)
-    owner = (port, datapath.addr(REMOTE), int(np.uint16(21).byteswap()), 0)
+    owner = (port, abi.addr(REMOTE), int(np.uint16(21).byteswap()), 0)
     control = Control("tcp", Endpoint(HERE, 5000), Endpoint(IPv4Address(GATEWAY), port), Endpoint(REMOTE, 21))
     return SessionsOpenings(all_, gateway.tables, owner, 0, control, most, "ftp")
 
@@ -94,7 +94,7 @@ def test_its_time_is_over(gateway: Gateway, all_: Pinholes, openings: SessionsOp
     all_.tick()
     assert [*all_.records()] == []
     gateway.reap([hole.port])
-    assert gateway.tables.rows(np.array([hole.port]))[0]["life"] & datapath.LIFE_STATE == datapath.LIFE_RESTING
+    assert gateway.tables.rows(np.array([hole.port]))[0]["life"] & abi.LIFE_STATE == abi.LIFE_RESTING
 
 
 @pytest.mark.req("attacks-pinholes")
@@ -135,7 +135,7 @@ def test_a_pair(gateway: Gateway, openings: SessionsOpenings) -> None:
 def test_a_pair_that_cannot_be(gateway: Gateway, openings: SessionsOpenings) -> None:
     for nth in (0, 1):
         while (port := gateway.open(udp(HOST, 40000 + nth, SERVER, 69))) % 2 == nth:
-            gateway.reap([port + datapath.PORTS], datapath.REAP_FORCED)
+            gateway.reap([port + abi.PORTS], abi.REAP_FORCED)
     with pytest.raises(Refused, match="neighbours"):
         openings.open("udp", at(40000), remote=REMOTE, pair=True)
 
@@ -160,7 +160,7 @@ def test_another_address_of_the_gateway(gateway: Gateway, all_: Pinholes, openin
     """Who was told the old one will not come."""
     openings.open("tcp", at(40000), remote=REMOTE)
     before = gateway.tables.settings["external"].copy()
-    gateway.tables.set_settings(external=datapath.addr(IPv4Address("203.0.113.77")))
+    gateway.tables.set_settings(external=abi.addr(IPv4Address("203.0.113.77")))
     all_.tick()
     gateway.tables.set_settings(external=before)
     assert pinholes.listed(gateway.tables) == []
@@ -178,5 +178,5 @@ def test_a_pair_that_the_table_has_no_room_for(
     with pytest.raises(Refused, match="full"):
         openings.open("udp", at(40000), remote=REMOTE, pair=True)
     slots = gateway.tables.used_slots()
-    static = gateway.tables.rows(slots)["life"] & datapath.LIFE_STATIC != 0
+    static = gateway.tables.rows(slots)["life"] & abi.LIFE_STATIC != 0
     assert not static.any()

@@ -15,7 +15,7 @@ from harness import (
     udp,
 )
 
-from xdpmasq.datapath import CLASS_ROOM, REAP_EXPIRED
+from xdpmasq.abi import CLASS_ROOM, REAP_EXPIRED
 
 THIRD_HOST = "192.168.0.4"
 

@@ -28,7 +28,7 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq.datapath import FURTHER_BASE, PORTS, REAP_FORCED, REAP_RESTED
+from xdpmasq.abi import FURTHER_BASE, PORTS, REAP_FORCED, REAP_RESTED
 
 HOSTS = [f"192.168.0.{i}" for i in range(2, 252)]
 

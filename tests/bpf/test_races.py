@@ -12,7 +12,7 @@ import pytest
 from harness import GATEWAY, HOST, OTHER_HOST, SERVER, Bench, Gateway, age, udp, wan_frame, wire
 
 from xdpmasq import bpf, source
-from xdpmasq.datapath import (
+from xdpmasq.abi import (
     FURTHER_BASE,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,

@@ -30,10 +30,10 @@ from scapy.layers.inet import ICMP, IP, UDP
 
 from xdpmasq import algs, bpf
 from xdpmasq.alg import switches
-from xdpmasq.datapath import Tables
 from xdpmasq.errors import BusyError, DatapathError
 from xdpmasq.events import HERE_S
 from xdpmasq.sessions import Endpoint
+from xdpmasq.tables import Tables
 from xdpmasq.tracing import Interest, Sight, Tracer, conclusion
 
 Said = tuple[str, str, str]  # hook, verdict, first reason

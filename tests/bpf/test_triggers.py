@@ -22,7 +22,7 @@ from harness import (
 )
 
 from xdpmasq import bpf, forwarding, triggers
-from xdpmasq.datapath import PORTS, REAP_EXPIRED
+from xdpmasq.abi import PORTS, REAP_EXPIRED
 
 CALL = 47624
 TRIGGERS = 8  # SESSION_TRIGGERS

@@ -25,9 +25,9 @@ import numpy as np
 import pytest
 import zygote
 
-from xdpmasq import attachment, bpf, datapath, forwarding, forwards, presence
+from xdpmasq import attachment, bpf, datapath, forwarding, forwards, hooks, presence
 from xdpmasq.config import Config, as_fields
-from xdpmasq.datapath import Hook
+from xdpmasq.hooks import Hook
 from xdpmasq.lab import Capture, Lab, netns
 from xdpmasq.lab.errors import LabError, wait_until
 from xdpmasq.lab.servers import ECHO_PORT, DnsServer, IperfServer, SshServer, WebServer
@@ -205,9 +205,9 @@ class Gateway:
         with self.inside():
             link = netdev.link(interface)
             here = {("xdp", link.xdp_prog_id)} if link.xdp_prog_id else set()
-            here |= {(hook, number) for hook in datapath.TC_HOOKS for number in bpf.tcx_programs(link.index, hook)}
+            here |= {(hook, number) for hook in hooks.TC for number in bpf.tcx_programs(link.index, hook)}
             here |= {(each.direction, each.prog_id) for each in clsact.filters(link.index)}
-            return {hook for hook, number in here if bpf.Program.by_id(number).name.startswith(datapath.PROGRAM)}
+            return {hook for hook, number in here if bpf.Program.by_id(number).name.startswith(hooks.PROGRAM)}
 
     def take_off(self, interface: str, *hooks: str) -> None:
         """Somebody takes our programs off these hooks."""
@@ -334,7 +334,7 @@ class Gateway:
 
 _DIE = """
 import os, signal
-from xdpmasq import agent, bpf
+from xdpmasq import bpf, daemon
 from xdpmasq.net import clsact, sysctl, xdp
 from xdpmasq.config import Config
 real, calls = {step}, []
@@ -344,7 +344,7 @@ def step(*args, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **named)
 {step} = step
-agent.run(Config(("wan0",), ("lan0",), mode="{mode}"))
+daemon.run(Config(("wan0",), ("lan0",), mode="{mode}"))
 """
 
 

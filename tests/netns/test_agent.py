@@ -236,13 +236,13 @@ def test_a_failing_attach_leaves_nothing() -> None:
 
 
 _FAIL = """
-from xdpmasq import agent
+from xdpmasq import daemon
 from xdpmasq.net import sysctl, xdp
 from xdpmasq.config import Config
 def fail(*args, **named):
     raise {error}
 {step} = fail
-agent.run(Config(("wan0",), ("lan0",), mode="xdp"))
+daemon.run(Config(("wan0",), ("lan0",), mode="xdp"))
 """
 
 
@@ -322,19 +322,19 @@ def test_errors_nobody_thought_of_do_not_end_it(bare: Gateway) -> None:
 
 
 _TROUBLED = """
-from xdpmasq import agent
+from xdpmasq import addressing, daemon, expiry
 from xdpmasq.config import Config
 def fail(*args):
     raise RuntimeError("unthought of")
-agent.Expiry.run = fail
-real, calls = agent.Agent._follow_addresses, []
-def follow(*args):
+expiry.Expiry.run = fail
+real, calls = addressing.Addressing.follow, []
+def follow(*args, **named):
     calls.append(args)
     if len(calls) in (2, 4):
         raise OSError(22, "unthought of")
-    return real(*args)
-agent.Agent._follow_addresses = follow
-agent.run(Config(("wan0",), ("lan0",), mode="tc"))
+    return real(*args, **named)
+addressing.Addressing.follow = follow
+daemon.run(Config(("wan0",), ("lan0",), mode="tc"))
 """
 
 

@@ -779,7 +779,7 @@ def test_rtsp_client_inside(gateway: Gateway, pieces: int) -> None:
 # An agent that knows these, in place of the house's own.
 PLUG_INS = """
 import time
-from xdpmasq import agent
+from xdpmasq import daemon
 from xdpmasq.alg import registry
 from xdpmasq.alg.api import Alg
 from xdpmasq.algs import Use
@@ -817,7 +817,7 @@ class Shouting(Alg):
 plug_ins = {each.name: each() for each in (Raising, Sleeping, Looping, Lying, Shouting)}
 registry.find = plug_ins.__getitem__
 uses = tuple(Use(each.name, (("tcp", each.ports["tcp"][0]),)) for each in plug_ins.values())
-agent.run(Config(("wan0",), ("lan0",), mode="tc", algs=uses))
+daemon.run(Config(("wan0",), ("lan0",), mode="tc", algs=uses))
 """
 
 

@@ -14,8 +14,8 @@ import pytest
 from netkit import ECHO, Gateway, Wire, answers, ask, internal, soon, who
 
 from xdpmasq import bpf
+from xdpmasq.abi import FURTHER_BASE, LIFE_RESTING, LIFE_STATE, PORTS
 from xdpmasq.config import Limits, Ports, Timeouts
-from xdpmasq.datapath import FURTHER_BASE, LIFE_RESTING, LIFE_STATE, PORTS
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC, TRANSIT
 

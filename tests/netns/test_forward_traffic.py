@@ -18,7 +18,7 @@ import pytest
 from netkit import CURL, GATE, MEET, Connection, Gateway, Meeting, meet_tcp, meet_udp, soon, written
 
 from xdpmasq import bpf
-from xdpmasq.datapath import CLASSES, LIFE_LIVE, LIFE_STATE, PORTS
+from xdpmasq.abi import CLASSES, LIFE_LIVE, LIFE_STATE, PORTS
 from xdpmasq.lab import netns
 from xdpmasq.lab.servers import WebServer
 from xdpmasq.lab.snapshot import differences, snapshot

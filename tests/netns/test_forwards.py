@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from netkit import GATE, Gateway, answers, internal, soon, who
 
-from xdpmasq import bpf, datapath, expiry, forwarding, forwards
-from xdpmasq.datapath import CLASS_ROOM, CLASSES, LIFE_LIVE, LIFE_STATE, LIFE_STATIC, PORTS, Attached
+from xdpmasq import abi, bpf, expiry, forwarding, forwards
+from xdpmasq.abi import CLASS_ROOM, CLASSES, LIFE_LIVE, LIFE_STATE, LIFE_STATIC, PORTS
+from xdpmasq.datapath import Attached
 from xdpmasq.errors import ForwardError
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC
@@ -79,7 +80,7 @@ def contents(tables: Attached) -> dict[str, int]:
 
 def target_of(tables: Attached, protocol: str, port: int, remote: str = STRANGER) -> str:
     """Where the programs find that a new session leads, of its first target; "" where nowhere."""
-    key = (64, 0, CLASSES.index(protocol), socket.htons(port), datapath.addr(IPv4Address(remote)))
+    key = (64, 0, CLASSES.index(protocol), socket.htons(port), abi.addr(IPv4Address(remote)))
     index = tables.maps["forwards"].get(key)
     if index is None:
         return ""
@@ -95,7 +96,7 @@ def slot_of(protocol: str, port: int) -> int:
 
 def mapping_of(tables: Attached, protocol: str, address: str, port: int) -> int | None:
     found = tables.maps["mappings"].get(
-        (datapath.addr(IPv4Address(address)), socket.htons(port), CLASSES.index(protocol), 0)
+        (abi.addr(IPv4Address(address)), socket.htons(port), CLASSES.index(protocol), 0)
     )
     return None if found is None else int(found)
 
@@ -134,7 +135,7 @@ def test_the_only_target_sends_from_the_forwarded_port(gateway: Gateway) -> None
     assert mapping_of(tables, "udp", "192.168.0.3", 6001) == slot
     session = tables.sessions[slot]
     assert session["in"]["new_addr"] == np.array(
-        datapath.addr(IPv4Address("192.168.0.3")), session["in"]["new_addr"].dtype
+        abi.addr(IPv4Address("192.168.0.3")), session["in"]["new_addr"].dtype
     )
     assert session["in"]["new_port"] == socket.htons(6001)
     assert session["out"]["new_addr"]["word"].tobytes() == IPv4Address(PUBLIC).packed
@@ -341,7 +342,7 @@ def test_upkeep_follows_the_rules(gateway: Gateway) -> None:
     add(gateway, "tcp", "90-91", "192.168.0.2")
     upkeep.run()
     assert upkeep.slots().tolist() == [90, 91]
-    tables.sessions["life"][91] = LIFE_LIVE | datapath.LIFE_SESSION
+    tables.sessions["life"][91] = LIFE_LIVE | abi.LIFE_SESSION
     gateway.kill_agent()  # it would end what has no true session
     try:
         gateway.masq("forward", "del", "tcp", "90-91")
@@ -364,7 +365,7 @@ def test_hosts_and_bindings_are_forgotten(gateway: Gateway) -> None:
     hosts, bindings = tables.maps["hosts"], tables.maps["bindings"]
     long_ago = (bpf.jiffies() - 400 * tables.hz) % 2**32
     now = bpf.jiffies()
-    a, b, c, d = (datapath.addr(IPv4Address(f"10.9.8.{number}")) for number in range(4))
+    a, b, c, d = (abi.addr(IPv4Address(f"10.9.8.{number}")) for number in range(4))
     hosts.set(a, (0, [0, 0, 0, 0], 5, 10, long_ago))
     hosts.set(b, (1, [0, 0, 0, 0], 0, 10, long_ago))
     hosts.set(c, (0, [0, 1, 0, 0], 0, 10, long_ago))

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from netkit import CURL, ECHO, Gateway, ask, internal, who
 
-from xdpmasq.datapath import CLASSES
+from xdpmasq.abi import CLASSES
 from xdpmasq.lab import traffic
 from xdpmasq.lab.servers import ECHO_PORT
 from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, INTERNET_TOO, PUBLIC, TRANSIT

@@ -134,11 +134,11 @@ def test_without_the_device_the_gateway_works_and_says_what_is_lacking(bare: Gat
 
 
 _NO_DEVICE = """
-from xdpmasq import agent
+from xdpmasq import daemon
 from xdpmasq.net import tun
 from xdpmasq.config import Config
 tun.DEVICE = "/dev/net/none"
-agent.run(Config(("wan0",), ("lan0",), mode="tc"))
+daemon.run(Config(("wan0",), ("lan0",), mode="tc"))
 """
 
 

@@ -83,9 +83,9 @@ def _zygote() -> socket.socket:
 
 
 def _serve(requests: socket.socket) -> None:
-    import xdpmasq.agent  # noqa: PLC0415  heavy: what all this is for
     import xdpmasq.cli  # noqa: PLC0415
-    import xdpmasq.control  # noqa: F401, PLC0415
+    import xdpmasq.control  # noqa: PLC0415
+    import xdpmasq.daemon  # noqa: F401, PLC0415  heavy: what all this is for
 
     with contextlib.suppress(ImportError):
         import typer._adapters  # noqa: F401, PLC0415  what newer typers import when they first parse an option

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from xdpmasq import census, sessions
-from xdpmasq.datapath import EXTERNAL_SLOTS, LIFE_LIVE, LIFE_RESTING, LIFE_SESSION, LIFE_STATIC, PORTS
+from xdpmasq.abi import EXTERNAL_SLOTS, LIFE_LIVE, LIFE_RESTING, LIFE_SESSION, LIFE_STATIC, PORTS
 
 ACK, FIN = 0x10, 0x01
 ADDRESS = [("word", "<u4", (1,))]
@@ -24,7 +24,7 @@ TCP, UDP, ICMP = range(3)
 
 
 class Table:
-    """Stands for ``datapath.Tables``."""
+    """Stands for ``Tables``."""
 
     def __init__(self, externals: int = 1) -> None:
         self.externals, self.further_base = externals, externals * EXTERNAL_SLOTS

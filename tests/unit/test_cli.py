@@ -171,7 +171,7 @@ def asked(replace_module: Replace, monkeypatch: pytest.MonkeyPatch) -> list[Any]
         calls.append(wan)
         return {"interfaces": ["eth0", "eth1"], "sessions": 1, "sysctls": {"net.ipv4.ip_forward": "0"}}
 
-    replace_module("agent", run=calls.append)
+    replace_module("daemon", run=calls.append)
     replace_module("control", detach=detach)
     monkeypatch.setattr("xdpmasq.background.start", start)
     return calls

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP, fragment
 
-from xdpmasq import datapath, punt
+from xdpmasq import punt
 from xdpmasq.errors import HostError
 from xdpmasq.net import netdev, tun
 from xdpmasq.orphans import Key
 from xdpmasq.punt import ALG_IN, ALG_OUT, BUDGET, FRAGMENT_IN, FRAGMENT_OUT, REFUSED, TOO_BIG, TTL, Punt
+from xdpmasq.tables import Tables
 
 HOST, REMOTE = "192.168.0.2", "198.51.100.10"
 
@@ -311,7 +312,7 @@ def test_the_reasons_are_those_of_the_c() -> None:
 def test_without_the_device_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tun, "DEVICE", str(tmp_path / "tun"))
     with pytest.raises(HostError, match=r"cannot create a TAP: .*/tun: No such file or directory; modprobe tun"):
-        Punt.open(datapath.Tables({}), 30, "prohibited", lambda direction, _, packet: [(direction, packet)])
+        Punt.open(Tables({}), 30, "prohibited", lambda direction, _, packet: [(direction, packet)])
 
 
 @pytest.mark.parametrize("pattern", ["masq*", "masq-punt0", "*"])

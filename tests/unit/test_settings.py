@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from xdpmasq import settings
+from xdpmasq.abi import FURTHER_BASE, PORTS
 from xdpmasq.config import Config, Limits, Ports
-from xdpmasq.datapath import FURTHER_BASE, PORTS
 from xdpmasq.errors import HostError
 from xdpmasq.net import routing, sysctl
 

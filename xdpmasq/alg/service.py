@@ -25,14 +25,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from xdpmasq import bpf, datapath
+from xdpmasq import abi, bpf
+from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, PORTS
 from xdpmasq.alg import packets, switches
 from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Stream, before
-from xdpmasq.datapath import CLASSES, EXTERNAL_SLOTS, PORTS, Tables
 from xdpmasq.errors import ConfigError
 from xdpmasq.pinholes import Pinholes, SessionsOpenings
+from xdpmasq.tables import Tables
 
 log = logging.getLogger("xdpmasq")
 
@@ -167,7 +168,7 @@ class Service:
     def _session(self, direction: int, mapping: int, parsed: Packet) -> _Session | None:
         remote = parsed.source if direction else parsed.destination
         assert isinstance(remote.address, IPv4Address)
-        key = (mapping, datapath.addr(remote.address), socket.htons(remote.port), 0)
+        key = (mapping, abi.addr(remote.address), socket.htons(remote.port), 0)
         record = self._controls.get(key)
         name = np.array(key, self._controls.key).tobytes()
         if record is None:  # it has just ended
@@ -234,7 +235,7 @@ class Service:
         assert isinstance(internal.address, IPv4Address)
         bits = switches.ALG_ANY + internal.address.max_prefixlen
         class_ = CLASSES.index(protocol)
-        record = self._algs.get((bits, class_, socket.htons(port), datapath.addr(internal.address)))
+        record = self._algs.get((bits, class_, socket.htons(port), abi.addr(internal.address)))
         if record is None:
             return None
         name = record["name"].tobytes().rstrip(b"\0").decode()

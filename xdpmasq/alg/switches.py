@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import bpf, datapath, expiry
+from xdpmasq import abi, bpf, expiry
+from xdpmasq.abi import CLASSES
 from xdpmasq.algs import Use, check
-from xdpmasq.datapath import CLASSES, Tables
+from xdpmasq.tables import Tables
 
 ALG_ANY = 32  # bits of ``struct alg_key`` before the address
 
@@ -58,6 +59,14 @@ def take(tables: Tables, name: str) -> bool:
     return bool(mine)
 
 
+def replace(tables: Tables, wanted: Iterable[Use]) -> None:
+    """Switches these on, and all others off."""
+    for use in read(tables):
+        take(tables, use.name)
+    for use in wanted:
+        put(tables, use)
+
+
 def follow(tables: Tables, name: str, host: IPv4Address, port: int, ticks: int) -> None:
     """Has an ALG read sessions of a host with another TCP port, for so many jiffies."""
     (key,) = _keys(Use(name, (("tcp", port),), (IPv4Network(host),)))
@@ -86,7 +95,7 @@ def _keys(use: Use) -> list[tuple[Any, ...]]:
             ALG_ANY + network.prefixlen,
             CLASSES.index(protocol),
             socket.htons(port),
-            datapath.addr(network.network_address),
+            abi.addr(network.network_address),
         )
         for protocol, port in use.ports
         for network in use.internal

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from xdpmasq import datapath, settings
+from xdpmasq import abi, datapath, settings
 from xdpmasq.bench import conntrack, topology
 from xdpmasq.bench.generator import DIRECTIONS, Expectation, Traffic
 from xdpmasq.bench.probe import Probe
@@ -143,7 +143,7 @@ def _forget_sessions(network: Topology) -> None:
         attached = datapath.find()
     slots = attached.open_slots()
     attached.flush(slots)
-    attached.reap(attached.reaper, slots, datapath.REAP_RESTED)
+    attached.reap(attached.reaper, slots, abi.REAP_RESTED)
 
 
 def attach_command(mode: str, externals: int = 1) -> Command:

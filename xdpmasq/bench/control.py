@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import datapath
+from xdpmasq import abi, datapath
 from xdpmasq.bench import contestants as who
 from xdpmasq.bench import latency, measure, turns
 from xdpmasq.bench.contestants import OURS, Contestant
@@ -138,7 +138,7 @@ def _ended(lane: Lane, cpu: int) -> list[float]:
         for side in ("out", "in"):
             tables.sessions[side]["last_seen"][slots] -= np.uint32(int(tables.settings["udp"]) + 1)
         started = time.monotonic()
-        while (tables.sessions["life"][slots] & datapath.LIFE_STATE == datapath.LIFE_LIVE).any():
+        while (tables.sessions["life"][slots] & abi.LIFE_STATE == abi.LIFE_LIVE).any():
             if time.monotonic() > started + _PATIENCE_S:
                 raise HostError("the agent does not end the sessions", f"nothing for {_PATIENCE_S:g} s")
             during.append(latency.timed(probe, _TRIPS)[0])

@@ -75,14 +75,14 @@ def _running() -> tuple[Sequence[str], Sequence[str], Mode]:
 
 def _own_programs() -> set[int]:
     """Ids of our programs on the interfaces here, which doctor is not to take for a stranger's."""
-    from xdpmasq import bpf, datapath  # noqa: PLC0415  heavy
+    from xdpmasq import bpf, datapath, hooks  # noqa: PLC0415  heavy
     from xdpmasq.net import netdev  # noqa: PLC0415  heavy
 
     own = set()
     try:
         for number in (number for link in netdev.links() for number in datapath.program_ids(link)):
             with bpf.Program.by_id(number) as program:
-                if program.name.startswith(datapath.PROGRAM):
+                if program.name.startswith(hooks.PROGRAM):
                     own.add(number)
     except OSError:  # not root: doctor itself will say so
         pass

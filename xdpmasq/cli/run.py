@@ -24,7 +24,7 @@ def run(
     """
     common.require_root("run")
     wanted = common.configuration(wan, lan, mode, config)
-    from xdpmasq import agent  # noqa: PLC0415  heavy
+    from xdpmasq import daemon  # noqa: PLC0415  heavy
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)  # systemd adds time and name
-    agent.run(wanted)
+    daemon.run(wanted)

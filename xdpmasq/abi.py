@@ -1,0 +1,38 @@
+"""What the C programs and Python have to agree on: the enums, bits and sizes of bpf/types.h, flow.h and reaper.c."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Slots = npt.NDArray[np.uint32]
+Role = Literal["lan", "wan", "lo", "other"]
+
+CLASSES = ("tcp", "udp", "icmp")
+CLASS_ROOM = 4
+PORTS = 65536
+EXTERNAL_SLOTS = len(CLASSES) * PORTS  # of one external address
+FURTHER_BASE = EXTERNAL_SLOTS  # where there is one
+
+ROLES: dict[Role, int] = {"lo": 0, "lan": 1, "wan": 2, "other": 3}
+XDP_FROM, XDP_TO = 1, 2
+PREFIX_OWN, PREFIX_INTERNAL, PREFIX_PRIVATE = 1, 2, 3
+LIFE_LIVE, LIFE_RESTING, LIFE_STATE, LIFE_SESSION, LIFE_STATIC, LIFE_FURTHER_MASK = 1, 2, 3, 4, 8, 0xFFFFFF00
+REAP_EXPIRED, REAP_FORCED, REAP_RESTED, REAP_CLAIM, REAP_KEEP, REAP_YIELD, REAP_HOLD, REAP_TAKE, REAP_OPEN = range(9)
+REAP_MAX = 16
+CHOICE_MAX, CHOICE_ADDR_AT, EXTERNAL_ROOM = 64, 32, 64
+
+
+def addr(address: IPv4Address | None) -> tuple[tuple[int]]:
+    """An ``addr_t`` for numpy: network byte order in memory."""
+    return ((int.from_bytes(address.packed, "little") if address else 0,),)
+
+
+def addr_hash(address: IPv4Address) -> int:
+    """``addr_hash`` of bpf/flow.h."""
+    mixed = addr(address)[0][0] * 0x9E3779B1 & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 0x85EBCA6B & 0xFFFFFFFF
+    return mixed ^ mixed >> 13

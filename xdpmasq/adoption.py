@@ -1,0 +1,36 @@
+"""Going on with what an earlier agent has left: programs that fit its tables, or the reason why there are none."""
+
+from __future__ import annotations
+
+from xdpmasq import settings
+from xdpmasq.config import Config
+from xdpmasq.datapath import Attached
+from xdpmasq.errors import DatapathError
+from xdpmasq.programs import Programs
+
+_ANEW = "xdpmasq detach, then attach: running sessions start anew"
+
+
+def programs_for(config: Config, adopted: Attached | None) -> Programs:
+    """Programs over the maps of a running datapath, or over new ones.
+
+    Raises:
+        DatapathError: the configuration, or this version of xdpmasq, does not go with the tables that there are.
+    """
+    externals, wans = config.external.room(len(config.wans)), len(config.wans)
+    if not adopted:
+        return Programs(settings.further_sessions(config), None, externals, wans)
+    if adopted.externals != externals:
+        raise DatapathError(
+            "the running datapath has another number of external addresses",
+            f"it has {adopted.externals}, the configuration names {externals}",
+            _ANEW,
+        )
+    programs = Programs(adopted.further, adopted.maps, externals, wans)
+    if (manifest := adopted.manifest)["layouts"] != programs.layouts:
+        raise DatapathError(
+            "the running datapath is of another version",
+            f"xdpmasq {manifest['version']} attached it, and lays out its tables otherwise",
+            _ANEW,
+        )
+    return programs

@@ -1,0 +1,124 @@
+"""The programs of a datapath: compiled for its kind, and loaded onto its maps, new ones or those of before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+from xdpmasq import bpf, compiler, source
+from xdpmasq.abi import EXTERNAL_ROOM, EXTERNAL_SLOTS
+from xdpmasq.tables import Tables
+
+
+def _defines(externals: int, wans: int) -> dict[str, int]:
+    """What the programs are compiled for. Of external addresses one is a case of its own, any more are another."""
+    return {"EXTERNALS": 1 if externals == 1 else EXTERNAL_ROOM, "WANS": wans}
+
+
+def _sizes(further: int, externals: int) -> dict[str, int]:
+    """Entries of the tables whose size is a setting."""
+    mappings = externals * EXTERNAL_SLOTS
+    slots = mappings + further
+    return {
+        "sessions": slots,
+        "claims": slots // 64,
+        "mappings": mappings,
+        "buckets": slots // 4,  # half full when every slot has two entries
+        "overflow": slots // 64,  # one entry in a hundred then finds its bucket full
+    }
+
+
+def compile_ahead() -> None:
+    """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted."""
+    compiler.compile(source.flatten(), _defines(1, 1))
+
+
+class Programs:
+    """The compiled datapath: its functions are loaded when first asked for.
+
+    Args:
+        further: how many slots for further sessions.
+        maps: existing maps to use.
+        externals: how many external addresses.
+        wans: how many WANs.
+        sizes: entries of tables, by name, where they are not to be as usual.
+    """
+
+    def __init__(
+        self,
+        further: int,
+        maps: Mapping[str, bpf.Map] | None = None,
+        externals: int = 1,
+        wans: int = 1,
+        *,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        self._kind = (externals, wans)
+        self._sizes = _sizes(further, externals) | dict(sizes or {})
+        self.maps = dict(maps or {})
+        self._object = self._compile()
+        self.maps |= self._object.maps
+        self._loaded: dict[str, bpf.Program] = {}
+        if maps is None:
+            tables = Tables(self.maps)
+            tables.set_settings(
+                seed=[secrets.randbits(64) for _ in tables.settings["seed"]],
+                externals=externals,
+                further_base=externals * EXTERNAL_SLOTS,
+                further=further,
+                buckets=self._sizes["buckets"],
+            )
+
+    def _compile(self, **defines: int) -> bpf.Object:
+        return bpf.compile(source.flatten(), _defines(*self._kind) | defines, self.maps, self._sizes)
+
+    @cached_property
+    def _without_ethernet(self) -> bpf.Object:
+        """The functions for interfaces without Ethernet header; compiling takes its time, and few have such a one."""
+        return self._compile(L3=1)
+
+    @contextlib.contextmanager
+    def being_last(self) -> Iterator[None]:
+        """Inside the block a packet let through by one of the TC programs meets no other on that hook."""
+        tables = Tables(self.maps)
+        tables.set_settings(last=True)
+        try:
+            yield
+        finally:
+            tables.set_settings(last=False)
+
+    @property
+    def layouts(self) -> dict[str, list[Any]]:
+        """Map name → [key, value] as JSON can carry them; see :func:`xdpmasq.compiler.layout`."""
+        return self._object.layouts
+
+    @property
+    def loaded(self) -> dict[str, bpf.Program]:
+        """Those that were asked for so far, by function."""
+        return dict(self._loaded)
+
+    def load(self, functions: Iterable[str]) -> None:
+        """Loads several at once, each on a CPU of its own: the kernel takes up to a second to verify one."""
+        wanted = list(functions)
+        for function in wanted:
+            self._compiled(function)  # before there are threads: the compiler does not survive a fork among them
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.__getitem__, wanted))
+
+    def _compiled(self, function: str) -> bpf.Object:
+        return self._without_ethernet if function.endswith("_l3") else self._object
+
+    def __getitem__(self, function: str) -> bpf.Program:
+        """The loaded program, holding every map of the datapath."""
+        if function not in self._loaded:
+            kind = "xdp" if function.endswith("_xdp") else "tc"
+            program = self._compiled(function).load(function, kind)
+            for map_ in self.maps.values():
+                program.bind(map_)
+            self._loaded[function] = program
+        return self._loaded[function]
