@@ -75,11 +75,11 @@ def forget(tables: Tables, ticks: int) -> None:
 
 def _of(tables: Tables, host: IPv4Address, call: int) -> Iterator[tuple[tuple[IPv4Address, int], int]]:
     """Of a host's call remote and external address, and the number there."""
-    table, wanted = tables.maps["calls"], (abi.addr(host)[0][0], socket.htons(call))
+    table, (word,) = tables.maps["calls"], abi.addr(host)[0]
     for keys, values in table.items(chunk=table.max_entries):
-        for key, value in zip(keys, values, strict=True):
-            if (int(value["internal"]["word"][0]), int(value["call"])) == wanted:
-                yield (_address(key["remote"]), int(key["external"])), socket.ntohs(int(key["call"]))
+        own = (values["internal"]["word"][:, 0] == word) & (values["call"] == socket.htons(call))
+        for key in keys[own]:
+            yield (_address(key["remote"]), int(key["external"])), socket.ntohs(int(key["call"]))
 
 
 def _address(field: Any) -> IPv4Address:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -213,9 +213,8 @@ class Metrics(Collector):
             sheet.put("alg_messages_total", counts.get("messages", 0), name)
             for outcome in ("edited", "unparsed", "refused", "failed", "late", "unasked"):
                 sheet.put("alg_outcomes_total", counts.get(outcome, 0), name, outcome)
-        opened = Counter(each.protocol for each in pinholes.listed(self._subject.tables))
-        for protocol in ("tcp", "udp"):
-            sheet.put("pinholes", opened[protocol], protocol)
+        for protocol, count in pinholes.counted(self._subject.tables).items():
+            sheet.put("pinholes", count, protocol)
 
     def _punts(self, sheet: Sheet) -> None:
         port = self._subject.punting.port

@@ -8,15 +8,16 @@ gone, and lives on as long as its sessions.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from xdpmasq import abi, bpf, calls, config, expiry, forwarding, presence, sessions
-from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS
+from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, REAP_YIELD
 from xdpmasq.alg import switches
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
 from xdpmasq.errors import BusyError
@@ -27,6 +28,7 @@ from xdpmasq.tables import Tables
 
 LASTS_S = 300  # at most
 MOST_OF_A_HOST = 256  # pinholes, and calls
+MOST_OF_A_TICK = 1024  # that are ended; to packets they are over anyway
 CLI_S = 0.2  # that a message may wait for a command at work
 ANYBODY = IPv4Address(0)
 
@@ -53,20 +55,27 @@ class Pinhole:
     left_s: float
 
 
-def records(tables: Tables) -> Iterator[tuple[Any, Any]]:
-    """``struct pinhole_key`` and ``struct pinhole`` of each."""
+def records(tables: Tables) -> tuple[bpf.Array, bpf.Array]:
+    """``struct pinhole_key`` and ``struct pinhole`` of all: there may be thousands, so nothing walks over them."""
     table = tables.maps["pinholes"]
-    for keys, values in table.items(chunk=table.max_entries):
-        yield from zip(keys, values, strict=True)
+    parts = list(table.items(chunk=table.max_entries))
+    return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
+
+
+def counted(tables: Tables) -> dict[str, int]:
+    """How many are open, by protocol."""
+    keys, values = records(tables)
+    classes = keys["mapping"][~_are_over(values)] // PORTS % len(CLASSES)
+    return {name: int((classes == number).sum()) for number, name in enumerate(CLASSES[:2])}
 
 
 def listed(tables: Tables) -> list[Pinhole]:
     """Those that are open."""
     now, settings, found = bpf.jiffies(), tables.settings, []
-    for key, value in records(tables):
-        left_s = _left(now, value) / int(settings["hz"])
-        if left_s < 0 or _is_served(value):
-            continue
+    keys, values = records(tables)
+    are_open = ~_are_over(values)
+    left = np.maximum(_left(now, values), 0)
+    for key, value, ticks in zip(keys[are_open], values[are_open], left[are_open].tolist(), strict=True):
         slot, remote = int(key["mapping"]), _address(key["remote"])
         external = IPv4Address(settings["external"]["word"][slot // EXTERNAL_SLOTS, :1].tobytes())
         found.append(
@@ -77,7 +86,7 @@ def listed(tables: Tables) -> list[Pinhole]:
                 None if remote == ANYBODY else remote,
                 socket.ntohs(int(value["remote_port"])),
                 int(value["left"]) if value["counted"] else None,
-                left_s,
+                ticks / int(settings["hz"]),
             )
         )
     return sorted(found, key=lambda each: (each.protocol, str(each.internal.address), each.internal.port))
@@ -135,8 +144,8 @@ class Pinholes:
 
     # --- reading
 
-    def records(self) -> Iterator[tuple[Any, Any]]:
-        """``struct pinhole_key`` and ``struct pinhole`` of each."""
+    def records(self) -> tuple[bpf.Array, bpf.Array]:
+        """``struct pinhole_key`` and ``struct pinhole`` of all."""
         return records(self._tables)
 
     # --- writing
@@ -154,21 +163,19 @@ class Pinholes:
                 self._put(owner, slot, wish, endpoint.port, owned)
                 ports.publish(endpoint, slot)
         except OSError as error:
-            self._give_back({slot for slot, owned in places if owned})
+            self._give_back([slot for slot, owned in places if owned])
             raise Refused("the table of pinholes is full") from error
         first = places[0][0]
         return Endpoint(ports.address(first), first % PORTS)
 
-    def end_those(self, ended: Callable[[Any, Any], bool]) -> None:
-        """Ends some, by key and value."""
-        records = list(self.records())
-        gone = [key for key, value in records if ended(key, value)]
-        if not gone:
-            return
-        owned = {int(key["mapping"]) for key, value in records if value["owned"]}
+    def end_those(self, ended: Callable[[bpf.Array, bpf.Array], npt.NDArray[np.bool_]]) -> None:
+        """Ends some: which, is asked once, with the keys and values of all."""
+        keys, values = self.records()
+        gone = keys[ended(keys, values)]
         for key in gone:
             self._table.delete(key)
-        self._give_back({int(key["mapping"]) for key in gone} & owned)
+        if len(gone):
+            self._give_back(np.intersect1d(gone["mapping"], keys["mapping"][values["owned"] != 0]))
 
     def count(self, host: Address) -> int:
         """How many pinholes lead to a host, and how many calls it has."""
@@ -181,24 +188,35 @@ class Pinholes:
     def keep_latest(self, owner: Owner, most: int) -> None:
         """Of what a control session has, the oldest go."""
         now, mine = bpf.jiffies(), np.array(owner, self._tables.maps["controls"].key)
-        own = [(_left(now, value), -int(key["mapping"])) for key, value in self.records() if value["control"] == mine]
-        gone = {-slot for _, slot in sorted(own, reverse=True)[most:]}  # by ports where they are of the same moment
-        self.end_those(lambda key, value: value["control"] == mine and int(key["mapping"]) in gone)
+
+        def oldest(keys: bpf.Array, values: bpf.Array) -> npt.NDArray[np.bool_]:
+            own = np.flatnonzero(values["control"] == mine)
+            order = np.lexsort((-keys["mapping"][own].astype(np.int64), _left(now, values[own])))
+            gone = np.zeros(len(keys), bool)  # by ports where they are of the same moment
+            gone[own[order[: max(0, len(own) - most)]]] = True
+            return gone
+
+        self.end_those(oldest)
 
     def tick(self) -> None:
         """Ends those that are over, and those whose address is no longer ours."""
-        now = bpf.jiffies()
         calls.forget(self._tables, LASTS_S * self._hz)
-        self.end_those(lambda key, value: _left(now, value) < 0 or _is_served(value) or self._is_lost(key, value))
 
-    def _is_lost(self, key: Any, value: Any) -> bool:
+        def ended(keys: bpf.Array, values: bpf.Array) -> npt.NDArray[np.bool_]:
+            gone = _are_over(values) | self._are_lost(keys, values)
+            return np.asarray(gone & (np.cumsum(gone) <= MOST_OF_A_TICK))
+
+        self.end_those(ended)
+
+    def _are_lost(self, keys: bpf.Array, values: bpf.Array) -> npt.NDArray[np.bool_]:
         """The external address is another, or the port, which was held for it, is somebody else's."""
-        slot = int(key["mapping"])
-        row = self._tables.rows(np.array([slot], np.uint32))[0]
-        if row["out"]["new_addr"] != self._tables.settings["external"][slot // EXTERNAL_SLOTS]:
-            return True
-        is_there = row["life"] & LIFE_STATE == LIFE_LIVE and row["in"]["new_addr"] == value["internal"]
-        return bool(value["owned"]) and not is_there
+        slots = keys["mapping"].astype(np.uint32)
+        if not len(slots):
+            return np.zeros(0, bool)
+        rows = self._tables.rows(slots)
+        are_there = (rows["life"] & LIFE_STATE == LIFE_LIVE) & (rows["in"]["new_addr"] == values["internal"])
+        elsewhere = rows["out"]["new_addr"] != self._tables.settings["external"][slots // EXTERNAL_SLOTS]
+        return np.asarray(elsewhere | ((values["owned"] != 0) & ~are_there))
 
     def _places(self, ports: Ports, endpoints: list[Mapped]) -> list[tuple[int, bool]]:
         """Of neighbours; where one has a mapping already, beside that."""
@@ -217,7 +235,7 @@ class Pinholes:
             elif ports.take(endpoint, (first + nth) % PORTS, exact=True) is not None:
                 found.append((first + nth, True))
             else:
-                self._give_back({slot for slot, owned in found if owned})
+                self._give_back([slot for slot, owned in found if owned])
                 raise Refused("the port beside its own is another's")
         return found
 
@@ -225,7 +243,8 @@ class Pinholes:
         """The endpoint's slot, and whether it is ours to give back."""
         slot = ports.mapped(mapped)
         if slot is not None and ports.is_static(slot):
-            return slot, any(int(key["mapping"]) == slot and value["owned"] for key, value in self.records())
+            keys, values = self.records()
+            return slot, bool(values["owned"][keys["mapping"] == slot].any())
         held = ports.hold(mapped, slot) if slot is not None else None
         if held is None:
             held = ports.take(mapped)
@@ -242,11 +261,10 @@ class Pinholes:
         value["control"], value["owned"] = np.array(owner, value["control"].dtype), owned
         self._table.set((slot, abi.addr(wish.remote)), value)
 
-    def _give_back(self, slots: set[int]) -> None:
+    def _give_back(self, slots: npt.ArrayLike) -> None:
         """Those that no pinhole, and no forward, has by now."""
-        kept = {int(key["mapping"]) for key, _ in self.records()}
-        for slot in slots - kept - set(forwarding.forwarded_slots(self._tables).tolist()):
-            self.ports(0).give_back(slot)
+        kept = np.concatenate((self.records()[0]["mapping"], forwarding.forwarded_slots(self._tables)))
+        self._tables.reap(self._reaper, np.setdiff1d(np.asarray(slots, np.uint32), kept), REAP_YIELD)
 
 
 @dataclass(frozen=True)
@@ -349,9 +367,12 @@ def _address(field: Any) -> IPv4Address:
     return IPv4Address(field["word"][:1].tobytes())
 
 
-def _left(now: int, value: Any) -> int:
-    return -int(expiry.age(now, np.array([value["expires"]], np.uint32))[0])
+def _left(now: int, values: bpf.Array) -> expiry.Ticks:
+    """Jiffies."""
+    return -expiry.age(now, values["expires"].astype(np.uint32))
 
 
-def _is_served(value: Any) -> bool:
-    return bool(value["counted"]) and int(np.int64(value["left"].astype(np.int64))) <= 0
+def _are_over(values: bpf.Array) -> npt.NDArray[np.bool_]:
+    """By time, or as they have served as many sessions as they were for."""
+    served = (values["counted"] != 0) & (values["left"].astype(np.int64) <= 0)
+    return np.asarray((_left(bpf.jiffies(), values) < 0) | served)

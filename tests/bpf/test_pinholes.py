@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 import numpy as np
@@ -25,7 +27,7 @@ def all_(gateway: Gateway) -> Iterator[Pinholes]:
     switches.put(gateway.tables, FTP)
     made = Pinholes(gateway.tables, gateway.bench.programs["masq_reap"], config.Ports(), TICKS)
     yield made
-    made.end_those(lambda _key, _value: True)
+    made.end_those(lambda keys, _: np.ones(len(keys), bool))
     switches.take(gateway.tables, "ftp")
 
 
@@ -84,7 +86,7 @@ def test_from_one_port_only(gateway: Gateway, openings: SessionsOpenings) -> Non
 def test_its_time_is_over(gateway: Gateway, all_: Pinholes, openings: SessionsOpenings) -> None:
     """After 300 s at most, whatever was asked for; its port is the pool's again."""
     hole = openings.open("tcp", at(40000), remote=REMOTE, lasts_s=10_000)
-    ((key, value),) = all_.records()
+    (key,), (value,) = all_.records()
     left = int(np.uint32(value["expires"]) - np.uint32(bpf.jiffies())) / TICKS
     assert 299 < left <= 300
     value = np.array(value)
@@ -92,7 +94,7 @@ def test_its_time_is_over(gateway: Gateway, all_: Pinholes, openings: SessionsOp
     gateway.tables.maps["pinholes"].set(key, value)
     assert comes_in(gateway, hole.port) == "drop_filtered"
     all_.tick()
-    assert [*all_.records()] == []
+    assert len(all_.records()[0]) == 0
     gateway.reap([hole.port])
     assert gateway.tables.rows(np.array([hole.port]))[0]["life"] & abi.LIFE_STATE == abi.LIFE_RESTING
 
@@ -164,6 +166,57 @@ def test_another_address_of_the_gateway(gateway: Gateway, all_: Pinholes, openin
     all_.tick()
     gateway.tables.set_settings(external=before)
     assert pinholes.listed(gateway.tables) == []
+
+
+def test_ten_thousand_take_no_time(gateway: Gateway, all_: Pinholes, openings: SessionsOpenings) -> None:
+    """Neither a tick nor another pinhole; when all are over at once, they go within some ticks."""
+    table = gateway.tables.maps["pinholes"]
+    value = np.zeros((), table.value)
+    value["expires"] = (bpf.jiffies() + 100 * TICKS) % 2**32
+    slots = range(abi.PORTS + 20000, abi.PORTS + 30000)  # of UDP
+    gateway.tables.sessions["out"]["new_addr"][slots] = gateway.tables.settings["external"][0]
+    for nth, slot in enumerate(slots):
+        value["internal"]["word"] = nth // 100
+        table.set((slot, abi.addr(REMOTE)), value)
+    began = time.process_time()
+    all_.tick()
+    openings.open("tcp", at(40000), remote=REMOTE)
+    assert time.process_time() - began < 0.3
+    assert len(all_.records()[0]) == len(slots) + 1
+    gateway.tables.sessions["out"]["new_addr"][slots] = 0
+    left = []
+    while len(all_.records()[0]) > 1:
+        began = time.process_time()
+        all_.tick()
+        assert time.process_time() - began < 0.3
+        left.append(len(all_.records()[0]) - 1)
+    assert left == [*range(len(slots) - 1024, 0, -1024), 0]
+
+
+@pytest.mark.parametrize("beyond", [0, 1], ids=["the last", "one more"])
+def test_a_host_has_a_bound(gateway: Gateway, openings: SessionsOpenings, beyond: int) -> None:
+    """Over all of its sessions, and with its calls; others do not notice."""
+    table, calls_ = gateway.tables.maps["pinholes"], gateway.tables.maps["calls"]
+    value, call = np.zeros((), table.value), np.zeros((), calls_.value)
+    value["internal"]["word"] = call["internal"]["word"] = abi.addr(HERE)[0][0]
+    value["expires"] = (bpf.jiffies() + 100 * TICKS) % 2**32
+    for slot in range(20000, 20000 + pinholes.MOST_OF_A_HOST - 11 + beyond):
+        table.set((slot, abi.addr(REMOTE)), value)
+    for number in range(10):
+        calls_.set((abi.addr(REMOTE), number, 0), call)
+    if beyond:
+        with pytest.raises(Refused, match=f"{HOST} has 256 already"):
+            openings.open("tcp", at(40000), remote=REMOTE)
+        with pytest.raises(Refused, match=f"{HOST} has 256 already"):
+            openings.open("gre", at(7), remote=REMOTE)
+    else:
+        openings.open("tcp", at(40000), remote=REMOTE)
+    other = Control(
+        "tcp", Endpoint(IPv4Address(OTHER_HOST), 5000), openings.control.external, openings.control.remote
+    )
+    replace(openings, control=other).open("tcp", Endpoint(other.internal.address, 40000), remote=REMOTE)
+    for number in range(10):
+        calls_.delete((abi.addr(REMOTE), number, 0))
 
 
 def test_a_pair_that_the_table_has_no_room_for(

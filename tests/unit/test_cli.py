@@ -91,6 +91,11 @@ class Empty:
         yield from ()
 
 
+class NoPinholes(Empty):
+    def items(self, chunk: int) -> Iterator[Any]:
+        yield np.zeros(0, [("mapping", "u4")]), np.zeros(0, [("expires", "u4"), ("counted", "u4"), ("left", "u8")])
+
+
 @dataclass
 class Running:
     """Stands for datapath.Attached."""
@@ -111,7 +116,7 @@ class Running:
     @property
     def maps(self) -> dict[str, Any]:
         """Neither pinholes nor redirected connections."""
-        return {name: Empty() for name in ("pinholes", "redirects")}
+        return {"pinholes": NoPinholes(), "redirects": Empty()}
 
     def counters(self) -> dict[str, int]:
         return {"fast_outbound": 900, "slow_outbound": 90, "slow_inbound": 10, "drop_rewrite": 0, "drop_protocol": 7}
