@@ -30,6 +30,7 @@ LASTS_S = 300  # at most
 MOST_OF_A_HOST = 256  # pinholes, and calls
 MOST_OF_A_TICK = 1024  # that are ended; to packets they are over anyway
 CLI_S = 0.2  # that a message may wait for a command at work
+OVERTAKEN_MOST = 3
 ANYBODY = IPv4Address(0)
 
 Owner = tuple[Any, ...]  # ``struct control_key``
@@ -157,11 +158,10 @@ class Pinholes:
             Refused: there is no port, or no room.
         """
         ports, endpoints = self.ports(wan), wish.endpoints
-        places = self._places(ports, endpoints) if wish.pair else [self._place(ports, endpoints[0])]
+        places = self._published(ports, endpoints)
         try:
             for endpoint, (slot, owned) in zip(endpoints, places, strict=True):
                 self._put(owner, slot, wish, endpoint.port, owned)
-                ports.publish(endpoint, slot)
         except OSError as error:
             self._give_back([slot for slot, owned in places if owned])
             raise Refused("the table of pinholes is full") from error
@@ -217,6 +217,21 @@ class Pinholes:
         are_there = (rows["life"] & LIFE_STATE == LIFE_LIVE) & (rows["in"]["new_addr"] == values["internal"])
         elsewhere = rows["out"]["new_addr"] != self._tables.settings["external"][slots // EXTERNAL_SLOTS]
         return np.asarray(elsewhere | ((values["owned"] != 0) & ~are_there))
+
+    def _published(self, ports: Ports, endpoints: list[Mapped]) -> list[tuple[int, bool]]:
+        """Where they are found from now on.
+
+        A telephone that answers sends at once, and its sound overtakes the answer, which is read first: so a packet
+        may make a mapping while we choose. That one is kept, as sessions run there.
+        """
+        for _ in range(OVERTAKEN_MOST):
+            before = [ports.mapped(each) for each in endpoints]
+            places = self._places(ports, endpoints) if len(endpoints) > 1 else [self._place(ports, endpoints[0])]
+            published = all(ports.publish(each, slot) for each, (slot, _) in zip(endpoints, places, strict=True))
+            if published or before == [ports.mapped(each) for each in endpoints]:
+                return places
+            self._give_back({slot for slot, owned in places if owned})
+        raise Refused("it is given other mappings all the time")
 
     def _places(self, ports: Ports, endpoints: list[Mapped]) -> list[tuple[int, bool]]:
         """Of neighbours; where one has a mapping already, beside that."""

@@ -116,9 +116,10 @@ class Ports:
             self.give_back(base + port)
         return None
 
-    def publish(self, endpoint: Endpoint, slot: int) -> None:
-        """From now on what the endpoint sends leaves from there, unless it has another mapping."""
+    def publish(self, endpoint: Endpoint, slot: int) -> bool:
+        """From now on what the endpoint sends leaves from there; False: it has another mapping."""
         forwarding.publish(self._tables, slot, self._key(endpoint))
+        return self.mapped(endpoint) == slot
 
     def give_back(self, slot: int) -> None:
         """Static no more: sessions that run go on."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from xdpmasq.alg.api import Control, Endpoint, Refused
 from xdpmasq.alg.ftp import Ftp
 from xdpmasq.alg.irc import Irc
 from xdpmasq.pinholes import Pinholes, SessionsOpenings
+from xdpmasq.ports import Ports
 
 REMOTE, HERE = IPv4Address(SERVER), IPv4Address(HOST)
 FTP = algs.Use("ftp", (("tcp", 21),), (IPv4Network("0.0.0.0/0"),))
@@ -140,6 +142,32 @@ def test_a_pair_that_cannot_be(gateway: Gateway, openings: SessionsOpenings) -> 
             gateway.reap([port + abi.PORTS], abi.REAP_FORCED)
     with pytest.raises(Refused, match="neighbours"):
         openings.open("udp", at(40000), remote=REMOTE, pair=True)
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["one", "pair"])
+def test_a_packet_overtakes_what_is_said(
+    gateway: Gateway, openings: SessionsOpenings, monkeypatch: pytest.MonkeyPatch, pair: bool
+) -> None:
+    """The mapping that it makes while a port is chosen is the endpoint's, and no other."""
+    name = "take_pair" if pair else "take"
+    take, mapped = getattr(Ports, name), []
+
+    def overtaken(*words: Any, **more: Any) -> Any:
+        while not mapped:
+            port = gateway.open(udp(HOST, 40000, OTHER_SERVER, 6000))
+            if port % 2:
+                gateway.reap([port + datapath.PORTS], datapath.REAP_FORCED)
+            else:
+                mapped.append(port)
+        return take(*words, **more)
+
+    monkeypatch.setattr(Ports, name, overtaken)
+    hole = openings.open("udp", at(40000), remote=REMOTE, pair=pair)
+    assert [hole.port] == mapped
+    for nth in range(1 + pair):
+        result = gateway.inbound(udp(SERVER, 2000 + nth, GATEWAY, hole.port + nth))
+        assert (result.ended, result.ip.dport) == ("slow_inbound", 40000 + nth)
+    assert gateway.outbound(udp(HOST, 40000, SERVER, 2000)).port == hole.port
 
 
 @pytest.mark.req("attacks-slipstream")

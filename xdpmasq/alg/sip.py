@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from xdpmasq.alg import words
-from xdpmasq.alg.api import Address, Alg, Control, Endpoint, Openings, Side, Unparsed
-from xdpmasq.alg.messages import Form, Header, Message
+from xdpmasq.alg.api import Address, Alg, Control, Endpoint, Openings, Refused, Side, Unparsed
+from xdpmasq.alg.messages import CRLF, Form, Header, Message
 
 _FORM = Form(
     start=re.compile(rb"SIP/2\.0 \d{3}(?: [^\r\n\0]*)?|[A-Z]{1,20} [A-Za-z][A-Za-z0-9+.-]*:[^ \r\n\0]+ SIP/2\.0"),
@@ -201,7 +201,10 @@ _RTCP = re.compile(rb"(a=rtcp:)(\d{1,5})(?:( IN IP4 )(" + words.DOTTED + rb"))?(
 
 @dataclass
 class _Medium:
+    """``last``: the line with which it ends."""
+
     line: int
+    last: int
     port: int
     protocol: str
     host: Address | None = None
@@ -217,9 +220,13 @@ def _sdp(body: bytes, control: Control, openings: Openings) -> bytes:
         Unparsed: it stays as it is.
     """
     lines = _SDP_LINES.findall(body)
+    added: dict[int, bytes] = {}
     for medium in _media(lines):
-        if medium.host == control.internal.address and medium.port not in {0, 9}:  # 9: this side will connect
-            _open(medium, lines, control, openings)
+        if medium.host != control.internal.address or medium.port in {0, 9}:  # 9: this side will connect
+            continue
+        if number := _open(medium, lines, control, openings):
+            line = b"a=rtcp:%d" % number
+            added[medium.last] = line + CRLF if lines[medium.last].endswith(b"\n") else CRLF + line
     own = str(control.internal.address).encode()
     known = words.known_outside(control.protocol, control.internal, control, openings)
     ours = str(known.address if known else control.external.address).encode()
@@ -229,17 +236,19 @@ def _sdp(body: bytes, control: Control, openings: Openings) -> bytes:
             lines[at] = found[1] + ours + found[3]
         elif (rtcp := _RTCP.fullmatch(line)) and rtcp[4] == own:
             lines[at] = rtcp[1] + rtcp[2] + rtcp[3] + ours + rtcp[5]
-    return b"".join(lines)
+    return b"".join(line + added.get(at, b"") for at, line in enumerate(lines))
 
 
 def _media(lines: list[bytes]) -> list[_Medium]:
     session: Address | None = None
     media: list[_Medium] = []
     for at, line in enumerate(lines):
+        if media and not line.startswith(b"m="):
+            media[-1].last = at
         if line.startswith(b"m="):
             if not (found := _MEDIUM.fullmatch(line)):
                 raise Unparsed("a medium that is not understood")
-            media.append(_Medium(at, _number(found[2]), found[4].decode("latin-1").upper(), session))
+            media.append(_Medium(at, at, _number(found[2]), found[4].decode("latin-1").upper(), session))
         elif connection := _CONNECTION.fullmatch(line):
             if media:
                 media[-1].host = words.address(connection[2])
@@ -251,29 +260,42 @@ def _media(lines: list[bytes]) -> list[_Medium]:
     return media
 
 
-def _open(medium: _Medium, lines: list[bytes], control: Control, openings: Openings) -> None:
-    """Asks for what the medium needs, and writes it into its lines."""
+def _open(medium: _Medium, lines: list[bytes], control: Control, openings: Openings) -> int | None:
+    """Asks for what the medium needs, and writes it into its lines; returns the port of RTCP if it has no line.
+
+    RTP and RTCP are neighbours, unless packets of theirs have overtaken what is said here and were given other ports:
+    a=rtcp tells it then (RFC 3605).
+    """
     carries_rtp = "RTP/" in medium.protocol
     if medium.protocol.startswith("TCP/") or not (carries_rtp or medium.protocol.startswith(("UDP", "DTLS/"))):
         raise Unparsed(f"a medium over {medium.protocol}")
     if medium.rtcp_host not in {None, medium.host}:
         raise Unparsed("RTCP is another host's")
-    remote = control.remote.address
-    rtp = words.own(control, control.internal.address, medium.port)
+    remote, host = control.remote.address, control.internal.address
+    rtp = words.own(control, host, medium.port)
     next_to_it = medium.rtcp in {None, medium.port + 1}
     pair = carries_rtp and medium.port % 2 == 0 and next_to_it
-    opened = openings.open("udp", rtp, remote=remote, lasts_s=_MEDIA_S, pair=pair)
+    try:
+        opened = openings.open("udp", rtp, remote=remote, lasts_s=_MEDIA_S, pair=pair)
+    except Refused:
+        if not pair:
+            raise
+        pair = False
+        opened = openings.open("udp", rtp, remote=remote, lasts_s=_MEDIA_S)
+        medium.rtcp = medium.port + 1
     _put_port(_MEDIUM, lines, medium.line, opened.port)
-    if medium.rtcp is None or medium.rtcp_line is None:
-        return
+    if medium.rtcp is None:
+        return None
     if medium.rtcp == medium.port:
-        _put_port(_RTCP, lines, medium.rtcp_line, opened.port)
+        rtcp = opened.port
     elif pair:
-        _put_port(_RTCP, lines, medium.rtcp_line, opened.port + 1)
+        rtcp = opened.port + 1
     else:
-        rtcp = words.own(control, control.internal.address, medium.rtcp)
-        other = openings.open("udp", rtcp, remote=remote, lasts_s=_MEDIA_S)
-        _put_port(_RTCP, lines, medium.rtcp_line, other.port)
+        rtcp = openings.open("udp", words.own(control, host, medium.rtcp), remote=remote, lasts_s=_MEDIA_S).port
+    if medium.rtcp_line is None:
+        return rtcp
+    _put_port(_RTCP, lines, medium.rtcp_line, rtcp)
+    return None
 
 
 def _put_port(kind: re.Pattern[bytes], lines: list[bytes], at: int, port: int) -> None:

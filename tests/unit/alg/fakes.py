@@ -71,12 +71,15 @@ class FakeOpenings:
             raise Refused(f"port {internal.port} is below 1024")
         if pair and internal.port % 2:
             raise Refused(f"no pair begins with {internal.port}")
+        neighbour = Endpoint(internal.address, internal.port + 1)
+        known, beside = self.mappings.get((protocol, internal)), self.mappings.get((protocol, neighbour))
+        if pair and (known or beside) and (not known or known.port % 2 or (beside and beside.port != known.port + 1)):
+            raise Refused("its ports are mapped to others than neighbours")
         for pinhole in self.opened:
             if (pinhole.protocol, pinhole.internal) == (protocol, internal):
                 return pinhole.external
         if len(self.opened) >= self.limit:
             raise Refused(f"{self.limit} pinholes are open")
-        known = None if pair else self.mappings.get((protocol, internal))
         external = known or self._fresh(pair)
         self.opened.append(Pinhole(protocol, internal, external, remote, remote_port, lasts_s, sessions, pair))
         self.mappings[protocol, internal] = external

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fakes import FakeOpenings, Pinhole, session
+from fakes import GATEWAY, HOST, FakeOpenings, Pinhole, session
 
-from xdpmasq.alg.api import Alg, Control, Side, Unparsed
+from xdpmasq.alg.api import Alg, Control, Endpoint, Side, Unparsed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def outside(given: bytes, becomes: bytes | None = None) -> Said:
 
 @dataclass(frozen=True)
 class Talk:
-    """``opens``: the pinholes, as :func:`told` tells them."""
+    """``opens``: the pinholes, as :func:`told` tells them; ``mapped``: UDP ports that are mapped already."""
 
     id: str
     said: list[Said]
@@ -40,6 +40,7 @@ class Talk:
     protocol: str = "tcp"
     from_outside: bool = False
     internal_port: int | None = None
+    mapped: dict[int, int] = field(default_factory=dict)
 
     def session(self) -> Control:
         return session(self.port, self.protocol, from_outside=self.from_outside, internal_port=self.internal_port)
@@ -108,6 +109,8 @@ def check(alg: Alg, talk: Talk) -> None:
     for cut in (whole, bytewise):
         control = talk.session()
         openings = FakeOpenings(control, alg.pinholes)
+        for internal, external in talk.mapped.items():
+            openings.mappings["udp", Endpoint(HOST, internal)] = Endpoint(GATEWAY, external)
         line = Line(alg, control, openings)
         heard = {Side.INSIDE: b"", Side.OUTSIDE: b""}
         for said in talk.said:

@@ -52,6 +52,8 @@ a=rtpmap:0 PCMU/8000
 REQUEST_TCP = REQUEST.replace("UDP", "TCP").replace("192.168.1.10:5060", "192.168.1.10:50000")
 REQUEST_TCP_OUTSIDE = REQUEST_OUTSIDE.replace("UDP", "TCP")
 SDP_BOB = SDP.replace("192.168.1.10", "198.51.100.7")
+SDP_OVERTAKEN = SDP_OUTSIDE.replace("40000", "40777")
+OVERTAKEN = ["udp 5004 at 40777 for 198.51.100.7", "udp 5005 at 40000 for 198.51.100.7"]
 AUDIO = ["udp 5004+5005 at 40000+40001 for 198.51.100.7"]
 
 
@@ -294,6 +296,45 @@ CONVERSATIONS = [
         "RTCP with RTP",
         [says(SDP + "a=rtcp:5004\n", SDP_OUTSIDE + "a=rtcp:40000\n")],
         ["udp 5004 at 40000 for 198.51.100.7"],
+    ),
+    *(
+        Phone(f"sound overtakes what is said of it, {name}", [said] * times, opens, mapped=mapped)
+        for name, times, said, mapped, opens in [
+            (
+                "and again",
+                2,
+                says(SDP, SDP_OVERTAKEN + "a=rtcp:40000\n"),
+                {5004: 40777},
+                OVERTAKEN,
+            ),
+            (
+                "and so does RTCP",
+                1,
+                says(SDP, SDP_OVERTAKEN.replace("40777", "40776") + "a=rtcp:40888\n"),
+                {5004: 40776, 5005: 40888},
+                ["udp 5004 at 40776 for 198.51.100.7", "udp 5005 at 40888 for 198.51.100.7"],
+            ),
+            (
+                "whose RTCP has its line",
+                1,
+                says(
+                    SDP + "a=rtcp:5005 IN IP4 192.168.1.10\n",
+                    SDP_OVERTAKEN + "a=rtcp:40000 IN IP4 203.0.113.1\n",
+                ),
+                {5004: 40777},
+                OVERTAKEN,
+            ),
+            (
+                "in two media, and the text has no end of line",
+                1,
+                says(
+                    SDP + "m=video 5006 RTP/AVP 31",
+                    SDP_OVERTAKEN + "a=rtcp:40000\nm=video 40999 RTP/AVP 31\na=rtcp:40001",
+                ),
+                {5004: 40777, 5006: 40999},
+                [*OVERTAKEN, "udp 5006 at 40999 for 198.51.100.7", "udp 5007 at 40001 for 198.51.100.7"],
+            ),
+        ]
     ),
     Phone(
         "a fax",
