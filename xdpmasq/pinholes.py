@@ -230,7 +230,7 @@ class Pinholes:
             published = all(ports.publish(each, slot) for each, (slot, _) in zip(endpoints, places, strict=True))
             if published or before == [ports.mapped(each) for each in endpoints]:
                 return places
-            self._give_back({slot for slot, owned in places if owned})
+            self._give_back([slot for slot, owned in places if owned])
         raise Refused("it is given other mappings all the time")
 
     def _places(self, ports: Ports, endpoints: list[Mapped]) -> list[tuple[int, bool]]:
