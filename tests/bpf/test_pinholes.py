@@ -156,7 +156,7 @@ def test_a_packet_overtakes_what_is_said(
         while not mapped:
             port = gateway.open(udp(HOST, 40000, OTHER_SERVER, 6000))
             if port % 2:
-                gateway.reap([port + datapath.PORTS], datapath.REAP_FORCED)
+                gateway.reap([port + abi.PORTS], abi.REAP_FORCED)
             else:
                 mapped.append(port)
         return take(*words, **more)
