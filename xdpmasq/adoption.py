@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from xdpmasq import settings
 from xdpmasq.config import Config
-from xdpmasq.datapath import Attached
 from xdpmasq.errors import DatapathError
 from xdpmasq.programs import Programs
+from xdpmasq.tables import Tables
 
 _ANEW = "xdpmasq detach, then attach: running sessions start anew"
 
 
-def programs_for(config: Config, adopted: Attached | None) -> Programs:
+def programs_for(config: Config, adopted: Tables | None) -> Programs:
     """Programs over the maps of a running datapath, or over new ones.
 
     Raises:

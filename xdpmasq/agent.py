@@ -68,8 +68,8 @@ class Agent:
 
     Args:
         config: what the user wants; validated.
-        programs: over new maps, or over those of ``adopted``.
-        adopted: the datapath that an earlier agent left, to go on with.
+        programs: over new tables, or over the ``adopted`` ones.
+        adopted: the tables that an earlier agent left, to go on with.
         recorder: logs what happens, if anything is to be logged.
         algs: the earlier one's, in this process: what they hold goes on.
     """
@@ -78,13 +78,13 @@ class Agent:
         self,
         config: Config,
         programs: Programs,
-        adopted: Attached | None = None,
+        adopted: Tables | None = None,
         recorder: Recorder | None = None,
         algs: Service | None = None,
     ) -> None:
         self.config, self.programs, self.recorder = config, programs, recorder
         programs.load(functions(config))
-        self.tables = tables = Tables(programs.maps)
+        self.tables = tables = programs.tables
         before = adopted.manifest if adopted else None
         self.manifest = Manifest.of(config, tables, programs, before)
         self.pulse = Pulse()

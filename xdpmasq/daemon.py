@@ -12,7 +12,6 @@ from xdpmasq import adoption, checks, datapath, notify, presence, rules
 from xdpmasq.agent import Agent
 from xdpmasq.alg.service import Service
 from xdpmasq.config import Config
-from xdpmasq.datapath import Attached
 from xdpmasq.errors import DatapathError, MasqError
 from xdpmasq.programs import Programs
 from xdpmasq.recorder import recording
@@ -72,7 +71,7 @@ def _begin(
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(_showing(config))
         recorder = stack.enter_context(recording(config.log))
-        adopted = Attached(programs.maps) if programs else datapath.find_of(config.wans)
+        adopted: Tables | None = programs.tables if programs else datapath.find_of(config.wans)
         agent = Agent(config, programs or adoption.programs_for(config, adopted), adopted, recorder, algs)
         if signals.stop:
             return None
@@ -83,15 +82,14 @@ def _begin(
 
 def _go_on(config: Config, wanted: Config, programs: Programs, algs: Service, signals: Signals) -> Begun | None:
     """With another configuration, or where that fails with the one that there was."""
-    tables = Tables(programs.maps)
-    before = {*rules.placed(tables), *config.rules}
+    before = {*rules.placed(programs.tables), *config.rules}
     failed: MasqError | None = None
     try:
         begun = _begin(wanted, signals, programs, algs)
     except Exception as error:
         failed = error if isinstance(error, MasqError) else DatapathError("the agent failed", repr(error))
         log.warning("going on as before: %s", failed)
-        rules.take(tables, programs["masq_reap"], [rule for rule in wanted.rules if rule not in before])
+        rules.take(programs.tables, programs["masq_reap"], [rule for rule in wanted.rules if rule not in before])
         begun = _begin(config, signals, programs, algs, anyhow=True)
     if begun:
         begun[0].note_reload(failed)

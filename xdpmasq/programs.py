@@ -47,6 +47,9 @@ class Programs:
         externals: how many external addresses.
         wans: how many WANs.
         sizes: entries of tables, by name, where they are not to be as usual.
+
+    Attributes:
+        tables: over the maps; for all in this process, as each further object would have the large ones mapped anew.
     """
 
     def __init__(
@@ -64,10 +67,10 @@ class Programs:
         self._object = self._compile()
         self.maps |= self._object.maps
         self._loaded: dict[str, bpf.Program] = {}
+        self.tables = Tables(self.maps)
         if maps is None:
-            tables = Tables(self.maps)
-            tables.set_settings(
-                seed=[secrets.randbits(64) for _ in tables.settings["seed"]],
+            self.tables.set_settings(
+                seed=[secrets.randbits(64) for _ in self.tables.settings["seed"]],
                 externals=externals,
                 further_base=externals * EXTERNAL_SLOTS,
                 further=further,
@@ -85,12 +88,11 @@ class Programs:
     @contextlib.contextmanager
     def being_last(self) -> Iterator[None]:
         """Inside the block a packet let through by one of the TC programs meets no other on that hook."""
-        tables = Tables(self.maps)
-        tables.set_settings(last=True)
+        self.tables.set_settings(last=True)
         try:
             yield
         finally:
-            tables.set_settings(last=False)
+            self.tables.set_settings(last=False)
 
     @property
     def layouts(self) -> dict[str, list[Any]]:

@@ -29,7 +29,6 @@ from xdpmasq.externals import Place
 from xdpmasq.forwards import Rule, Target
 from xdpmasq.net import netdev, xdp
 from xdpmasq.programs import Programs
-from xdpmasq.tables import Tables
 
 GATEWAY = "203.0.113.1"
 GATEWAY_INSIDE = "192.168.0.1"
@@ -206,7 +205,7 @@ class Bench:
         self.programs = Programs(
             FURTHER, None, len(addresses), len(addresses), sizes={"redirects": 256, "answers": 256}
         )
-        self.tables = Tables(self.programs.maps)
+        self.tables = self.programs.tables
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))
         # Only a device with a program on its XDP hook can be named as the one a test packet came by.
         xdp.attach(self.lan.index, self.programs["masq_xdp"].fd, "native")

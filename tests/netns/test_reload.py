@@ -20,6 +20,7 @@ from netkit import Gateway, soon
 from xdpmasq import forwarding
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC
+from xdpmasq.tables import FEW
 
 BASE = """\
 [interfaces]
@@ -213,11 +214,25 @@ def test_pinholes_outlive_it(of_file: Reloaded) -> None:
 
 
 def test_thirty_times_leak_nothing(of_file: Reloaded) -> None:
-    agent, files = of_file.gateway.agent_pid, []
+    """While there are more sessions than are read one by one, the agent has their table mapped, once."""
+    gateway, files = of_file.gateway, []
+    agent = Path(f"/proc/{gateway.agent_pid}")
+    with gateway.udp("a-box") as client:
+        for nth in range(FEW + 1):
+            client.sendto(b"", (INTERNET, 1024 + nth))
+    soon(lambda: table_mappings(agent) == 1, "the agent has found them many")
     for nth in range(30):
         of_file.reload(f"[timeouts]\nudp_s = {300 + nth}\n")
-        files.append(len(list(Path(f"/proc/{agent}/fd").iterdir())))
+        files.append(len(list((agent / "fd").iterdir())))
+        assert table_mappings(agent) <= 1
     assert min(files[20:]) <= max(files[:10])  # one more may be open for a moment
+    soon(lambda: table_mappings(agent) == 1, "the last agent has found them many")
+
+
+def table_mappings(process: Path) -> int:
+    """How often a process has mapped a map of more than a megabyte."""
+    found = [line.split()[0].split("-") for line in (process / "maps").read_text().splitlines() if "bpf-map" in line]
+    return sum(int(end, 16) - int(start, 16) > 1 << 20 for start, end in found)
 
 
 def test_without_a_file() -> None:
