@@ -115,7 +115,7 @@ static __always_inline enum verdict alg_read(const struct settings *cfg, const s
 		return CONTINUE;
 	if (control && reason == PUNT_ALG_OUT)
 		control_keep_mark(p, control);
-	if (!p->more_fragments && punt_with(cfg, p, reason, s->mapping)) {
+	if (punt_with(cfg, p, reason, s->mapping)) {
 		count(COUNT_punt_alg);
 		return REDIRECT;
 	}

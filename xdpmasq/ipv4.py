@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 HEADER = struct.Struct("!BBH2sHBBH4s4s")
 DONT_FRAGMENT, MORE_FRAGMENTS = 0x4000, 0x2000
+LONGEST = 65535
 OFFSET_MASK = 0x1FFF  # in units of eight bytes
 _COPIED = 0x80  # options that every fragment has
 
@@ -62,6 +63,24 @@ def fragments(packet: bytes, mtu: int) -> list[bytes] | None:
         pieces.append(_piece(packet, mine, more | (header.offset + start) // 8, payload[start:end]))
         start = end
     return pieces
+
+
+def joined(pieces: list[bytes]) -> bytes | None:
+    """The packet that these are all of, each once, in whatever order; None: they are not, or some overlap."""
+    parts = sorted((header.offset, piece) for piece in pieces if (header := parse(piece)))
+    payload, more = b"", MORE_FRAGMENTS
+    for offset, piece in parts:
+        header = parse(piece)
+        if not header or not more or offset != len(payload):
+            return None
+        payload, more = payload + piece[header.length : header.total], header.flags & MORE_FRAGMENTS
+    if not parts or more:
+        return None
+    first = parts[0][1]
+    options = first[HEADER.size : (first[0] & 0xF) * 4]
+    if HEADER.size + len(options) + len(payload) > LONGEST:
+        return None
+    return _piece(first, options, 0, payload)
 
 
 def _piece(packet: bytes, options: bytes, fragment: int, payload: bytes) -> bytes:

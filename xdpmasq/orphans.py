@@ -1,7 +1,8 @@
 """Later fragments that came before their first: held until that one has told where they belong.
 
 Only the first fragment has ports, so the kernel can translate none of a datagram before it. Here the others wait;
-this module decides about them and touches neither network nor tables.
+this module decides about them and touches neither network nor tables. First ones wait here, too, where an ALG is to
+read the datagram: until all are there.
 
 Room is bounded, and what gives way is always the oldest: of the same source where that has its share, of all where
 everything is full. Refusing the newcomer would be an invitation: 256 forged pieces, sent once, would shut out the
@@ -126,6 +127,13 @@ class Orphans:
         self._plan(key, datagram, now)
         self.counts["held"] += 1
         return True
+
+    def gathered(self, key: Key) -> list[bytes]:
+        """The frames of a datagram whose first fragment is held here, too; they stay. None of any other."""
+        datagram = self._all.datagrams.get(key)
+        if not datagram or all(piece.offset for piece in datagram.pieces):
+            return []
+        return [piece.frame for piece in datagram.pieces]
 
     def due(self, now: float) -> list[Key]:
         """Datagrams to ask the kernel about: those with new pieces, and others at growing intervals.

@@ -2,9 +2,10 @@
 
 A frame's destination MAC says why it comes and of which interface it is (``struct punt_header`` of bpf/types.h), the
 rest is the packet as the hook saw it, with its Ethernet header: by that it goes back the way it was on. Fragments
-that overtook their first one go back unchanged, once that one is known. Packets of ALGs' sessions are read, and go
-back edited (:mod:`xdpmasq.alg.service`). Senders of refused packets are told by ICMP; what is too big for the WAN
-that it has to leave by goes back in pieces, or its sender is told. The TAP lives as long as the agent.
+that overtook their first one go back unchanged, once that one is known. Packets of ALGs' sessions are read, put
+together where they are in pieces, and go back edited (:mod:`xdpmasq.alg.service`). Senders of refused packets are
+told by ICMP; what is too big for the WAN that it has to leave by goes back in pieces, or its sender is told. The TAP
+lives as long as the agent.
 """
 
 from __future__ import annotations
@@ -151,12 +152,11 @@ class Punt:
         # The TAP is an interface like any other: who likes can send to it.
         if local != LOCAL or ethertype != _ETH_P_IP:
             return
-        link, packet = frame[_HEADER.size : _AHEAD], frame[_AHEAD:]
+        packet = frame[_AHEAD:]
+        header = ipv4.parse(packet)
         if reason in (FRAGMENT_IN, FRAGMENT_OUT):
-            header = ipv4.parse(packet)
             if header and header.offset:
-                key = Key(header.src, header.dst, header.id, header.protocol)
-                self._orphans.hold(key, header.offset, frame, now)
+                self._hold(header, frame, now)
         elif reason in self._messages:
             self._tell(packet, self._messages[reason], now)
         elif reason == TOO_BIG and (pieces := ipv4.fragments(packet, about)):
@@ -165,11 +165,33 @@ class Punt:
                 self._put_back(back + piece)
         elif reason == TOO_BIG:
             self._tell(packet, refusal.TOO_BIG, now, about)
+        elif reason in (ALG_IN, ALG_OUT) and header and header.flags & ipv4.MORE_FRAGMENTS:
+            self._hold(header, frame, now)
         elif reason in (ALG_IN, ALG_OUT):
-            for direction, text in self._read(reason == ALG_IN, about, packet):
-                way = ALG_IN if direction else ALG_OUT
-                back = _HEADER.pack(LOCAL, way, ifindex, 0, _ETH_P_IP) + (link if way == reason else _NO_LINK)
-                self._put_back(back + text)
+            self._give_to_alg(frame[:_AHEAD], packet, ipv4.LONGEST)
+
+    def _hold(self, header: ipv4.Header, frame: bytes, now: float) -> None:
+        """A fragment; an ALG's datagram that is whole with it is read."""
+        key = Key(header.src, header.dst, header.id, header.protocol)
+        if not self._orphans.hold(key, header.offset, frame, now):
+            return
+        frames = self._orphans.gathered(key)
+        pieces = [each[_AHEAD:] for each in frames]
+        if whole := ipv4.joined(pieces):
+            self._orphans.release(key, now)
+            first = next(each for each in frames if each[1] in (ALG_IN, ALG_OUT))
+            self._give_to_alg(first[:_AHEAD], whole, max(map(len, pieces)))
+
+    def _give_to_alg(self, ahead: bytes, packet: bytes, longest: int) -> None:
+        """What becomes of it goes back, in pieces no longer than they were."""
+        _, reason, ifindex, about, _ = _HEADER.unpack_from(ahead)
+        for direction, text in self._read(reason == ALG_IN, about, packet):
+            way, later = (ALG_IN, FRAGMENT_IN) if direction else (ALG_OUT, FRAGMENT_OUT)
+            link = ahead[_HEADER.size :] if way == reason else _NO_LINK
+            pieces = ipv4.fragments(text, longest) if len(text) > longest else None
+            for nth, piece in enumerate(pieces or [text]):
+                back = _HEADER.pack(LOCAL, later if nth else way, ifindex, 0, _ETH_P_IP)
+                self._put_back(back + link + piece)
 
     def _read(self, inbound: bool, mapping: int, packet: bytes) -> list[tuple[int, bytes]]:
         try:

@@ -17,6 +17,7 @@ from harness import (
     HOST,
     OTHER_HOST,
     PSH,
+    PUNT_FRAGMENT_OUT,
     SERVER,
     SYN,
     TC_VERDICTS,
@@ -28,7 +29,7 @@ from harness import (
     wire,
 )
 from harness import _frame as framed
-from scapy.layers.inet import IP, TCP
+from scapy.layers.inet import IP, TCP, fragment
 from scapy.packet import Packet
 
 from xdpmasq import abi, algs, bpf, calls
@@ -117,6 +118,17 @@ def test_what_the_agent_reads(gateway: Gateway) -> None:
         passes(gateway, tcp(SERVER, 21, GATEWAY, other, ACK | PSH, seq=501, ack=101, payload=b"x"), IN)[0] == "pass"
     )
     assert passes(gateway, udp(HOST, 5000, SERVER, 69), OUT)[0] == "redirect"
+
+
+def test_the_first_piece_of_a_datagram_is_read(gateway: Gateway) -> None:
+    """The others, of which nobody knows yet whose they are, wait in the same place."""
+    gateway.attend()
+    first, second = fragment(IP(wire(udp(HOST, 5000, SERVER, 69, bytes(2000), id=7))), 1480)
+    assert passes(gateway, first, OUT)[1][:2] == bytes((2, PUNT_ALG_OUT))
+    assert passes(gateway, second, OUT)[1][:2] == bytes((2, PUNT_FRAGMENT_OUT))
+    back, _, _ = passes(gateway, first, OUT, ALG_MARK | READ)
+    gateway.counted()
+    assert (back, gateway.outbound(second).ended) == ("pass", "slow_fragment_outbound")
 
 
 def test_what_is_over_is_read_no_more(gateway: Gateway) -> None:

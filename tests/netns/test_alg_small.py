@@ -682,6 +682,37 @@ def test_the_kernels_helper_does_no_more(kernels: Gateway, case: Case) -> None:
         assert has_come(case.talk(stage)) == case.kernels
 
 
+# --- in pieces -------------------------------------------------------------------------------------
+
+
+def test_a_long_invitation_comes_in_pieces(gateway: Gateway) -> None:
+    """And is read as a whole: its text becomes longer than it was, and its media come."""
+    with Stage(gateway, 5) as stage, gateway.counting() as grown:
+        assert sip(stage, "".join(f"a=x-{number:03}:{'x' * 60}\r\n" for number in range(60))) == {
+            "RTP": True,
+            "RTCP": True,
+        }
+    assert (grown["alg_bypassed"], grown["slow_fragment_outbound"]) == (0, 3)
+
+
+@pytest.mark.parametrize("size", [100, 4000])
+def test_an_answer_comes_in_pieces(gateway: Gateway, size: int) -> None:
+    """In it the client finds itself again."""
+    with Stage(gateway, 5) as on:
+        near, far = on.udp("a-box", 5060), on.udp("internet", 5060, INTERNET)
+        request = invite(os.urandom(4).hex(), 7000, f"a={'x' * size}\r\n")
+        near.sendto(request, (INTERNET, 5060))
+        heard, peer = far.recvfrom(65535)
+        via = re.search(rb"Via: [^\r]*\r\n", heard)
+        assert via
+        assert via[0] not in request
+        answer = b"SIP/2.0 486 Busy Here\r\n%sX: " + b"x" * size + b"\r\nContent-Length: 0\r\n\r\n"
+        far.sendto(answer % via[0], peer)
+        own = re.search(rb"Via: [^\r]*\r\n", request)
+        assert own
+        assert near.recv(65535) == answer % own[0]
+
+
 # --- the way of what is read -----------------------------------------------------------------------
 
 MARKS = "chain marked { type filter hook prerouting priority mangle; ip saddr 192.168.0.2 meta mark set 7; }"

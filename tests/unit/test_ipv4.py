@@ -62,3 +62,29 @@ def test_a_broken_list_of_options_is_not_copied(options: bytes) -> None:
 )
 def test_no_pieces(given: tuple[bytes, int]) -> None:
     assert ipv4.fragments(*given) is None
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (3, 0, 1, 4, 2)], ids=str)
+def test_pieces_make_a_whole(order: tuple[int, ...]) -> None:
+    whole = bytes(packet(options=[IPOption(b"\x94\x04\0\0")]))
+    pieces = ipv4.fragments(whole, 600) or []
+    assert ipv4.joined([pieces[nth] for nth in order]) == whole
+
+
+PIECES = ipv4.fragments(bytes(packet()), 1000) or []
+NO_WHOLE = {
+    "nothing": [],
+    "no first": PIECES[1:],
+    "no last": PIECES[:-1],
+    "a gap": [PIECES[0], PIECES[2]],
+    "twice": [*PIECES, PIECES[1]],
+    "an overlap": [*PIECES, *(ipv4.fragments(PIECES[1], 600) or [])],
+    "cut": [PIECES[0][:-1], *PIECES[1:]],
+    "something behind it": [*PIECES, *(ipv4.fragments(bytes(packet(6000)), 1000) or [])[len(PIECES) :]],
+    "too long": [bytes(each) for each in fragment(IP(id=77, len=65535) / Raw(bytes(65520)), 1480)],
+}
+
+
+@pytest.mark.parametrize("pieces", NO_WHOLE.values(), ids=NO_WHOLE)
+def test_no_whole(pieces: list[bytes]) -> None:
+    assert ipv4.joined(pieces) is None

@@ -284,6 +284,45 @@ def test_packets_of_algs_are_read_and_go_back(wire: Wire) -> None:
     reading.punt.close()
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize(("reason", "later"), [(ALG_IN, FRAGMENT_IN), (ALG_OUT, FRAGMENT_OUT)], ids=["in", "out"])
+def test_pieces_of_an_algs_datagram_are_read_together(reason: int, later: int, order: tuple[int, ...]) -> None:
+    """In whatever order they come; what becomes of them goes back in pieces, the first one first."""
+    read: list[bytes] = []
+
+    def reader(direction: int, mapping: int, text: bytes) -> list[tuple[int, bytes]]:
+        read.append(text)
+        assert (direction, mapping) == (int(reason == ALG_IN), 4711)
+        return [(direction, bytes(edited))]
+
+    whole = IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(3000)
+    edited = IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(3100)
+    pieces = [bytes(each) for each in fragment(whole, 1480)]
+    frames = [frame(reason, pieces[0], about=4711), *(frame(later, each) for each in pieces[1:])]
+    reading = Wire(algs=reader)
+    for number in order:
+        assert reading.returned() == []
+        reading.put(frames[number])
+        reading.punt.receive(0)
+    assert read == [bytes(whole)]
+    first, *rest = [bytes(each) for each in fragment(edited, 1480)]
+    assert reading.returned() == [frame(reason, first), *(frame(later, each) for each in rest)]
+    assert reading.punt.held == 0
+    reading.punt.close()
+
+
+def test_of_an_algs_datagram_a_piece_is_missing() -> None:
+    """It waits as fragments do, and goes as they do; nothing is read."""
+    reading = Wire(algs=lambda *_: pytest.fail("read"))
+    first, *_, last = [bytes(each) for each in fragment(IP(src=HOST, dst=REMOTE) / UDP() / bytes(3000), 1480)]
+    reading.put(frame(ALG_OUT, first), frame(FRAGMENT_OUT, last))
+    reading.punt.receive(0)
+    reading.punt.tick(0)
+    reading.punt.tick(30)
+    assert (reading.returned(), reading.punt.counts["expired"]) == ([], 2)
+    reading.punt.close()
+
+
 def test_a_reader_that_fails_stops_nothing() -> None:
     def reader(*_: object) -> list[tuple[int, bytes]]:
         raise RuntimeError("a mistake")
