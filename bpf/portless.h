@@ -81,6 +81,16 @@ static __always_inline struct call *call_comes_in(const struct settings *cfg, co
 	return call;
 }
 
+/* Of a call only the first fragment has the number: where that has gone, the others follow it. Of other GRE each goes by
+ * its addresses.
+ */
+static __always_inline struct fragment *call_fragment(const struct settings *cfg, const struct packet *p)
+{
+	struct fragment *first = p->proto == IPPROTO_GRE && packet_is_later_fragment(p) ? fragment_recall(cfg, p) : NULL;
+
+	return first && !fragment_is_own(first) ? first : NULL;
+}
+
 static __always_inline enum verdict portless_outbound(const struct settings *cfg, const struct packet *p)
 {
 	u32 external = external_for(p->src, p->wan);
@@ -90,24 +100,28 @@ static __always_inline enum verdict portless_outbound(const struct settings *cfg
 				   .port = p->src_port,
 				   .proto = p->proto,
 				   .external = external };
+	struct fragment *first = call_fragment(cfg, p);
 	struct binding *b;
+	bool of_call;
 
 	if (cfg->drop_other && !protocol_is_known(p->proto))
 		return drop(COUNT_drop_protocol);
 	if (addr_is_unset(external_addr))
 		return refuse(COUNT_drop_no_external);
-	if (call_goes_out(p))
-		return portless_rewrite(p, SOURCE, external_addr) ? drop(COUNT_drop_rewrite) :
-								    pass(COUNT_slow_portless_outbound);
-	b = binding_get(cfg, p, &key);
-	if (!b)
-		return refuse(COUNT_drop_portless_full);
-	if (!addr_equal(b->internal, p->src))
-		return refuse(COUNT_drop_portless_taken);
-	b->last_seen = p->now;
-	b->out_packets++;
-	b->out_bytes += p->l4 - p->l3 + p->l4_len;
-	if (p->more_fragments && p->proto == IPPROTO_SCTP &&
+	if (first)
+		return fragment_rewrite(p, first, COUNT_slow_fragment_outbound);
+	of_call = call_goes_out(p);
+	if (!of_call) {
+		b = binding_get(cfg, p, &key);
+		if (!b)
+			return refuse(COUNT_drop_portless_full);
+		if (!addr_equal(b->internal, p->src))
+			return refuse(COUNT_drop_portless_taken);
+		b->last_seen = p->now;
+		b->out_packets++;
+		b->out_bytes += p->l4 - p->l3 + p->l4_len;
+	}
+	if (p->more_fragments && (of_call || p->proto == IPPROTO_SCTP) &&
 	    fragment_begin(cfg, p, SOURCE, external_addr) != CONTINUE)
 		return DROP;
 	if (portless_rewrite(p, SOURCE, external_addr))
@@ -123,23 +137,29 @@ static __always_inline enum verdict portless_inbound(const struct settings *cfg,
 				   .port = p->dst_port,
 				   .proto = p->proto,
 				   .external = external_of(cfg, p->dst) };
+	struct fragment *first = call_fragment(cfg, p);
 	struct call *call = call_comes_in(cfg, p);
+	addr_t internal = {};
 	struct binding *b;
 
-	if (call)
-		return portless_rewrite(p, DESTINATION, call->internal) ? drop(COUNT_drop_rewrite) :
-									  translated(p, COUNT_slow_portless_inbound);
-	b = binding_find(cfg, &key, p->now);
-	if (!b)
-		return CONTINUE;
-	if (cfg->inbound_refresh)
-		b->last_seen = p->now;
-	b->in_packets++;
-	b->in_bytes += p->l4 - p->l3 + p->l4_len;
-	if (p->more_fragments && p->proto == IPPROTO_SCTP &&
-	    fragment_begin(cfg, p, DESTINATION, b->internal) != CONTINUE)
+	if (first)
+		return fragment_rewrite(p, first, COUNT_slow_fragment_inbound);
+	if (call) {
+		internal = call->internal;
+	} else {
+		b = binding_find(cfg, &key, p->now);
+		if (!b)
+			return CONTINUE;
+		if (cfg->inbound_refresh)
+			b->last_seen = p->now;
+		b->in_packets++;
+		b->in_bytes += p->l4 - p->l3 + p->l4_len;
+		internal = b->internal;
+	}
+	if (p->more_fragments && (call || p->proto == IPPROTO_SCTP) &&
+	    fragment_begin(cfg, p, DESTINATION, internal) != CONTINUE)
 		return DROP;
-	if (portless_rewrite(p, DESTINATION, b->internal))
+	if (portless_rewrite(p, DESTINATION, internal))
 		return drop(COUNT_drop_rewrite);
 	return translated(p, COUNT_slow_portless_inbound);
 }

@@ -292,6 +292,28 @@ def test_two_hosts_choose_the_same_number_for_their_calls(gateway: Gateway) -> N
     assert calls.inside(gateway.tables, 0, IPv4Address(HOST), numbers[OTHER_HOST], IPv4Address(SERVER)) is None
 
 
+def test_pieces_follow_the_first_one_of_their_call(gateway: Gateway) -> None:
+    """To either host, though only the first one has the number."""
+    big, hosts = bytes(range(256)) * 10, (HOST, OTHER_HOST)
+    for host in hosts:
+        number = calls.open_(gateway.tables, 0, IPv4Address(host), 77, IPv4Address(SERVER))
+        for packet, way, ends in (
+            (gre(host, SERVER, 9), gateway.outbound, {"src": GATEWAY}),
+            (gre(SERVER, GATEWAY, number), gateway.inbound, {"dst": host}),
+        ):
+            packet[IP].id = 7 + hosts.index(host)
+            first, *rest = fragment(packet / big, 1000)
+            done = [way(each) for each in (first, *rest)]
+            side = "outbound" if "src" in ends else "inbound"
+            assert [each.ended for each in done] == [f"slow_portless_{side}", *[f"slow_fragment_{side}"] * len(rest)]
+            assert {getattr(each.ip, name) for each in done for name in ends} == {*ends.values()}
+            assert len({each.ip.id for each in done}) == 1
+            text = b"".join(each.bytes[20:] for each in done)
+            assert text == bytes((gre(host, SERVER, 77 if "dst" in ends else 9) / big)[IP].payload)
+    assert gateway.entries("fragments") == {}
+    assert gateway.entries("bindings") == {}
+
+
 def test_calls_that_nobody_has_told_of_are_one_hosts(gateway: Gateway) -> None:
     assert gateway.outbound(gre(HOST, SERVER, 4000)).ended == "slow_portless_outbound"
     assert gateway.outbound(gre(OTHER_HOST, SERVER, 4001)).ended == "drop_portless_taken"

@@ -713,6 +713,13 @@ def test_an_answer_comes_in_pieces(gateway: Gateway, size: int) -> None:
         assert near.recv(65535) == answer % own[0]
 
 
+def test_calls_come_in_pieces(gateway: Gateway) -> None:
+    """Of both hosts."""
+    with Stage(gateway, 5) as stage:
+        came = pptp(stage, 4000)
+    assert has_come(came) == {*came}
+
+
 # --- the way of what is read -----------------------------------------------------------------------
 
 MARKS = "chain marked { type filter hook prerouting priority mangle; ip saddr 192.168.0.2 meta mark set 7; }"
