@@ -22,6 +22,7 @@ from harness import (
     SYN,
     TC_VERDICTS,
     Gateway,
+    age,
     full_sum,
     rebuilt,
     tcp,
@@ -263,6 +264,27 @@ def assert_sums(frame: bytes) -> None:
     length = int.from_bytes(packet[2:4], "big")
     pseudo = packet[12:20] + struct.pack("!BBH", 0, 6, length - 20)
     assert full_sum(pseudo + packet[20:length]) == 0
+
+
+@pytest.mark.parametrize("is_on", [True, False], ids=["still on", "switched off"])
+def test_a_session_that_starts_anew_in_place(gateway: Gateway, is_on: bool) -> None:
+    """Knows nothing of the earlier one; without its ALG, it has no record."""
+    packet = udp(HOST, 5000, SERVER, 69)
+    port = gateway.open(packet)
+    key = (abi.PORTS + port, abi.addr(IPv4Address(SERVER)), int(np.uint16(69).byteswap()), 0)
+    controls = gateway.tables.maps["controls"]
+    record = controls.get(key)
+    record["over"], record["opened_at"] = 1, 7
+    controls.set(key, record, bpf.UPDATE_EXIST)
+    age(gateway.session(HOST, 5000, "udp", SERVER, 69), 301)
+    if not is_on:
+        switches.take(gateway.tables, "ftp")
+    assert gateway.outbound(packet).counted["session_reopened"] == 1
+    fresh = controls.get(key)
+    if is_on:
+        assert (fresh["over"], fresh["opened_at"] == 7) == (0, False)
+    else:
+        assert fresh is None
 
 
 # --- PPTP's calls

@@ -11,6 +11,8 @@ Mode: tc. What an ALG reads never flies.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import socket
@@ -23,7 +25,7 @@ from typing import Self
 
 import pytest
 from h323_messages import acknowledged, at, connect, sent, setup, system, tpkt, wanted
-from netkit import Gateway, read, receive, rules
+from netkit import Gateway, read, receive, rules, soon
 
 from xdpmasq import algs
 from xdpmasq.alg import switches
@@ -680,6 +682,65 @@ HELPED = {name: case for name, case in CASES.items() if case.kernels is not None
 def test_the_kernels_helper_does_no_more(kernels: Gateway, case: Case) -> None:
     with Stage(kernels, 1.5 if case.kernels else 0.4, dnat=True) as stage:
         assert has_come(case.talk(stage)) == case.kernels
+
+
+# --- switched off while they run -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def switched_off(gateway: Gateway, name: str) -> Iterator[None]:
+    gateway.masq("alg", "disable", name)
+    yield
+    gateway.masq("alg", "enable", name)
+
+
+def test_a_connection_goes_on_unread(gateway: Gateway) -> None:
+    """What was edited stays shifted; a session to come is read again when the ALG is on."""
+    offer = "PRIVMSG far :\x01DCC SEND file %d 5000 20000\x01\r\n"
+    ours, theirs = ((offer % int(address)).encode() for address in (A, OUTSIDE))
+
+    def hears_of(near: socket.socket, lines: io.BufferedReader) -> bytes:
+        near.sendall(ours)
+        return re.sub(rb" \d+ 20000", b" 5000 20000", lines.readline())
+
+    with Stage(gateway, 5) as on:
+        door = on.listen("internet", 6667, INTERNET)
+        near, far = on.connected("a-box", (INTERNET, 6667), door)
+        with far.makefile("rb") as lines:
+            assert hears_of(near, lines) == theirs
+            with switched_off(gateway, "irc"):
+                soon(lambda: hears_of(near, lines) == ours, "it is not read any more", 5)
+                with gateway.counting() as grown:
+                    assert hears_of(near, lines) == ours
+                    far.sendall(b"PING\r\n")
+                    assert read(near, 6) == b"PING\r\n"
+                assert grown["punt_alg"] == 0
+                other, end = on.connected("a-box", (INTERNET, 6667), door)
+                with end.makefile("rb") as others:
+                    assert hears_of(other, others) == ours
+            assert hears_of(near, lines) == ours
+            other, end = on.connected("a-box", (INTERNET, 6667), door)
+            with end.makefile("rb") as others:
+                assert hears_of(other, others) == theirs
+        near.shutdown(socket.SHUT_WR)
+        assert far.recv(10) == b""
+
+
+def test_datagrams_go_on_unread(gateway: Gateway) -> None:
+    """And come by the agent no more."""
+    with Stage(gateway, 5) as on:
+        agent, manager = on.udp("a-box"), on.udp("internet", 162, INTERNET)
+
+        def heard() -> bytes:
+            agent.sendto(snmp_message(TRAP, A), (INTERNET, 162))
+            return manager.recv(4096)
+
+        assert heard() == snmp_message(TRAP, OUTSIDE)
+        with switched_off(gateway, "snmp"):
+            soon(lambda: heard() == snmp_message(TRAP, A), "they are not read any more", 5)
+            with gateway.counting() as grown:
+                assert heard() == snmp_message(TRAP, A)
+            assert grown["punt_alg"] == 0
 
 
 # --- in pieces -------------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ class Service:
 
     def _datagram(self, session: _Session, direction: int, parsed: Packet, packet: bytes) -> bytes:
         text = self._edited(session, SIDES[direction], parsed.text)
+        self._end_when_over(session)
         try:
             return packet if text == parsed.text else packets.datagram(parsed, text)
         except ValueError:
@@ -121,15 +122,19 @@ class Service:
             session.control.memory["over"] = True
         if outcome.shifted:
             self._write(session)
-        if session.control.memory.get("over") and not session.over and all(each.settled for each in session.streams):
-            session.over = True
-            self._write(session)
+        self._end_when_over(session)
         pieces = [
             (direction, each)
             for piece in outcome.pieces
             for each in packets.segments(parsed, piece.sequence, piece.text)
         ]
         return pieces + self._acknowledged(session, direction, parsed, outcome)
+
+    def _end_when_over(self, session: _Session) -> None:
+        """What is not read any more need not come by here: as soon as nothing is held."""
+        if session.control.memory.get("over") and not session.over and all(each.settled for each in session.streams):
+            session.over = True
+            self._write(session)
 
     def _handshake(self, session: _Session, direction: int, parsed: Packet) -> None:
         """A connection begins when a SYN has been answered by another; one alone may be anybody's (RFC 5961)."""
