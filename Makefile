@@ -4,6 +4,7 @@
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
+# make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
 # make soak      reload, restart and kill the agent a thousand times under load: what is lost? ten minutes
 # make deb     build a Debian package into build/
 # make test-fresh   the commands above and the package, in a Debian 12 of their own: minutes
@@ -12,7 +13,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-vm soak bench dashboards check conformance deb test-fresh clean
+.PHONY: setup demo test test-programs test-vm soak bench dashboards check conformance deb test-fresh clean
 
 setup: $(VENV)/ready
 
@@ -45,6 +46,12 @@ test-vm: setup
 	@# compiled here, and found in the cache there: an emulated machine takes minutes for it
 	$(PYTHON) -c 'from xdpmasq import programs; programs.compile_ahead()'
 	tests/vm/run $(PYTHON) -m pytest tests/vm
+
+# not part of `make test`: 90 MB of packages, and calls and films that last as long as they last
+PROGRAMS := baresip-core kamailio ffmpeg gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good python3-gi darkplaces-server qstat
+test-programs: setup
+	tools/setup $(VENV) $(PROGRAMS)
+	$(PYTHON) -m pytest tests/programs
 
 soak: setup
 	$(PYTHON) tools/soak.py
