@@ -15,6 +15,7 @@ import os
 import socket
 import struct
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from xdpmasq.tables import Tables
 
 MTU = 65521  # the most a TAP takes: no redirected packet is refused for its size
 QUEUE = 500  # frames that wait for the agent
+WAYS = 4096  # of ALGs' sessions, that are remembered
 BUDGET = 64  # frames at one go: expiry and netlink have their turn, whatever comes in here
 
 # enum punt_reason and struct punt_header of bpf/types.h
@@ -77,6 +79,7 @@ class Punt:
     ) -> None:
         self._tap, self._known, self._icmp = tap, known, icmp
         self._orphans, self._algs = Orphans(patience_s), algs
+        self._ways: OrderedDict[tuple[int, bytes], bytes] = OrderedDict()
         self._messages = {REFUSED: refusal.REFUSALS[refusal_], TTL: refusal.TIME_EXCEEDED}
         self._allowance = Allowance(refusal.TO_EACH, refusal.TO_ALL)
         self.counts = self._orphans.counts
@@ -185,13 +188,25 @@ class Punt:
     def _give_to_alg(self, ahead: bytes, packet: bytes, longest: int) -> None:
         """What becomes of it goes back, in pieces no longer than they were."""
         _, reason, ifindex, about, _ = _HEADER.unpack_from(ahead)
+        out = self._way_out(reason, about, packet, ahead[_HEADER.size :])
         for direction, text in self._read(reason == ALG_IN, about, packet):
             way, later = (ALG_IN, FRAGMENT_IN) if direction else (ALG_OUT, FRAGMENT_OUT)
-            link = ahead[_HEADER.size :] if way == reason else _NO_LINK
+            link = _NO_LINK if direction else out
             pieces = ipv4.fragments(text, longest) if len(text) > longest else None
             for nth, piece in enumerate(pieces or [text]):
                 back = _HEADER.pack(LOCAL, later if nth else way, ifindex, 0, _ETH_P_IP)
                 self._put_back(back + link + piece)
+
+    def _way_out(self, reason: int, mapping: int, packet: bytes, link: bytes) -> bytes:
+        """The Ethernet header of what goes to a session's remote, as the latest that it was sent had it."""
+        addresses = packet[12:20]
+        if reason == ALG_IN:
+            return self._ways.get((mapping, addresses[:4]), _NO_LINK)
+        self._ways[mapping, addresses[4:]] = link
+        self._ways.move_to_end((mapping, addresses[4:]))
+        if len(self._ways) > WAYS:
+            self._ways.popitem(last=False)
+        return link
 
     def _read(self, inbound: bool, mapping: int, packet: bytes) -> list[tuple[int, bytes]]:
         try:

@@ -12,11 +12,14 @@ Mode: tc. What an ALG reads never flies.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import re
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -785,6 +788,12 @@ def test_calls_come_in_pieces(gateway: Gateway) -> None:
 
 # --- the way of what is read -----------------------------------------------------------------------
 
+
+def unacknowledged(stream: socket.socket) -> int:
+    """Bytes."""
+    return int.from_bytes(fcntl.ioctl(stream, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 MARKS = "chain marked { type filter hook prerouting priority mangle; ip saddr 192.168.0.2 meta mark set 7; }"
 
 
@@ -799,4 +808,11 @@ def test_it_goes_the_way_that_rules_for_marks_say(gateway: Gateway) -> None:
             gateway.gate("ip", "route", "add", *way.split())
             stack.callback(gateway.gate, "ip", "route", "del", *way.split())
         stack.enter_context(rules(gateway, MARKS))
-        assert irc(stack.enter_context(Stage(gateway, 5)), "far", FAR_SERVER) == {"file": True}
+        with Stage(gateway, 5) as on:
+            assert irc(on, "far", FAR_SERVER) == {"file": True}
+        on = stack.enter_context(Stage(gateway, 5))
+        near, far = on.connected("a-box", (FAR_SERVER, 6667), on.listen("far", 6667, FAR_SERVER))
+        far.sendall(b"NOTICE")  # is held, and acknowledged by the agent
+        soon(lambda: not unacknowledged(far), "it is acknowledged", 3)
+        far.sendall(b" me\r\n")
+        assert read(near, 11) == b"NOTICE me\r\n"

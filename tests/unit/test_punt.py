@@ -280,7 +280,33 @@ def test_packets_of_algs_are_read_and_go_back(wire: Wire) -> None:
     reading.put(frame(ALG_IN, packet, about=4711), frame(ALG_OUT, packet, about=4712))
     reading.punt.receive(0)
     assert read == [(1, 4711, packet), (0, 4712, packet)]
-    assert reading.returned() == [frame(ALG_IN, b"edited"), frame(ALG_OUT, b"answer", link=bytes(14))]
+    assert reading.returned() == [
+        frame(ALG_IN, b"edited", link=bytes(14)),
+        frame(ALG_OUT, b"answer", link=bytes(14)),
+    ]
+    reading.punt.close()
+
+
+def test_an_answer_goes_the_way_of_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the session's latest packet to that remote; not as one to another."""
+    monkeypatch.setattr(punt, "WAYS", 2)
+    reading = Wire(algs=lambda direction, *_: [(0, b"answer")] if direction else [])
+    ways = [bytes([number]) * 12 + b"\x08\x00" for number in range(4)]
+    remotes = [REMOTE, REMOTE, "198.51.100.77", "198.51.100.78"]
+
+    def answers(remote: str) -> bytes:
+        reading.put(frame(ALG_IN, bytes(IP(src=remote, dst=HOST) / UDP()), about=4711))
+        reading.punt.receive(0)
+        (answer,) = reading.returned()
+        return answer[14:28]
+
+    for number in range(3):
+        reading.put(frame(ALG_OUT, bytes(IP(src=HOST, dst=remotes[number]) / UDP()), about=4711, link=ways[number]))
+        reading.punt.receive(0)
+    assert [answers(remote) for remote in remotes] == [ways[1], ways[1], ways[2], bytes(14)]
+    reading.put(frame(ALG_OUT, bytes(IP(src=HOST, dst=remotes[3]) / UDP()), about=4711, link=ways[3]))
+    reading.punt.receive(0)
+    assert [answers(remote) for remote in remotes] == [bytes(14), bytes(14), ways[2], ways[3]]
     reading.punt.close()
 
 
@@ -299,6 +325,7 @@ def test_pieces_of_an_algs_datagram_are_read_together(reason: int, later: int, o
     edited = IP(src=HOST, dst=REMOTE, id=9) / UDP() / bytes(3100)
     pieces = [bytes(each) for each in fragment(whole, 1480)]
     frames = [frame(reason, pieces[0], about=4711), *(frame(later, each) for each in pieces[1:])]
+    link = bytes(14) if reason == ALG_IN else LINK
     reading = Wire(algs=reader)
     for number in order:
         assert reading.returned() == []
@@ -306,7 +333,10 @@ def test_pieces_of_an_algs_datagram_are_read_together(reason: int, later: int, o
         reading.punt.receive(0)
     assert read == [bytes(whole)]
     first, *rest = [bytes(each) for each in fragment(edited, 1480)]
-    assert reading.returned() == [frame(reason, first), *(frame(later, each) for each in rest)]
+    assert reading.returned() == [
+        frame(reason, first, link=link),
+        *(frame(later, each, link=link) for each in rest),
+    ]
     assert reading.punt.held == 0
     reading.punt.close()
 
