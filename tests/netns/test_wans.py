@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address
 
 import pytest
-from netkit import MEET, Gateway, Wire, soon, who
+from netkit import MEET, Gateway, Wire, read, rules, soon, who
 
 from xdpmasq.config import Pcp
 from xdpmasq.lab import netns
@@ -83,6 +83,28 @@ def test_a_rule_sends_a_host_out_of_the_second(two: Gateway) -> None:
             assert who(client) == who(client, FAR_ECHO), "one mapping for all remotes by one WAN"
         assert two.opens("a-box", FAR_ECHO)
     assert addresses(two, "b-box") == [PUBLIC]
+
+
+def test_an_algs_session_by_one_that_only_marks_lead_to(two: Gateway) -> None:
+    """And the data connection that it announces."""
+    marks = "chain marked { type filter hook prerouting priority mangle; ip saddr 192.168.0.2 meta mark set 7; }"
+    other = ["default", *BY_WAN1, "metric", "200"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rule(two, "fwmark 7"))
+        stack.enter_context(rules(two, marks))
+        two.gate("ip", "route", "del", *other)
+        stack.callback(two.gate, "ip", "route", "add", *other)
+        door = stack.enter_context(two.listen("far", 21, FAR))
+        near = stack.enter_context(two.tcp("a-box", (FAR, 21)))
+        far = stack.enter_context(door.accept()[0])
+        near.sendall(b"PORT 192,168,0,2,200,21\r\n")
+        *host, high, low = far.recv(100).decode().split()[1].split(",")
+        assert ".".join(host) == PUBLIC_TOO
+        listener = stack.enter_context(two.listen("a-box", 200 << 8 | 21))
+        data = stack.enter_context(two.tcp("far", (PUBLIC_TOO, int(high) << 8 | int(low))))
+        end = stack.enter_context(listener.accept()[0])
+        data.sendall(b"a file")
+        assert read(end, 6) == b"a file"
 
 
 def test_by_protocol(two: Gateway) -> None:
