@@ -424,9 +424,9 @@ def pptp_reply(call: int, peers: int) -> bytes:
     return pptp_message(8, struct.pack("!HHBBHIHHI", call, peers, 1, 0, 0, 10**8, 64, 0, 0))
 
 
-def call_is_set_up(on: Stage, role: str, door: socket.socket, servers: int) -> int:
-    """Control messages by which a client's call begins; returns its number as the server knows it."""
-    client, server = on.connected(role, (INTERNET, 1723), door)
+def call_is_set_up(on: Stage, role: str, called: Address, door: socket.socket, servers: int) -> tuple[int, int]:
+    """Control messages by which a client's call begins; both ends' numbers for it, as the other knows them."""
+    client, server = on.connected(role, called, door)
 
     def says(source: socket.socket, sink: socket.socket, message: bytes) -> bytes:
         source.sendall(message)
@@ -437,8 +437,10 @@ def call_is_set_up(on: Stage, role: str, door: socket.socket, servers: int) -> i
     request = says(client, server, pptp_request(CALL))
     number = int.from_bytes(request[12:14], "big")
     assert request == pptp_request(number)
-    assert says(server, client, pptp_reply(servers, number)) == pptp_reply(servers, CALL)
-    return number
+    reply = says(server, client, pptp_reply(servers, number))
+    other = int.from_bytes(reply[12:14], "big")
+    assert reply == pptp_reply(other, CALL)
+    return number, other
 
 
 def gre_packet(call: int, sequence: int, text: bytes) -> bytes:
@@ -451,7 +453,8 @@ def pptp(on: Stage, size: int = 1000) -> Came:
     came: Came = {}
     door, far = on.listen("internet", 1723, INTERNET), on.gre("internet")
     near = {role: on.gre(role) for role in ("a-box", "b-box")}
-    numbers = {role: call_is_set_up(on, role, door, 1001 + nth) for nth, role in enumerate(near)}
+    numbers = {role: call_is_set_up(on, role, (INTERNET, 1723), door, 1001 + nth) for nth, role in enumerate(near)}
+    assert [other for _, other in numbers.values()] == [1001, 1002]
     for sequence in range(2):
         for nth, (role, client) in enumerate(near.items()):
             if not came.get(f"{role} to", True):  # it has been waited for once
@@ -459,11 +462,22 @@ def pptp(on: Stage, size: int = 1000) -> Came:
             text, back = os.urandom(size), os.urandom(size)
             client.sendto(gre_packet(1001 + nth, sequence, text), (INTERNET, 0))
             to = comes(far, gre_packet(1001 + nth, sequence, text), PUBLIC)
-            far.sendto(gre_packet(numbers[role], sequence, back), (PUBLIC, 0))
+            far.sendto(gre_packet(numbers[role][0], sequence, back), (PUBLIC, 0))
             fro = comes(client, gre_packet(CALL, sequence, back), INTERNET)
             for way, has_come in (("to", to), ("fro", fro)):
                 came[f"{role} {way}"] = came.get(f"{role} {way}", True) and has_come
     return came
+
+
+def pptp_server_inside(on: Stage) -> Came:
+    on.forward("tcp", 1723)
+    near, far = on.gre("a-box"), on.gre("internet")
+    number, other = call_is_set_up(on, "internet", (PUBLIC, 1723), on.listen("a-box", 1723), 1001)
+    text, back = os.urandom(1000), os.urandom(1000)
+    far.sendto(gre_packet(other, 0, text), (PUBLIC, 0))
+    to = comes(near, gre_packet(1001, 0, text), INTERNET)
+    near.sendto(gre_packet(number, 0, back), (INTERNET, 0))
+    return {"to": to, "fro": comes(far, gre_packet(CALL, 0, back), PUBLIC)}
 
 
 def comes(listener: socket.socket, text: bytes, source: str) -> bool:
@@ -579,6 +593,7 @@ CASES = {
     "pptp": Case(
         "pptp", pptp, these("a-box to", "a-box fro"), these("a-box to", "a-box fro", "b-box to", "b-box fro")
     ),
+    "pptp-server-inside": Case("pptp", pptp_server_inside, these("fro"), kernels=these("to", "fro")),
     "quake": Case("quake", quake),
     "sane": Case("sane", sane, kernels=these()),
     "sip": Case("sip", sip, kernels=these("RTP", "RTCP")),
@@ -663,7 +678,7 @@ table ip xdpmasq_test {
     chain inwards {
         type nat hook prerouting priority dstnat;
         iifname "wan0" udp dport { 161, 10080 } dnat to 192.168.0.2
-        iifname "wan0" tcp dport { 1720, 6566 } dnat to 192.168.0.2
+        iifname "wan0" tcp dport { 1720, 1723, 6566 } dnat to 192.168.0.2
     }
     chain out { type nat hook postrouting priority srcnat; oifname "wan0" masquerade; }
 }
