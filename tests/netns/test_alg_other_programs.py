@@ -259,7 +259,7 @@ class Irssi:
         self._page = self._screen.stat().st_size
 
     def sees(self, pattern: str) -> None:
-        soon(lambda: re.search(pattern, self._seen()) is not None, f"{self.nick} sees {pattern}", 5)
+        soon(lambda: re.search(pattern, self._seen()) is not None, f"{self.nick} sees {pattern}")
 
     def _seen(self) -> str:
         return self._screen.read_bytes()[self._page :].decode(errors="replace") if self._screen.exists() else ""
@@ -286,7 +286,7 @@ def test_irssi_sends_a_file(site: Site, offers: str, option: str, resumes: bool)
     sender.does(f"/dcc send {option}{receiver.nick} {name}")
     receiver.sees(rf"DCC SEND from[^:]*: {name} ")
     receiver.does(f"/dcc {'resume' if resumes else 'get'} {sender.nick} {name}")
-    soon(lambda: receiver.received(name) == begun + text[len(begun) :], "all of it is there", 5)
+    soon(lambda: receiver.received(name) == begun + text[len(begun) :], "all of it is there")
 
 
 @pytest.mark.parametrize("offers", OTHER)

@@ -28,7 +28,7 @@ from netkit import Gateway, soon
 from xdpmasq import algs
 from xdpmasq.lab import Lab
 from xdpmasq.lab.servers import Server
-from xdpmasq.lab.topology import FAR, HOSTS, INTERNET
+from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, PUBLIC
 
 KERNELS = """
 table ip xdpmasq_test {
@@ -183,15 +183,14 @@ class Phone(Server):
             control.recv(1000)
 
     def says(self, pattern: str) -> None:
-        soon(lambda: re.search(pattern, self.wrote()) is not None, f"{self._role}'s phone says {pattern}", 4)
+        soon(lambda: re.search(pattern, self.wrote()) is not None, f"{self._role}'s phone says {pattern}", 6)
 
     def wrote(self) -> str:
         return self.log.read_text(errors="replace")
 
     def heard(self) -> bytes:
         """Samples; the file's header tells of them only some time after the call."""
-        (file,) = self.directory.glob("dump-*-dec.wav")
-        return file.read_bytes()[44:]
+        return b"".join(file.read_bytes()[44:] for file in self.directory.glob("dump-*-dec.wav"))
 
 
 def common(heard: bytes, played: bytes) -> int:
@@ -256,6 +255,18 @@ def direct(scene: Scene, transport: str) -> str:
 @pytest.mark.parametrize("scene", ["ours", "kernels"], indirect=True)
 def test_a_call_without_a_registrar(scene: Scene, transport: str, tell: Callable[[str], None]) -> None:
     tell(f"SIP over {transport}, baresip to baresip, {scene.name} NAT: {direct(scene, transport)}")
+
+
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+@pytest.mark.parametrize("scene", ["ours"], indirect=True)
+def test_a_telephone_behind_a_forward_is_called(scene: Scene, transport: str, tell: Callable[[str], None]) -> None:
+    end, tables = f";transport={transport}>;regint=0", scene.gateway.tables
+    tables.flush(tables.live_slots())  # between the same two ports there can be one session only
+    scene.stack.enter_context(scene.gateway.forward(transport, "5060", f"{HOSTS['a-box']}:5060"))
+    alice = scene.phone("a-box", f"<sip:alice@{HOSTS['a-box']}{end}")
+    dave = scene.phone("internet", f"<sip:dave@{INTERNET}{end}")
+    said = call(dave, alice, f"sip:alice@{PUBLIC};transport={transport}")
+    tell(f"SIP over {transport}, baresip outside to baresip behind a forward: {said}")
 
 
 @pytest.mark.parametrize("scene", ["deaf"], indirect=True)
