@@ -120,8 +120,9 @@ static __always_inline struct session *fast_session_outbound(const struct settin
 
 #pragma clang loop unroll(full)
 	for (u32 wan = 0; wan < WANS; wan++) {
-		struct session *s = session_find_outbound(cfg, endpoint(f->ip->src, f->ports->src, f->class, wan), f->ip->dst,
-							  f->ports->dst);
+		struct flow_key key = flow_outbound(endpoint(f->ip->src, f->ports->src, f->class, wan), f->ip->dst,
+						    f->ports->dst);
+		struct session *s = session_find_armed(cfg, &key, now);
 
 		found = s ?: found;
 		if (WANS > 1 && s && flow_is_armed(cfg, &s->out, now))
@@ -133,10 +134,12 @@ static __always_inline struct session *fast_session_outbound(const struct settin
 static __always_inline struct session *fast_session(const struct settings *cfg, const struct fast *f,
 						    enum direction direction, u32 now)
 {
+	struct flow_key key;
+
 	if (direction == OUTBOUND)
 		return fast_session_outbound(cfg, f, now);
-	return session_find_inbound(cfg, slot_of_external(cfg, f->ip->dst, f->class, f->ports->dst), f->ip->src,
-				    f->ports->src);
+	key = flow_inbound(slot_of_external(cfg, f->ip->dst, f->class, f->ports->dst), f->ip->src, f->ports->src);
+	return session_find_armed(cfg, &key, now);
 }
 
 /* Gives the frame the tags of its way out for those that it came with. The last step that may fail: nothing is written

@@ -16,12 +16,6 @@ static __always_inline u32 slot_class(u32 slot)
 	return slot / PORTS % CLASSES;
 }
 
-/* The first slot for further sessions. A constant where there is one external address: the verifier walks less then. */
-static __always_inline u32 further_base(const struct settings *cfg)
-{
-	return EXTERNALS == 1 ? CLASSES * PORTS : cfg->further_base;
-}
-
 /* The external endpoint of a mapping's slot. */
 static __always_inline addr_t slot_addr(const struct settings *cfg, u32 slot)
 {
@@ -94,12 +88,6 @@ static __always_inline u32 slot_of_external(const struct settings *cfg, addr_t a
 	u32 external = external_of(cfg, addr);
 
 	return external == NO_EXTERNAL ? NO_SLOT : slot_of(external, class, port);
-}
-
-static __always_inline u32 slot_of_internal(struct mapping_key key)
-{
-	u32 *slot = mappings.lookup(&key);
-	return slot ? *slot : NO_SLOT;
 }
 
 static __always_inline bool flow_is_with(const struct flow *flow, addr_t remote, __be16 port)
@@ -197,6 +185,28 @@ static __always_inline struct session *session_by_any(const struct settings *cfg
 static __always_inline bool flow_is_armed(const struct settings *cfg, const struct flow *flow, u32 now)
 {
 	return !idle_longer(now, flow->armed_at, cfg->rearm) && (s32)(flow->armed_at - cfg->disarmed_at) > 0;
+}
+
+/* For XDP, which looks at no life: the session to which the flow @key belongs, an armed one if there is. Of one in its
+ * expected place only the line of that direction is touched.
+ */
+static __always_inline struct session *session_find_armed(const struct settings *cfg, const struct flow_key *key, u32 now)
+{
+	u32 mapping = flow_mapping(cfg, key), place = mapping;
+	struct session *unarmed = NULL, *s;
+
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < PLACES; i++) {
+		s = session_at(place);
+		if (s && session_has(s, key)) {
+			if (flow_is_armed(cfg, session_flow(s, key->direction), now))
+				return s;
+			unarmed = s;
+		}
+		place = further_place(cfg, mapping, key->remote, key->remote_port) ^ i;
+	}
+	entry_find(cfg, key, NO_SLOT, &s);
+	return s ?: unarmed;
 }
 
 static __always_inline void flow_disarm(const struct settings *cfg, struct flow *flow)

@@ -1,9 +1,12 @@
-/* The index: from the wire 5-tuple of a flow to its session. An entry is four bytes: the slot and a tag, a few bits of the
- * 5-tuple's hash. A packet thus touches the line of one bucket and the line of its half of a session, and whether that is
- * the right one is decided there, by the whole 5-tuple. So it does no harm that an entry is read without a lock and may
- * lead to a slot that has been given to another session by then.
+/* From the wire 5-tuple of a flow to its session; what that costs is the cold cache lines it touches.
  *
- * The inbound flow of a session that stands in the slot of its external endpoint needs no entry: the packet names the slot.
+ * Most sessions stand in an *expected place*: in the slot of their mapping, which a packet from outside names and one from
+ * inside looks up by its internal endpoint; or, where that has one already, in the slot that the hash of mapping and remote
+ * endpoint says. Whether it is the right one is decided there, by the whole 5-tuple, on the line of the packet's direction.
+ *
+ * The index is for sessions that found their place taken, or are not of their internal endpoint's mapping. An entry is four
+ * bytes: the slot and a tag, a few bits of the 5-tuple's hash. It does no harm that it is read without a lock and may lead
+ * to a slot that has been given to another session by then.
  *
  * The hash is the multilinear one of Dietzfelbinger and Thorup, keyed at attach: for whoever does not know the key, two
  * 5-tuples meet no more often than by chance. The few entries whose bucket is full stand in a hash table of the kernel's;
@@ -37,19 +40,125 @@ static __always_inline struct flow_keys session_flows(const struct session *s)
 	return keys;
 }
 
-static __always_inline u32 flow_hash(const struct settings *cfg, const struct flow_key *key)
+/* The first slot for further sessions. A constant where there is one external address: the verifier walks less then. */
+static __always_inline u32 further_base(const struct settings *cfg)
 {
-	u32 rest = key->internal.port | (u32)key->internal.class << 16 | (u32)key->internal.wan << 24;
-	const u64 *seed = cfg->seed;
-	u64 sum = seed[0] + seed[1] * key->remote_port;
+	return EXTERNALS == 1 ? CLASSES * PORTS : cfg->further_base;
+}
+
+static __always_inline u32 slot_of_internal(struct mapping_key key)
+{
+	u32 *slot = mappings.lookup(&key);
+	return slot ? *slot : NO_SLOT;
+}
+
+static __always_inline u64 remote_hash(const struct settings *cfg, addr_t remote, __be16 port)
+{
+	u64 sum = cfg->seed[0] + cfg->seed[1] * port;
 
 	for (int i = 0; i < ADDR_WORDS; i++)
-		sum += seed[2 + i] * key->remote.word[i];
-	if (key->direction == INBOUND)
-		return (sum + seed[2 + ADDR_WORDS] * key->mapping) >> 32;
+		sum += cfg->seed[2 + i] * remote.word[i];
+	return sum;
+}
+
+static __always_inline u32 flow_hash_inbound(const struct settings *cfg, u32 mapping, addr_t remote, __be16 port)
+{
+	return (remote_hash(cfg, remote, port) + cfg->seed[2 + ADDR_WORDS] * mapping) >> 32;
+}
+
+static __always_inline u64 endpoint_hash(const struct settings *cfg, struct mapping_key internal)
+{
+	u32 rest = internal.port | (u32)internal.class << 16 | (u32)internal.wan << 24;
+	const u64 *seed = &cfg->seed[3 + ADDR_WORDS];
+	u64 sum = seed[ADDR_WORDS] * rest;
+
 	for (int i = 0; i < ADDR_WORDS; i++)
-		sum += seed[3 + ADDR_WORDS + i] * key->internal.addr.word[i];
-	return (sum + seed[3 + 2 * ADDR_WORDS] * rest) >> 32;
+		sum += seed[i] * internal.addr.word[i];
+	return sum;
+}
+
+static __always_inline u32 flow_hash(const struct settings *cfg, const struct flow_key *key)
+{
+	if (key->direction == INBOUND)
+		return flow_hash_inbound(cfg, key->mapping, key->remote, key->remote_port);
+	return (remote_hash(cfg, key->remote, key->remote_port) + endpoint_hash(cfg, key->internal)) >> 32;
+}
+
+/* In front of `mappings` stand the slots of most of them, in few enough cache lines to stay warm: the hash table takes one
+ * cold line or two more. An entry has 40 bits of the endpoint's hash, which no two have in one line; where a line is full, or
+ * an endpoint's bits are there, `mappings` alone has the endpoint.
+ */
+static __always_inline struct front *front_of(const struct settings *cfg, u64 hash)
+{
+	u32 nth = (hash >> 32) * cfg->fronts >> 32;
+	return fronts.lookup(&nth);
+}
+
+static __always_inline u64 front_entry(u64 hash, u32 slot)
+{
+	return (hash & ~(u64)SLOT_MASK) | slot;
+}
+
+/* Without jumps; see bits.h. */
+static __always_inline u32 front_find(const struct front *front, u64 hash)
+{
+	u64 found = 0;
+
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < FRONT_ENTRIES; i++) {
+		u64 entry = *(const volatile u64 *)&front->entry[i];
+
+		found |= entry & -(u64)is_equal(entry | SLOT_MASK, hash | SLOT_MASK);
+	}
+	return found ? found & SLOT_MASK : NO_SLOT;
+}
+
+static __always_inline void front_put(const struct settings *cfg, struct mapping_key internal, u32 slot)
+{
+	u64 hash = endpoint_hash(cfg, internal);
+	struct front *front = front_of(cfg, hash);
+
+	if (!front || front_find(front, hash) != NO_SLOT)
+		return;
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < FRONT_ENTRIES; i++)
+		if (!front->entry[i] && !__sync_val_compare_and_swap(&front->entry[i], 0, front_entry(hash, slot)))
+			break;
+}
+
+static __always_inline void front_take(const struct settings *cfg, struct mapping_key internal, u32 slot)
+{
+	u64 hash = endpoint_hash(cfg, internal);
+	struct front *front = front_of(cfg, hash);
+
+	if (!front)
+		return;
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < FRONT_ENTRIES; i++)
+		if (front->entry[i] == front_entry(hash, slot))
+			front->entry[i] = 0;
+}
+
+static __always_inline u32 mapping_find(const struct settings *cfg, struct mapping_key internal)
+{
+	u64 hash = endpoint_hash(cfg, internal);
+	struct front *front = front_of(cfg, hash);
+	u32 slot = front ? front_find(front, hash) : NO_SLOT;
+
+	return slot == NO_SLOT ? slot_of_internal(internal) : slot;
+}
+
+#define PLACES 3 /* where a session is expected: its mapping's slot, and two in a row for a further one */
+
+/* Where a further session of the mapping in slot @mapping stands when there is room; or else beside that, in the same page. */
+static __always_inline u32 further_place(const struct settings *cfg, u32 mapping, addr_t remote, __be16 port)
+{
+	return further_base(cfg) + ((u64)flow_hash_inbound(cfg, mapping, remote, port) * cfg->further >> 32);
+}
+
+static __always_inline u32 flow_mapping(const struct settings *cfg, const struct flow_key *key)
+{
+	return key->direction == INBOUND ? key->mapping : mapping_find(cfg, key->internal);
 }
 
 static __always_inline struct bucket *bucket_of(const struct settings *cfg, u32 hash)
@@ -80,16 +189,6 @@ static __always_inline bool session_has(const struct session *s, const struct fl
 static __always_inline bool life_is_taken(u64 life)
 {
 	return life & LIFE_SESSION || (life & LIFE_STATE) == LIFE_OPENING;
-}
-
-static __always_inline u32 own_place_find(const struct flow_key *key, u32 except, struct session **found)
-{
-	struct session *s = session_at(key->mapping);
-
-	if (!s || key->mapping == except || !session_has(s, key) || !life_is_taken(s->life))
-		return NO_SLOT;
-	*found = s;
-	return key->mapping;
 }
 
 static __always_inline u32 bucket_find(const struct bucket *bucket, const struct flow_key *key, u32 tag, u32 except,
@@ -125,27 +224,36 @@ static __always_inline u32 overflow_find(const struct flow_key *key, u32 except,
 	return slot;
 }
 
-/* The slot of the session to which the flow @key belongs, dead or alive, but for @except; or NO_SLOT. Looks at the half of
- * its direction only, so that an accelerated packet stays within one cache line of it.
- */
-static __always_inline u32 index_find(const struct settings *cfg, const struct flow_key *key, u32 except,
+static __always_inline u32 entry_find(const struct settings *cfg, const struct flow_key *key, u32 except,
 				      struct session **found)
 {
-	struct bucket *bucket;
-	u32 hash, slot;
+	u32 hash = flow_hash(cfg, key), slot;
+	struct bucket *bucket = bucket_of(cfg, hash);
 
 	*found = NULL;
-	if (key->direction == INBOUND) {
-		slot = own_place_find(key, except, found);
-		if (*found)
-			return slot;
-	}
-	hash = flow_hash(cfg, key);
-	bucket = bucket_of(cfg, hash);
 	if (!bucket)
 		return NO_SLOT;
 	slot = bucket_find(bucket, key, entry_of(hash, 0) >> SLOT_BITS, except, found);
 	return *found || !bucket->was_full ? slot : overflow_find(key, except, found);
+}
+
+/* The slot of the session to which the flow @key belongs, dead or alive, but for @except; or NO_SLOT. */
+static __always_inline u32 index_find(const struct settings *cfg, const struct flow_key *key, u32 except,
+				      struct session **found)
+{
+	u32 mapping = flow_mapping(cfg, key), place = mapping;
+
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < PLACES; i++) {
+		struct session *s = session_at(place);
+
+		if (s && place != except && session_has(s, key) && life_is_taken(s->life)) {
+			*found = s;
+			return place;
+		}
+		place = further_place(cfg, mapping, key->remote, key->remote_port) ^ i;
+	}
+	return entry_find(cfg, key, except, found);
 }
 
 static __always_inline struct session *session_find_outbound(const struct settings *cfg, struct mapping_key internal,
@@ -225,18 +333,25 @@ static __always_inline void entry_take(const struct settings *cfg, struct flow_k
 		overflow.delete(key);
 }
 
+static __always_inline bool place_is_expected(const struct settings *cfg, const struct flow_keys *keys, u32 place)
+{
+	u32 mapping = keys->in.mapping;
+
+	return (place == mapping || (place ^ further_place(cfg, mapping, keys->in.remote, keys->in.remote_port)) <= 1) &&
+	       mapping_find(cfg, keys->out.internal) == mapping;
+}
+
 static __always_inline void index_leave(const struct settings *cfg, struct flow_keys *keys, u32 slot)
 {
 	entry_take(cfg, &keys->out, slot);
-	if (keys->in.mapping != slot)
-		entry_take(cfg, &keys->in, slot);
+	entry_take(cfg, &keys->in, slot);
 }
 
 static __always_inline bool index_enter(const struct settings *cfg, struct flow_keys *keys, u32 slot)
 {
 	if (!entry_put(cfg, &keys->out, slot))
 		return false;
-	if (keys->in.mapping == slot || entry_put(cfg, &keys->in, slot))
+	if (entry_put(cfg, &keys->in, slot))
 		return true;
 	entry_take(cfg, &keys->out, slot);
 	return false;

@@ -107,15 +107,19 @@ static __always_inline bool slot_is_of_pool(const struct settings *cfg, u32 slot
 	return pool_has(&cfg->pool[i], slot % PORTS) || pool_has(&cfg->pool[CLASS_ROOM + i], slot % PORTS);
 }
 
-/* The same for a further session: anywhere behind the mappings. Not in a row: words fill up one by one, and in a table
- * that is 95 % full neighbours would be full all together.
+/* The same for a further session: @place, beside it, or anywhere behind the mappings. Not in a row: words fill up one by one, and in a
+ * table that is 95 % full neighbours would be full all together.
  */
-static __always_inline u32 slot_claim_further(const struct settings *cfg)
+static __always_inline u32 slot_claim_further(const struct settings *cfg, u32 place)
 {
 	u32 first = further_base(cfg) / 64, mask = cfg->further / 64 - 1; /* their number is a power of two */
 	u32 start = bpf_get_prandom_u32(), stride = bpf_get_prandom_u32() | 1, word = 0; /* odd: it meets every word */
 	u64 free = 0;
 
+	if (slot_claim(place))
+		return place;
+	if (slot_claim(place ^ 1))
+		return place ^ 1;
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < FURTHER_WORDS && !free; i++) {
 		u64 *claim;
@@ -155,10 +159,11 @@ static __always_inline void session_init(const struct settings *cfg, struct sess
 	s->mapping = mapping;
 }
 
-static __always_inline void mapping_closed(struct mapping_key key, u32 slot, u64 life)
+static __always_inline void mapping_closed(const struct settings *cfg, struct mapping_key key, u32 slot, u64 life)
 {
 	u32 *found = mappings.lookup(&key);
 
+	front_take(cfg, key, slot);
 	if (found && *found == slot)
 		mappings.delete(&key);
 	if (life & LIFE_COUNTED)
@@ -187,7 +192,8 @@ static __always_inline void session_ended(const struct settings *cfg, struct end
 {
 	count(COUNT_session_closed);
 	event_closed(s, life, reason, now);
-	index_leave(cfg, &ending->flows, slot);
+	if (ending->marks & SESSION_INDEXED)
+		index_leave(cfg, &ending->flows, slot);
 	if (ending->marks & SESSION_COUNTED)
 		host_session_ended(ending->internal);
 	if (ending->marks & SESSION_ALG)
@@ -222,7 +228,7 @@ static __always_inline void slot_reap(const struct settings *cfg, u32 slot, enum
 		return;
 	session_disarm(cfg, s);
 	if (!stays && slot < further_base(cfg))
-		mapping_closed(ending->owner, slot, life);
+		mapping_closed(cfg, ending->owner, slot, life);
 	mapping = session_at(ending->mapping);
 	if (slot >= further_base(cfg) && mapping)
 		__sync_fetch_and_add(&mapping->life, -LIFE_FURTHER);
@@ -368,6 +374,7 @@ static __always_inline u32 mapping_open(const struct settings *cfg, const struct
 		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
 	s->life = LIFE_LIVE | (host ? LIFE_COUNTED : 0);
 	if (!mappings.insert(&key, &slot)) {
+		front_put(cfg, key, slot);
 		count(COUNT_mapping_opened);
 		return slot;
 	}
@@ -388,8 +395,18 @@ static __always_inline u32 session_place(const struct settings *cfg, const struc
 	bool is_own = m->in.new_port == e->internal_port && addr_equal(m->in.new_addr, e->internal);
 
 	if ((life & LIFE_SESSION && !session_is_expired(cfg, m, now)) || !(is_own || life & LIFE_STATIC))
-		return slot_claim_further(cfg);
+		return slot_claim_further(cfg, further_place(cfg, slot, e->remote, e->remote_port));
 	return slot;
+}
+
+/* From now on lookups find the session being opened in @s. A swap even where there is nothing to be changed, as it is the
+ * barrier between being seen and looking for others.
+ */
+static __always_inline void session_show(struct session *s)
+{
+	u64 life = s->life;
+
+	life_swap(s, life, life | LIFE_OPENING);
 }
 
 /* Ends the expired session in a mapping's own place, if there is one, for another to be made there. Until that is alive
@@ -452,11 +469,15 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		return NULL;
 	}
 	session_init(cfg, s, e, *slot, now);
+	session_show(s);
 	flows = &scratch->joining;
 	*flows = session_flows(s);
-	if (!index_enter(cfg, flows, place)) {
-		*verdict = deny(COUNT_drop_sessions_full, DROP);
-		goto undo;
+	if (!place_is_expected(cfg, flows, place)) {
+		if (!index_enter(cfg, flows, place)) {
+			*verdict = deny(COUNT_drop_sessions_full, DROP);
+			goto undo;
+		}
+		s->out.marks |= SESSION_INDEXED;
 	}
 	if (session_is_second(cfg, flows, place, now))
 		*verdict = deny(COUNT_drop_reply_taken, DROP);
@@ -469,12 +490,15 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		*slot = place;
 		return s;
 	}
-	index_leave(cfg, flows, place);
+	if (s->out.marks & SESSION_INDEXED)
+		index_leave(cfg, flows, place);
 undo:
-	if (place == *slot)
+	if (place == *slot) {
 		life_settle(s, 0);
-	else
+	} else {
+		s->life = 0;
 		slot_release(place);
+	}
 	return NULL;
 }
 
@@ -486,7 +510,7 @@ static __always_inline bool session_reopen(const struct settings *cfg, struct se
 
 	if (!life_is_session(life) || s->in.new_port != e->internal_port || !addr_equal(s->in.new_addr, e->internal))
 		return false;
-	same.marks = (s->out.marks & SESSION_COUNTED) | (e->marks & ~SESSION_COUNTED);
+	same.marks = (s->out.marks & SESSION_KEPT) | (e->marks & ~SESSION_KEPT);
 	s->out.last_seen = now; /* as in session_join() */
 	if (!life_swap(s, life, life + LIFE_CHANGE))
 		return false;

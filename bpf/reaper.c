@@ -48,7 +48,7 @@ static __always_inline void slot_keep(const struct settings *cfg, u32 slot, u32 
 	life_swap(s, life, (life & ~LIFE_STATE) | LIFE_LIVE | LIFE_STATIC);
 }
 
-/* Whose the mapping is, the agent looks afterwards, when it can no longer end. */
+/* Whose the mapping is, the agent looks afterwards, when it can no longer end; and takes it out of `mappings` one day. */
 static __always_inline void slot_hold(const struct settings *cfg, u32 slot)
 {
 	struct session *s = session_at(slot);
@@ -59,6 +59,7 @@ static __always_inline void slot_hold(const struct settings *cfg, u32 slot)
 	life = s->life;
 	if ((life & LIFE_STATE) != LIFE_LIVE || !life_swap(s, life, (life & ~LIFE_COUNTED) | LIFE_STATIC))
 		return;
+	front_take(cfg, endpoint(s->in.new_addr, s->in.new_port, slot_class(slot), slot_wan(cfg, slot)), slot);
 	if (life & LIFE_COUNTED)
 		host_mapping_ended(s->in.new_addr, slot_class(slot));
 }

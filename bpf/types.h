@@ -59,7 +59,9 @@ struct traffic {
 	u64 bytes; /* IP lengths */
 };
 
+#define SESSION_INDEXED 1 /* the index has entries for its flows */
 #define SESSION_COUNTED 2 /* among its internal host's sessions */
+#define SESSION_KEPT (SESSION_INDEXED | SESSION_COUNTED) /* where it starts anew in place */
 #define SESSION_FROM_OUTSIDE 4 /* the remote opened it */
 #define SESSION_TRIGGERS 8 /* keeps a trigger's ports open to its host */
 #define SESSION_ALG 16 /* its texts are the agent's to read, see alg.h */
@@ -99,6 +101,13 @@ struct session {
 
 /* One cache line of the index. */
 #define BUCKET_ENTRIES 15
+
+/* Where mappings are looked up first: entries of a hash of the internal endpoint and the slot; see index.h. */
+#define FRONT_ENTRIES 8
+
+struct front {
+	u64 entry[FRONT_ENTRIES];
+};
 
 struct bucket {
 	u32 entry[BUCKET_ENTRIES];
@@ -467,6 +476,7 @@ struct settings { /* times in jiffies */
 	u32 further_base; /* the first slot for further sessions */
 	u32 further; /* how many */
 	u32 buckets;
+	u32 fronts;
 	addr_t external[EXTERNAL_ROOM]; /* zero: none */
 	u8 external_wan[EXTERNAL_ROOM]; /* the WAN that each belongs to */
 	u32 exit[WANS]; /* interface index of each WAN; 0: not there */

@@ -427,6 +427,9 @@ def withdraw(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> bool:
         return False
     if tables.maps["mappings"].get(endpoint) == slot:
         tables.maps["mappings"].delete(endpoint)
+        if not _is_idle(tables.rows(np.array([slot]))["life"][0]):  # one that came meanwhile is found by it
+            publish(tables, slot, endpoint)
+            return False
     return True
 
 

@@ -28,6 +28,7 @@ def _sizes(further: int, externals: int) -> dict[str, int]:
         "sessions": slots,
         "claims": slots // 64,
         "mappings": mappings,
+        "fronts": 8192 * externals,  # half full with all ports of one protocol
         "buckets": slots // 4,  # half full when every slot has two entries
         "overflow": slots // 64,  # one entry in a hundred then finds its bucket full
     }
@@ -75,6 +76,7 @@ class Programs:
                 further_base=externals * EXTERNAL_SLOTS,
                 further=further,
                 buckets=self._sizes["buckets"],
+                fronts=self._sizes["fronts"],
             )
 
     def _compile(self, **defines: int) -> bpf.Object:

@@ -66,7 +66,7 @@ HAIRPIN_MARK = 0x4D500000
 LOOPBACK = 1
 PUNT_HEADER = 14  # and behind it an Ethernet header
 PUNT_FRAGMENT_IN, PUNT_FRAGMENT_OUT, PUNT_REFUSED, PUNT_TTL = range(4)
-COUNTED, FROM_OUTSIDE = 2, 4  # SESSION_*
+INDEXED, COUNTED, FROM_OUTSIDE = 1, 2, 4  # SESSION_*
 LIFE_COUNTED = 16
 
 
@@ -239,7 +239,8 @@ class Bench:
         """Everything as after attaching."""
         tables = self.tables
         tables.sessions.view(np.uint8)[:] = 0
-        tables.maps["buckets"].view().view(np.uint8)[:] = 0
+        for name in ("buckets", "fronts"):
+            tables.maps[name].view().view(np.uint8)[:] = 0
         self._clear_embryos()
         for name in ("mappings", "overflow", "fragments", "hosts", "bindings", "contacts", *RULES):
             for keys, _ in tables.maps[name].items(chunk=max(FURTHER, 16384)):
@@ -583,9 +584,30 @@ class Gateway:
             *map(int, self.entries("overflow").values()),
         ]
 
+    def place(self, slot: int) -> int:
+        """Where a further session between the endpoints of that in the slot is expected, or in the slot beside it."""
+        row = self.tables.sessions[slot]
+        return self._place(row["mapping"], row["out"]["remote_addr"]["word"][0], row["out"]["remote_port"])
+
+    def place_for(self, mapping: int, remote: str, port: int) -> int:
+        """The same for a session that the mapping in a slot might have."""
+        return self._place(mapping, abi.addr(IPv4Address(remote))[0][0], socket_order(port))
+
+    def _place(self, mapping: Any, remote: Any, port: Any) -> int:
+        seeds = self.tables.settings["seed"]
+        total = int(seeds[0]) + sum(
+            int(seed) * int(word) for seed, word in zip(seeds[1:4], (port, remote, mapping), strict=True)
+        )
+        return self.tables.further_base + ((total % 2**64 >> 32) * self.tables.further >> 32)
+
+    def occupy(self, *slots: int) -> None:
+        """Nobody finds them free."""
+        for slot in slots:
+            self.tables.claims[slot // 64] |= np.uint64(1 << slot % 64)
+
     def assert_tables_agree(self) -> None:
-        """Every entry leads to a live slot that leads back to it, no live slot is without its entry, and what is
-        counted (further sessions, hosts' sessions and mappings) is there.
+        """Every entry leads to a live slot that leads back to it, every live slot is where it is expected or has its
+        entries, and what is counted (further sessions, hosts' sessions and mappings) is there.
         """
         rows, maps = self.tables.sessions, self.tables.maps
         live = [slot for slot in self.slots() if rows[slot]["life"] & abi.LIFE_STATE == abi.LIFE_LIVE]
@@ -613,10 +635,14 @@ class Gateway:
             assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
         for slot in (slot for slot in live if rows[slot]["life"] & LIFE_COUNTED):
             assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
-        away = [slot for slot in running if rows[slot]["mapping"] != slot]
-        assert Counter(self.indexed()) == Counter([*running, *away]), (
-            "an entry of the index for each flow that needs one"
-        )
+        indexed = [slot for slot in running if rows[slot]["out"]["marks"] & INDEXED]
+        assert Counter(self.indexed()) == Counter([*indexed, *indexed]), "an entry of the index for each flow"
+        for slot in set(running) - set(indexed):
+            assert slot in (rows[slot]["mapping"], self.place(slot), self.place(slot) ^ 1), "nobody expects it there"
+            assert mapped.get(key("mappings", *rows[slot]["internal"])) == rows[slot]["mapping"], "not its mapping"
+        fronts = maps["fronts"].view()["entry"]
+        ahead = [int(entry) & 0xFFFFFF for entry in fronts[fronts != 0]]
+        assert not Counter(ahead) - Counter(mapped.values()), "an entry in front of none"
         counts = Counter(int(rows[slot]["mapping"]) for slot in further)
         for slot in self.slots():
             assert int(rows[slot]["life"] & abi.LIFE_FURTHER_MASK) >> 8 == counts[slot]

@@ -138,6 +138,9 @@ def test_a_mapping_closes_with_its_last_session(gateway: Gateway, order: int) ->
     assert gateway.open(udp(HOST, 5000, SERVER, 53)) != port, "the host gets another"
 
 
+GROUNDED = {"up_not_armed", "up_no_flow"}  # while it rests it may still be found
+
+
 def test_a_closed_session_no_longer_flies(gateway: Gateway) -> None:
     """Neither the first session of a mapping, nor a further one, nor the last."""
     gateway.accelerate()
@@ -155,10 +158,10 @@ def test_a_closed_session_no_longer_flies(gateway: Gateway) -> None:
 
     assert fly(remotes[0]) == fly(remotes[1]) == ["fast_outbound", "fast_inbound"]
     gateway.reap([first], REAP_FORCED)
-    assert fly(remotes[0]) == ["up_no_flow", "up_no_flow"]
+    assert set(fly(remotes[0])) <= GROUNDED
     assert fly(remotes[1]) == ["fast_outbound", "fast_inbound"]
     gateway.reap([further], REAP_FORCED)
-    assert fly(remotes[1]) == ["up_no_flow", "up_no_flow"]
+    assert set(fly(remotes[1])) <= GROUNDED
     gateway.open(udp(HOST, 5000, *remotes[0]))
     next_tick()
     gateway.open(udp(HOST, 5000, *remotes[0]))
@@ -166,7 +169,7 @@ def test_a_closed_session_no_longer_flies(gateway: Gateway) -> None:
     gateway.learn(udp(*remotes[0], HOST, 5000))
     assert fly(remotes[0]) == ["fast_outbound", "fast_inbound"]
     gateway.reap([first], REAP_FORCED)
-    assert fly(remotes[0]) == ["up_no_flow", "up_no_flow"]
+    assert set(fly(remotes[0])) <= GROUNDED
 
 
 @pytest.mark.parametrize("further", [False, True], ids=["mapping", "further session"])
