@@ -5,7 +5,7 @@
 #define CLAIM_TRIES 8
 #define CLAIM_WORDS 64
 #define FURTHER_WORDS 64
-#define RECLAIM_TRIES 8
+#define RECLAIM_TRIES 32
 
 static __always_inline bool slot_claim(u32 slot)
 {
