@@ -192,7 +192,7 @@ static __always_inline bool flow_is_armed(const struct settings *cfg, const stru
  */
 static __always_inline struct session *session_find_armed(const struct settings *cfg, const struct flow_key *key, u32 now)
 {
-	u32 mapping = flow_mapping(cfg, key), place = mapping;
+	u32 mapping = key->direction == INBOUND ? key->mapping : mapping_hint(cfg, key->internal), place = mapping;
 	struct session *unarmed = NULL, *s;
 
 #pragma clang loop unroll(disable)

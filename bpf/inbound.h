@@ -180,10 +180,11 @@ static __always_inline bool slot_adopt(const struct settings *cfg, u32 slot, con
 	if (!(life & LIFE_STATE) && slot_is_of_pool(cfg, slot) && !slot_claim(slot))
 		return false;
 	mapping_init(cfg, s, slot, e, now);
-	if (!life_swap(s, life, ((life & ~LIFE_STATE) + LIFE_CHANGE) | LIFE_LIVE))
+	if (!life_swap(s, life, ((life & ~LIFE_STATE) + LIFE_CHANGE) | LIFE_OPENING))
 		return false;
 	count(COUNT_mapping_opened);
 	mappings.insert(&key, &slot);
+	life_settle(s, 0);
 	return true;
 }
 

@@ -84,9 +84,9 @@ static __always_inline u32 flow_hash(const struct settings *cfg, const struct fl
 	return (remote_hash(cfg, key->remote, key->remote_port) + endpoint_hash(cfg, key->internal)) >> 32;
 }
 
-/* In front of `mappings` stand the slots of most of them, in few enough cache lines to stay warm: the hash table takes one
- * cold line or two more. An entry has 40 bits of the endpoint's hash, which no two have in one line; where a line is full, or
- * an endpoint's bits are there, `mappings` alone has the endpoint.
+/* In front of `mappings` stand the slots of most of them, for XDP, in few enough cache lines to stay warm: the hash table takes
+ * one cold line or two more. An entry has 40 bits of the endpoint's hash; where a line is full, or those bits are there,
+ * `mappings` alone has the endpoint. So what is found here is a hint: at worst another's slot, and the packet goes up.
  */
 static __always_inline struct front *front_of(const struct settings *cfg, u64 hash)
 {
@@ -139,7 +139,7 @@ static __always_inline void front_take(const struct settings *cfg, struct mappin
 			front->entry[i] = 0;
 }
 
-static __always_inline u32 mapping_find(const struct settings *cfg, struct mapping_key internal)
+static __always_inline u32 mapping_hint(const struct settings *cfg, struct mapping_key internal)
 {
 	u64 hash = endpoint_hash(cfg, internal);
 	struct front *front = front_of(cfg, hash);
@@ -154,11 +154,6 @@ static __always_inline u32 mapping_find(const struct settings *cfg, struct mappi
 static __always_inline u32 further_place(const struct settings *cfg, u32 mapping, addr_t remote, __be16 port)
 {
 	return further_base(cfg) + ((u64)flow_hash_inbound(cfg, mapping, remote, port) * cfg->further >> 32);
-}
-
-static __always_inline u32 flow_mapping(const struct settings *cfg, const struct flow_key *key)
-{
-	return key->direction == INBOUND ? key->mapping : mapping_find(cfg, key->internal);
 }
 
 static __always_inline struct bucket *bucket_of(const struct settings *cfg, u32 hash)
@@ -241,7 +236,7 @@ static __always_inline u32 entry_find(const struct settings *cfg, const struct f
 static __always_inline u32 index_find(const struct settings *cfg, const struct flow_key *key, u32 except,
 				      struct session **found)
 {
-	u32 mapping = flow_mapping(cfg, key), place = mapping;
+	u32 mapping = key->direction == INBOUND ? key->mapping : slot_of_internal(key->internal), place = mapping;
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < PLACES; i++) {
@@ -338,7 +333,7 @@ static __always_inline bool place_is_expected(const struct settings *cfg, const 
 	u32 mapping = keys->in.mapping;
 
 	return (place == mapping || (place ^ further_place(cfg, mapping, keys->in.remote, keys->in.remote_port)) <= 1) &&
-	       mapping_find(cfg, keys->out.internal) == mapping;
+	       slot_of_internal(keys->out.internal) == mapping;
 }
 
 static __always_inline void index_leave(const struct settings *cfg, struct flow_keys *keys, u32 slot)

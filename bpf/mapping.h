@@ -221,11 +221,15 @@ static __always_inline u32 slot_for_mapping(const struct settings *cfg, const st
 /* Whose port it is. Said before the mapping is published. */
 static __always_inline void mapping_init(const struct settings *cfg, struct session *s, u32 slot, const struct ends *e, u32 now)
 {
+	addr_t nobody = {};
+
 	s->in.new_addr = e->internal;
 	s->in.new_port = e->internal_port;
 	s->out.new_addr = slot_addr(cfg, slot);
 	s->out.new_port = slot_port(slot);
 	s->out.last_seen = now;
+	s->out.remote_addr = s->in.remote_addr = nobody;
+	s->out.remote_port = s->in.remote_port = 0;
 	s->mapping = slot;
 }
 
@@ -244,9 +248,10 @@ static __always_inline u32 mapping_open(const struct settings *cfg, const struct
 	mapping_init(cfg, s, slot, e, p->now);
 	if (host)
 		__sync_fetch_and_add(&host->mappings[p->class & CLASS_MASK], 1);
-	s->life = LIFE_LIVE | (host ? LIFE_COUNTED : 0);
+	s->life = LIFE_OPENING | (host ? LIFE_COUNTED : 0); /* nobody ends it before it can be found */
 	if (!mappings.insert(&key, &slot)) {
 		front_put(cfg, key, slot);
+		life_settle(s, 0);
 		count(COUNT_mapping_opened);
 		return slot;
 	}
@@ -336,7 +341,10 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 		*verdict = deny(COUNT_drop_sessions_full, REFUSE);
 		return NULL;
 	}
-	if (place == *slot && !session_clear(cfg, m, place, life, now)) {
+	/* From now on the mapping is not idle, and stays in `mappings`. */
+	if (place == *slot ? !session_clear(cfg, m, place, life, now) : !life_swap(m, life, life + LIFE_FURTHER)) {
+		if (place != *slot)
+			slot_release(place);
 		*verdict = deny(COUNT_drop_session_busy, DROP);
 		return NULL;
 	}
@@ -353,8 +361,6 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 	}
 	if (session_is_second(cfg, flows, place, now))
 		*verdict = deny(COUNT_drop_reply_taken, DROP);
-	else if (place != *slot && !life_swap(m, life, life + LIFE_FURTHER))
-		*verdict = deny(COUNT_drop_session_busy, DROP);
 	if (*verdict == CONTINUE) {
 		count(COUNT_session_opened);
 		control_open(s, now);
@@ -370,6 +376,7 @@ undo:
 	} else {
 		s->life = 0;
 		slot_release(place);
+		__sync_fetch_and_add(&m->life, -LIFE_FURTHER);
 	}
 	return NULL;
 }

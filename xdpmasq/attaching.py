@@ -102,10 +102,10 @@ class Attaching:
     def _known(self, links: Sequence[netdev.Link]) -> dict[int, str]:
         """Interfaces, by index, that may have our programs."""
         known = {entry["index"]: entry["name"] for entry in self._manifest["interfaces"]}
-        before, self._before = self._before, None
-        if before:
+        if self._before:
             # What an agent killed while it attached has left may not be in its manifest yet.
-            known |= {link.index: link.name for link in links if attachment.belongs(link, before)}
+            known |= {link.index: link.name for link in links if attachment.belongs(link, self._before)}
+            self._before = None
         return known
 
     # --- putting on

@@ -22,6 +22,7 @@ from xdpmasq.abi import (
     EXTERNAL_SLOTS,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,
+    LIFE_OPENING,
     LIFE_SESSION,
     LIFE_STATE,
     LIFE_STATIC,
@@ -401,8 +402,10 @@ def _close(tables: Tables, reaper: bpf.Program, slots: Slots) -> None:
 
 
 def _is_idle(life: Any) -> Mask:
-    """No session runs there."""
-    idle: Mask = (life & LIFE_STATE != LIFE_LIVE) | (life & (LIFE_SESSION | LIFE_FURTHER_MASK) == 0)
+    """No session runs there, and none is being opened."""
+    state = life & LIFE_STATE
+    running = (state == LIFE_LIVE) & (life & (LIFE_SESSION | LIFE_FURTHER_MASK) != 0)
+    idle: Mask = ~(running | (state == LIFE_OPENING))
     return idle
 
 

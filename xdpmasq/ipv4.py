@@ -66,14 +66,19 @@ def fragments(packet: bytes, mtu: int) -> list[bytes] | None:
 
 
 def joined(pieces: list[bytes]) -> bytes | None:
-    """The packet that these are all of, each once, in whatever order; None: they are not, or some overlap."""
+    """The packet that these are all of, in whatever order, repeated or not; None: they are not, or some overlap."""
     parts = sorted((header.offset, piece) for piece in pieces if (header := parse(piece)))
     payload, more = b"", MORE_FRAGMENTS
     for offset, piece in parts:
         header = parse(piece)
-        if not header or not more or offset != len(payload):
+        if not header:
             return None
-        payload, more = payload + piece[header.length : header.total], header.flags & MORE_FRAGMENTS
+        part = piece[header.length : header.total]
+        if part and payload[offset:] == part:
+            continue  # the one before, once more
+        if not more or offset != len(payload):
+            return None
+        payload, more = payload + part, header.flags & MORE_FRAGMENTS
     if not parts or more:
         return None
     first = parts[0][1]

@@ -227,7 +227,11 @@ class Pinholes:
         for _ in range(OVERTAKEN_MOST):
             before = [ports.mapped(each) for each in endpoints]
             places = self._places(ports, endpoints) if len(endpoints) > 1 else [self._place(ports, endpoints[0])]
-            published = all(ports.publish(each, slot) for each, (slot, _) in zip(endpoints, places, strict=True))
+            try:
+                published = all(ports.publish(each, slot) for each, (slot, _) in zip(endpoints, places, strict=True))
+            except OSError as error:
+                self._give_back([slot for slot, owned in places if owned])
+                raise Refused("the table of mappings is full") from error
             if published or before == [ports.mapped(each) for each in endpoints]:
                 return places
             self._give_back([slot for slot, owned in places if owned])

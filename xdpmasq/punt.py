@@ -31,6 +31,7 @@ from xdpmasq.tables import Tables
 MTU = 65521  # the most a TAP takes: no redirected packet is refused for its size
 QUEUE = 500  # frames that wait for the agent
 WAYS = 4096  # of ALGs' sessions, that are remembered
+PIECES_MOST = 64  # of a datagram that is joined for an ALG; each new one has all looked at again
 BUDGET = 64  # frames at one go: expiry and netlink have their turn, whatever comes in here
 
 # enum punt_reason and struct punt_header of bpf/types.h
@@ -179,6 +180,8 @@ class Punt:
         if not self._orphans.hold(key, header.offset, frame, now):
             return
         frames = self._orphans.gathered(key)
+        if len(frames) > PIECES_MOST:
+            return
         pieces = [each[_AHEAD:] for each in frames]
         if whole := ipv4.joined(pieces):
             self._orphans.release(key, now)

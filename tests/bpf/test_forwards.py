@@ -32,6 +32,7 @@ from scapy.packet import Packet
 from xdpmasq import forwarding
 from xdpmasq.abi import (
     LIFE_LIVE,
+    LIFE_OPENING,
     LIFE_RESTING,
     LIFE_SESSION,
     LIFE_STATE,
@@ -273,6 +274,18 @@ def test_the_default_host_gets_many_remotes_at_a_port(gateway: Gateway, protocol
         age(gateway.tables.sessions[slot], 7441)
     assert gateway.inbound(knock(protocol, SERVER, port, 7003)).ip.dst == HOST
     gateway.assert_tables_agree()
+
+
+def test_a_rule_taken_out_while_a_session_is_being_opened(gateway: Gateway) -> None:
+    """A CPU has put it in the forwarded port's slot and has not made it live yet: the target keeps its mapping."""
+    rule = gateway.forward("udp", 3000, (HOST, 5000))
+    assert gateway.open(udp(HOST, 5000, SERVER, 53)) == 3000
+    slot, lives = gateway.slot(HOST, 5000, "udp"), gateway.tables.sessions["life"]
+    lives[slot] = int(lives[slot]) & ~LIFE_SESSION | LIFE_OPENING
+    gateway.withdraw(rule)
+    lives[slot] = int(lives[slot]) & ~LIFE_STATE | LIFE_LIVE | LIFE_SESSION
+    assert gateway.inbound(udp(SERVER, 53, GATEWAY, 3000)).ip.dport == 5000
+    assert gateway.open(udp(HOST, 5000, SERVER, 53)) == 3000
 
 
 @pytest.mark.parametrize("withdrawn", [False, True], ids=["in place", "withdrawn"])
