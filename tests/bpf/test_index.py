@@ -83,7 +83,7 @@ def test_a_mapping_with_no_room_in_front(gateway: Gateway) -> None:
 
 
 def test_a_mapping_that_is_in_front_of_none(gateway: Gateway) -> None:
-    """Closed, it leaves no entry; one that were left would lead XDP to nobody's session, and the slow path nowhere."""
+    """Closed, it leaves no entry; one that were left would lead XDP to nobody's session, and others nowhere."""
     gateway.accelerate()
     gateway.open(udp(HOST, 5000, SERVER, 53))
     fronts = gateway.tables.maps["fronts"].view()["entry"]
