@@ -139,8 +139,8 @@ def test_links(ns: Namespace) -> None:
     assert [drivers.xdp_policy(found[name])[0] for name in ("near", "br0", "tun0")] == ["tc"] * 3
 
 
-@pytest.mark.skipif(kernel.release() < (6, 3), reason="the kernel tells XDP features since 6.3")
-@pytest.mark.skipif(version("pyroute2").startswith("0.7."), reason="pyroute2 0.7 reads one answer of this dump")
+@pytest.mark.skipif(kernel.release() < (6, 3), reason="needs Linux 6.3, which tells XDP features")
+@pytest.mark.skipif(version("pyroute2").startswith("0.7."), reason="needs pyroute2 0.8, as 0.7 reads one answer")
 def test_xdp_features(ns: Namespace) -> None:
     near, bridge = ns.call(netdev.link, "near"), ns.call(netdev.link, "br0")
     assert drivers.native_xdp(near)
