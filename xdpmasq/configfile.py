@@ -41,7 +41,30 @@ def load(path: Path) -> Config:
     Raises:
         ConfigError: with file, line, value and what is allowed.
     """
-    document = _Document.read(path)
+    return parse(path, read(path))
+
+
+def read(path: Path) -> str:
+    """A file's text, its ends of lines as they are.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {path}", f"not UTF-8 at byte {error.start}") from error
+
+
+def parse(path: Path, text: str) -> Config:
+    """What the text of a file says; ``path`` is for the words of errors.
+
+    Raises:
+        ConfigError: as of :func:`load`.
+    """
+    document = _Document.of(path, text)
     document.refuse_unknown()
     get = document.get
     config = Config(
@@ -160,13 +183,7 @@ class _Document:
     tables: Mapping[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> _Document:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}", error.strerror or str(error)) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"cannot read {path}", f"not UTF-8 at byte {error.start}") from error
+    def of(cls, path: Path, text: str) -> _Document:
         try:
             return cls(path, text, tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
@@ -298,7 +315,7 @@ def _header(table: str) -> str:
 
 def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> ConfigError:
     where = re.search(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error), re.DOTALL)
-    lines = text.splitlines()
+    lines = text.removesuffix("\n").split("\n")
     number = int(where[2]) if where and where[2] else max(len(lines), 1)
     shown = lines[number - 1].strip() if number <= len(lines) else ""
     why = f"{where[1] if where else error}: {shown}"
@@ -308,7 +325,7 @@ def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> Conf
 def _line_of(text: str, key: str, value: object = None, nth: int = 0) -> int:
     """The line of ``table.name`` (or of a table, the nth of its name), in a longer list that of one value; or 1."""
     table, _, name = key.partition(".")
-    lines = text.splitlines()
+    lines = text.split("\n")
     here, found, before = "", 0, nth
     for number, line in enumerate(lines, 1):
         if header := re.match(r"\s*\[+\s*([^\]\s]+)\s*\]", line):

@@ -48,6 +48,8 @@ def add(
     targets: list[str] = TARGETS,
     *,
     source: str = FROM,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -66,8 +68,8 @@ def add(
     """
     common.require_root("forward add")
     rule = forwards.parse(protocol, ports, targets, source)
-    rules.put(wan, rule)
-    rules.print_added(rule, _fields(rule), json=json, done="forwarded")
+    _, saved = rules.put(wan, rule, rules.Saving(save, config))
+    rules.print_added(rule, _fields(rule), saved, json=json, done="forwarded")
 
 
 @app.command("del")
@@ -77,6 +79,8 @@ def delete(
     *,
     source: str = FROM,
     kill: bool = rules.KILL,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -90,8 +94,9 @@ def delete(
       xdpmasq forward del tcp default
     """
     common.require_root("forward del")
-    rule, left, ended = rules.take(wan, forwards.named_as(protocol, ports, source), kill=kill)
-    rules.print_taken(rule, _fields(rule), left, ended, done="no longer forwarded", kill=kill, json=json)
+    named = forwards.named_as(protocol, ports, source)
+    rule, left, ended, saved = rules.take(wan, named, rules.Saving(save, config), kill=kill)
+    rules.print_taken(rule, _fields(rule), left, ended, saved, done="no longer forwarded", kill=kill, json=json)
 
 
 @app.command("list")

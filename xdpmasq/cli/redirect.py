@@ -56,6 +56,8 @@ def add(
     on: str = ON,
     source: str = FROM,
     not_to: list[str] = NOT_TO,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -73,8 +75,8 @@ def add(
     """
     common.require_root("redirect add")
     rule = redirects.parse(protocol, ports, to, on, source=source, not_to=not_to)
-    attached = rules.put(wan, rule)
-    rules.print_added(rule, _fields(rule), json=json, done="redirected")
+    attached, saved = rules.put(wan, rule, rules.Saving(save, config))
+    rules.print_added(rule, _fields(rule), saved, json=json, done="redirected")
     if rule.from_inside:
         _await_agent(attached)
 
@@ -100,6 +102,8 @@ def delete(
     on: str = ON,
     source: str = FROM,
     kill: bool = rules.KILL,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -111,8 +115,9 @@ def delete(
       xdpmasq redirect del tcp 80 --on wan --from 198.51.100.0/24 --kill
     """
     common.require_root("redirect del")
-    rule, left, ended = rules.take(wan, redirects.named(protocol, ports, on, source), kill=kill)
-    rules.print_taken(rule, _fields(rule), left, ended, done="no longer redirected", kill=kill, json=json)
+    named = redirects.named(protocol, ports, on, source)
+    rule, left, ended, saved = rules.take(wan, named, rules.Saving(save, config), kill=kill)
+    rules.print_taken(rule, _fields(rule), left, ended, saved, done="no longer redirected", kill=kill, json=json)
 
 
 @app.command("list")

@@ -46,6 +46,8 @@ def add(
     *,
     opens: tuple[str, str] = OPENS,
     lasts_s: int = FOR,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -58,8 +60,8 @@ def add(
     """
     common.require_root("trigger add")
     rule = triggers.parse(protocol, ports, " ".join(opens), lasts_s)
-    rules.put(wan, rule)
-    rules.print_added(rule, _fields(rule), json=json, done="triggered")
+    _, saved = rules.put(wan, rule, rules.Saving(save, config))
+    rules.print_added(rule, _fields(rule), saved, json=json, done="triggered")
 
 
 @app.command("del")
@@ -69,6 +71,8 @@ def delete(
     *,
     opens: tuple[str, str] = OPENS,
     kill: bool = rules.KILL,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -79,8 +83,9 @@ def delete(
       xdpmasq trigger del udp 6112 --opens tcp 6112-6119
     """
     common.require_root("trigger del")
-    rule, left, ended = rules.take(wan, triggers.parse(protocol, ports, " ".join(opens)), kill=kill)
-    rules.print_taken(rule, _fields(rule), left, ended, done="no longer triggered", kill=kill, json=json)
+    named = triggers.parse(protocol, ports, " ".join(opens))
+    rule, left, ended, saved = rules.take(wan, named, rules.Saving(save, config), kill=kill)
+    rules.print_taken(rule, _fields(rule), left, ended, saved, done="no longer triggered", kill=kill, json=json)
 
 
 @app.command("list")
