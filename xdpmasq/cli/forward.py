@@ -28,8 +28,8 @@ app = typer.Typer(rich_markup_mode=None)
 def show(ctx: typer.Context, *, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     """Lead external ports to internal hosts.
 
-    Forwards are there at once, stay while xdpmasq is attached, and are written in the configuration to be there after
-    the next start. Which remotes may come in is the firewall's business, too: a new session passes its forward chain.
+    Forwards are there at once, and stay while xdpmasq is attached. With --save they are written in the configuration
+    file as well, and are there after the next start. Which remotes may come in is the firewall's business, too: a new session passes its forward chain.
 
     \b
     Examples:
@@ -64,7 +64,7 @@ def add(
       xdpmasq forward add tcp 8080 192.168.0.2:80
       xdpmasq forward add udp 5000-5010 192.168.0.3
       xdpmasq forward add tcp 80 192.168.0.2:80 '192.168.0.3:80*2' --from 198.51.100.0/24
-      xdpmasq forward add udp default 192.168.0.9
+      xdpmasq forward add udp default 192.168.0.9 --save
     """
     common.require_root("forward add")
     rule = forwards.parse(protocol, ports, targets, source)
@@ -91,7 +91,7 @@ def delete(
       xdpmasq forward del tcp 8080
       xdpmasq forward del udp 5000-5010 --kill
       xdpmasq forward del tcp 80 --from 198.51.100.0/24
-      xdpmasq forward del tcp default
+      xdpmasq forward del tcp default --save
     """
     common.require_root("forward del")
     named = forwards.named_as(protocol, ports, source)
