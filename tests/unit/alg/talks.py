@@ -29,6 +29,11 @@ def outside(given: bytes, becomes: bytes | None = None) -> Said:
     return Said(Side.OUTSIDE, given, given if becomes is None else becomes)
 
 
+def said(*steps: tuple[Side, bytes]) -> list[Said]:
+    """What nobody says how it is to be changed."""
+    return [Said(side, text, text) for side, text in steps]
+
+
 @dataclass(frozen=True)
 class Talk:
     """``opens``: the pinholes, as :func:`told` tells them; ``mapped``: UDP ports that are mapped already."""

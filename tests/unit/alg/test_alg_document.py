@@ -61,7 +61,7 @@ def test_the_example_works(talk: Alg, said: Talk) -> None:
 def test_the_example_does_no_harm(talk: Alg) -> None:
     chance = random.Random(1)
     for _ in range(1000):
-        one_input(talk, chance.choice(CONVERSATIONS), chance)
+        one_input(talk, chance.choice(CONVERSATIONS), bytes, chance)
 
 
 def test_the_table_has_every_alg_with_its_ports_and_pinholes() -> None:

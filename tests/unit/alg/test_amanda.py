@@ -5,6 +5,7 @@ from carried import carry, harmless
 from fakes import HOST, REMOTE, FakeOpenings, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.amanda import Amanda
 from xdpmasq.alg.api import Endpoint, Refused, Side, Unparsed
@@ -81,6 +82,13 @@ def test_nothing_is_opened(text: bytes, error: type[Unparsed]) -> None:
 def test_only_a_client_inside_is_heard(control: object, side: Side) -> None:
     text = CASES["three streams"][0]
     assert carry(AMANDA, control, (side, text)) == ([text], [])  # type: ignore[arg-type]
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk(name, said((Side.OUTSIDE, b"request"), (Side.INSIDE, text)), port=10080, protocol="udp", from_outside=True)
+    for name, (text, _, _) in CASES.items()
+]
 
 
 @pytest.mark.req("attacks-alg_fuzz")

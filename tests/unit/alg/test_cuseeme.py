@@ -8,6 +8,7 @@ from carried import carry, harmless
 from fakes import GATEWAY, HOST, REMOTE, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Side
 from xdpmasq.alg.cuseeme import Cuseeme
@@ -75,6 +76,13 @@ CASES = {
 def test_addresses(side: Side, before: bytes, after: bytes) -> None:
     assert carry(CUSEEME, MEMBER, (side, before)) == ([after], [])
 
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk(name, said((side, text), (other, text)), port=7648, protocol="udp", internal_port=7648)
+    for name, (side, text, _) in CASES.items()
+    for other in Side
+]
 
 ANYBODY = st.sampled_from([NOBODY, HOST, GATEWAY, REMOTE])
 

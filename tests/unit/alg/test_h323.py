@@ -10,6 +10,7 @@ from fakes import GATEWAY, HOST, REMOTE, FakeOpenings, session
 from h323_messages import GUID, acknowledged, at, connect, q931, sent, setup, system, tpkt, wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.h323 import H323 as H323Alg
@@ -239,6 +240,29 @@ def test_without_pycrate_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, "xdpmasq.alg.per")
     with pytest.raises(ConfigError, match="pycrate"):
         import xdpmasq.alg.per  # noqa: F401, PLC0415
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk("", said((one, text), (other, answer)), port=1720, from_outside=one is OUT)
+    for one, other in ((IN, OUT), (OUT, IN))
+    for text, answer in [
+        (FAST, setup(OWN_OUTSIDE, PEER, wanted(GATEWAY, 40000, 40001), sent(REMOTE, 9001))),
+        (connect(at(HOST, 5500)), tpkt(CAPTURED)),
+        (acknowledged(HOST, 5000, 5001), acknowledged(GATEWAY, 40000, 40001)),
+        (setup(PEER, OWN, tunnelled=(system(wanted(HOST, 5000, 5001)), system(sent(HOST, 6001)))), tpkt(b"")),
+        *((tpkt(system(before)), tpkt(system(after))) for before, after, _ in CHANNELS.values()),
+        *((text, tpkt(b"")) for text in OTHERS.values()),
+        *((text, FAST) for _, text in REFUSED.values()),
+    ]
+]
+
+
+def mended(text: bytes) -> bytes:
+    """With the lengths that its contents have."""
+    if text[4:5] == b"\10":
+        return q931(text[8], text[17:]) if len(text) > 17 else text
+    return tpkt(text[4:])
 
 
 SEEDS = [FAST, connect(at(HOST, 5500)), setup(PEER, OWN, tunnelled=(system(sent(HOST, 5001)),)), tpkt(CAPTURED)]

@@ -7,6 +7,7 @@ from carried import carry, harmless
 from fakes import GATEWAY, HOST, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Control, Endpoint, Side
 from xdpmasq.alg.icq import Icq
@@ -64,6 +65,13 @@ LEFT = {
 @pytest.mark.parametrize(("control", "side", "text"), LEFT.values(), ids=LEFT)
 def test_nothing_is_opened(control: Control, side: Side, text: bytes) -> None:
     assert carry(ICQ, control, (side, text), (Side.INSIDE, KEEP_ALIVE)) == ([text, KEEP_ALIVE], [])
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk(name, said((side, text), (Side.INSIDE, KEEP_ALIVE)), port=4000, protocol="udp")
+    for name, (_, side, text) in {"login": (CLIENT, Side.INSIDE, login(18996, HOST.packed)), **LEFT}.items()
+]
 
 
 @pytest.mark.req("attacks-alg_fuzz")

@@ -7,6 +7,7 @@ from carried import carry, harmless
 from fakes import GATEWAY, HOST, REMOTE, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Control, Side
 from xdpmasq.alg.netbios import Netbios
@@ -69,6 +70,17 @@ SOURCES = {
 @pytest.mark.parametrize(("side", "before", "after"), SOURCES.values(), ids=SOURCES)
 def test_datagrams(side: Side, before: bytes, after: bytes) -> None:
     assert carry(NETBIOS, SENDER, (side, before)) == ([after], [])
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    *(Talk(name, said((side, text)), port=137, protocol="udp") for name, (_, side, text) in CLOSED.items()),
+    *(Talk(f"{flags:#x}", said((Side.INSIDE, query(flags))), port=137, protocol="udp") for flags in (0x0110, 0x0010)),
+    *(
+        Talk(name, said((side, text)), port=138, protocol="udp", internal_port=138)
+        for name, (side, text, _) in SOURCES.items()
+    ),
+]
 
 
 @pytest.mark.req("attacks-alg_fuzz")

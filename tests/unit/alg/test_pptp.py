@@ -6,6 +6,7 @@ import pytest
 from fakes import GATEWAY, HOST, REMOTE, FakeOpenings, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, inside, outside, said
 
 from xdpmasq.alg.api import Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.pptp import Pptp
@@ -91,7 +92,20 @@ def test_call_ids(control: Control, case: Case) -> None:
 
 
 # for test_alg_fuzz.py
-CALLS = [message(1) + message(7, (12, 5)), message(8, (12, 5), (14, 40000), OK), message(12, (12, 5)), message(9)]
+_CALL = [
+    inside(message(1) + message(7, (12, 5))),
+    outside(message(2) + message(8, (12, 9), (14, 40000), OK)),
+    inside(message(12, (12, 5))),
+    outside(message(13, (12, 40000))),
+]
+CONVERSATIONS = [
+    Talk("a call", _CALL, port=1723),
+    *(
+        Talk(name, [*_CALL[:2], *said((side, message(kind, *fields)))], port=1723, from_outside=turned)
+        for name, (side, kind, fields, _, _) in CASES.items()
+        for turned in (False, True)
+    ),
+]
 
 
 def test_disconnect_with_the_servers_own_number_is_left() -> None:

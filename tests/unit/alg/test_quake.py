@@ -7,6 +7,7 @@ from carried import carry, harmless
 from fakes import GATEWAY, HOST, REMOTE, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Control, Endpoint, Side
 from xdpmasq.alg.quake import Quake
@@ -58,6 +59,14 @@ LEFT = {
 @pytest.mark.parametrize(("control", "side", "text"), LEFT.values(), ids=LEFT)
 def test_nothing_is_opened(control: Control, side: Side, text: bytes) -> None:
     assert carry(QUAKE, control, (side, text)) == ([text], [])
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk("", said((one, CONNECT), (other, text)), port=26000, protocol="udp", from_outside=one is Side.OUTSIDE)
+    for one, other in ((Side.INSIDE, Side.OUTSIDE), (Side.OUTSIDE, Side.INSIDE))
+    for text in (accept(1515), accept(1515, b"\1\x1e\0"), *(text for _, _, text in LEFT.values()))
+]
 
 
 @pytest.mark.req("attacks-alg_fuzz")

@@ -7,6 +7,7 @@ from carried import carry, harmless
 from fakes import HOST, REMOTE, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Control, Endpoint, Side
 from xdpmasq.alg.sane import Sane
@@ -57,6 +58,13 @@ def test_port_is_opened(steps: Steps) -> None:
 @pytest.mark.parametrize(("control", "steps"), LEFT.values(), ids=LEFT)
 def test_nothing_is_opened(control: Control, steps: Steps) -> None:
     assert carry(SANE, control, *steps) == ([text for _, text in steps], [])
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk(name, said(*steps), port=6566, from_outside=True)
+    for name, steps in {**OPENED, **{name: steps for name, (_, steps) in LEFT.items()}}.items()
+]
 
 
 @pytest.mark.req("attacks-alg_fuzz")

@@ -5,6 +5,7 @@ from carried import carry, harmless
 from fakes import GATEWAY, HOST, REMOTE, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Side
 from xdpmasq.alg.snmp import Snmp
@@ -82,6 +83,14 @@ CASES = {
 @pytest.mark.parametrize(("side", "before", "after"), CASES.values(), ids=CASES)
 def test_addresses(side: Side, before: bytes, after: bytes) -> None:
     assert carry(SNMP, AGENT, (side, before)) == ([after], [])
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk(name, said((side, text)), port=162, protocol="udp", from_outside=turned)
+    for name, (side, text, _) in CASES.items()
+    for turned in (False, True)
+]
 
 
 @pytest.mark.req("attacks-alg_fuzz")

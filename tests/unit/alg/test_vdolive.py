@@ -7,6 +7,7 @@ from carried import carry, harmless
 from fakes import HOST, REMOTE, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from talks import Talk, said
 
 from xdpmasq.alg.api import Endpoint, Side
 from xdpmasq.alg.vdolive import Vdolive
@@ -53,6 +54,13 @@ def test_nothing_is_opened(texts: list[bytes]) -> None:
 def test_only_a_player_inside_is_heard(inside: bool) -> None:
     control, side = (session(7000, from_outside=True), Side.INSIDE) if inside else (PLAYER, Side.OUTSIDE)
     assert carry(VDOLIVE, control, (side, first(4000))) == ([first(4000)], [])
+
+
+# for test_alg_fuzz.py
+CONVERSATIONS = [
+    Talk(name, said(*((Side.INSIDE, text) for text in texts), (Side.OUTSIDE, b"x")), port=7000)
+    for name, texts in {"first": [first(4000), first(4002)], **LEFT}.items()
+]
 
 
 @pytest.mark.req("attacks-alg_fuzz")
