@@ -84,12 +84,15 @@ static __always_inline bool packet_has_text(const struct packet *p)
 	return p->l4 + p->l4_len > p->payload;
 }
 
-/* Is there anything to be read? SYN and FIN too, so that the agent knows where texts begin and end. */
+/* Is there anything to be read? SYN and FIN too, so that the agent knows where texts begin and end; and what is in pieces,
+ * whose text may all be in the later ones.
+ */
 static __always_inline bool alg_wants(const struct packet *p)
 {
 	if (p->alg || p->hairpin || p->own)
 		return false;
-	return p->class != CLASS_TCP || p->tcp_flags & (TCP_SYN | TCP_FIN) || packet_has_text(p);
+	return p->class != CLASS_TCP || p->tcp_flags & (TCP_SYN | TCP_FIN) || p->more_fragments ||
+	       packet_has_text(p);
 }
 
 /* A packet that comes once more has again the mark that the gateway's rules had given it. */

@@ -51,11 +51,18 @@ static __always_inline struct gre_header *gre_of_call(const struct packet *p)
 	return (gre->flags & bpf_htons(0x2007)) == bpf_htons(0x2001) && gre->proto == bpf_htons(0x880b) ? gre : NULL;
 }
 
-/* Has the host calls with this remote, that an ALG knows of? Which one it is, is the remote's to know. */
-static __always_inline bool call_goes_out(const struct packet *p)
+/* When the host last had calls with this remote, that an ALG knows of; or NULL. */
+static __always_inline u32 *caller_last_seen(const struct packet *p)
 {
 	struct caller_key key = { .remote = p->dst, .internal = p->src };
-	u32 *last_seen = gre_of_call(p) ? callers.lookup(&key) : NULL;
+
+	return p->proto == IPPROTO_GRE ? callers.lookup(&key) : NULL;
+}
+
+/* Is it of such a call? Which one it is, is the remote's to know. */
+static __always_inline bool call_goes_out(const struct packet *p)
+{
+	u32 *last_seen = gre_of_call(p) ? caller_last_seen(p) : NULL;
 
 	if (last_seen)
 		*last_seen = p->now;
@@ -81,9 +88,14 @@ static __always_inline struct call *call_comes_in(const struct settings *cfg, co
 	return call;
 }
 
-/* Of a call only the first fragment has the number: where that has gone, the others follow it. Of other GRE each goes by
- * its addresses.
+/* Of a call only the first fragment has the number: the others follow it, also where they come before it. Of other GRE each
+ * goes by its addresses.
  */
+static __always_inline bool call_follows_first(const struct packet *p)
+{
+	return packet_is_later_fragment(p) && caller_last_seen(p);
+}
+
 static __always_inline struct fragment *call_fragment(const struct settings *cfg, const struct packet *p)
 {
 	struct fragment *first = p->proto == IPPROTO_GRE && packet_is_later_fragment(p) ? fragment_recall(cfg, p) : NULL;
@@ -100,18 +112,13 @@ static __always_inline enum verdict portless_outbound(const struct settings *cfg
 				   .port = p->src_port,
 				   .proto = p->proto,
 				   .external = external };
-	struct fragment *first = call_fragment(cfg, p);
 	struct binding *b;
-	bool of_call;
 
 	if (cfg->drop_other && !protocol_is_known(p->proto))
 		return drop(COUNT_drop_protocol);
 	if (addr_is_unset(external_addr))
 		return refuse(COUNT_drop_no_external);
-	if (first)
-		return fragment_rewrite(p, first, COUNT_slow_fragment_outbound);
-	of_call = call_goes_out(p);
-	if (!of_call) {
+	if (!call_goes_out(p)) {
 		b = binding_get(cfg, p, &key);
 		if (!b)
 			return refuse(COUNT_drop_portless_full);
@@ -121,7 +128,7 @@ static __always_inline enum verdict portless_outbound(const struct settings *cfg
 		b->out_packets++;
 		b->out_bytes += p->l4 - p->l3 + p->l4_len;
 	}
-	if (p->more_fragments && (of_call || p->proto == IPPROTO_SCTP) &&
+	if (p->more_fragments && (caller_last_seen(p) || p->proto == IPPROTO_SCTP) &&
 	    fragment_begin(cfg, p, SOURCE, external_addr) != CONTINUE)
 		return DROP;
 	if (portless_rewrite(p, SOURCE, external_addr))

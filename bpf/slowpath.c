@@ -46,10 +46,24 @@ static __always_inline bool own_needs_translation(const struct settings *cfg, co
 	return s && session_is_alive(cfg, s, p->now);
 }
 
-/* All ports are taken: when that is allowed, another host's is shared, for this remote only. */
+#define SHARE_TRIES 8
+
+/* All ports are taken: when that is allowed, another host's is shared, for this remote only; but none of a forward or a
+ * pinhole, which stands for its endpoint also while no session runs there.
+ */
 static __always_inline u32 slot_to_share(const struct settings *cfg, const struct packet *p, u32 external)
 {
-	return slot_of(external, p->class, 0) + pool_random_port(pool_for(cfg, p->class, p->src_port));
+	const struct pool *pool = pool_for(cfg, p->class, p->src_port);
+
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < SHARE_TRIES; i++) {
+		u32 slot = slot_of(external, p->class, 0) + pool_random_port(pool);
+		struct session *s = session_at(slot);
+
+		if (s && !(s->life & LIFE_STATIC))
+			return slot;
+	}
+	return NO_SLOT;
 }
 
 /* A new session for @p, or NULL with the reason in @verdict. @s is the expired session over the same endpoints, if any. */
@@ -208,7 +222,7 @@ static __always_inline enum verdict walk_outbound(const struct settings *cfg, st
 
 	if (cfg->basic && counterpart_of(p->src, &twin))
 		return choose_wan(p, counterpart_wan(p->src), twin) ?: basic_translate(p, SOURCE, twin, COUNT_slow_basic_outbound);
-	if (packet_follows_first(p))
+	if (packet_follows_first(p) || call_follows_first(p))
 		return fragment_outbound(cfg, p);
 	if (p->class == CLASS_NONE || (p->class == CLASS_ICMP && p->icmp_type != ICMP_ECHO))
 		return other_outbound(cfg, p);
@@ -298,7 +312,9 @@ static __always_inline enum verdict portless_or_own(const struct settings *cfg, 
 {
 	enum verdict verdict = p->proto == IPPROTO_ICMP ? CONTINUE : portless_inbound(cfg, p);
 
-	return verdict == CONTINUE ? own_inbound(p) : verdict;
+	if (verdict != CONTINUE)
+		return verdict;
+	return p->proto == IPPROTO_GRE && packet_is_later_fragment(p) ? fragment_inbound(cfg, p) : own_inbound(p);
 }
 
 static __always_inline enum verdict walk_inbound(const struct settings *cfg, struct packet *p)

@@ -531,7 +531,8 @@ class Upkeep:
         self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
         endpoints = [each for rule in rules for each in _endpoints(rule, wans)]
         present = {slot: endpoint for slot, endpoint in endpoints}
-        self._withdrawn += [each for each in self._endpoints if present.get(each[0]) != each[1]]
+        former = self._withdrawn + self._endpoints
+        self._withdrawn = [each for each in former if present.get(each[0]) != each[1]]
         self._endpoints = endpoints
 
     def _close_triggered(self) -> None:

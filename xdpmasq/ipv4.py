@@ -67,25 +67,26 @@ def fragments(packet: bytes, mtu: int) -> list[bytes] | None:
 
 def joined(pieces: list[bytes]) -> bytes | None:
     """The packet that these are all of, in whatever order, repeated or not; None: they are not, or some overlap."""
-    parts = sorted((header.offset, piece) for piece in pieces if (header := parse(piece)))
-    payload, more = b"", MORE_FRAGMENTS
-    for offset, piece in parts:
-        header = parse(piece)
-        if not header:
-            return None
+    found = sorted(
+        ((header.offset, piece, header) for piece in pieces if (header := parse(piece))), key=lambda each: each[:2]
+    )
+    parts: list[bytes] = []
+    end, more = 0, MORE_FRAGMENTS
+    for offset, piece, header in found:
         part = piece[header.length : header.total]
-        if part and payload[offset:] == part:
+        if part and part == (parts or [b""])[-1] and offset == end - len(part):
             continue  # the one before, once more
-        if not more or offset != len(payload):
+        if not more or offset != end:
             return None
-        payload, more = payload + part, header.flags & MORE_FRAGMENTS
-    if not parts or more:
+        parts.append(part)
+        end, more = end + len(part), header.flags & MORE_FRAGMENTS
+    if not found or more:
         return None
-    first = parts[0][1]
+    first = found[0][1]
     options = first[HEADER.size : (first[0] & 0xF) * 4]
-    if HEADER.size + len(options) + len(payload) > LONGEST:
+    if HEADER.size + len(options) + end > LONGEST:
         return None
-    return _piece(first, options, 0, payload)
+    return _piece(first, options, 0, b"".join(parts))
 
 
 def _piece(packet: bytes, options: bytes, fragment: int, payload: bytes) -> bytes:

@@ -2,7 +2,8 @@
 
 Only the first fragment has ports, so the kernel can translate none of a datagram before it. Here the others wait;
 this module decides about them and touches neither network nor tables. First ones wait here, too, where an ALG is to
-read the datagram: until all are there.
+read the datagram: until all are there. Both share the room: a datagram of an ALG in pieces, too, is there for
+milliseconds, and what pushes that out would push out the others.
 
 Room is bounded, and what gives way is always the oldest: of the same source where that has its share, of all where
 everything is full. Refusing the newcomer would be an invitation: 256 forged pieces, sent once, would shut out the
@@ -36,6 +37,14 @@ class Key(NamedTuple):
     protocol: int
 
 
+class Part(NamedTuple):
+    """Which part of a datagram's payload a fragment has; ``more``: others follow behind it."""
+
+    offset: int
+    length: int
+    more: bool
+
+
 @dataclass
 class _Piece:
     frame: bytes
@@ -45,15 +54,33 @@ class _Piece:
 
 @dataclass(eq=False)
 class _Datagram:
-    """What is held of one, in the order in which it came."""
+    """What is held of one, in the order in which it came.
+
+    Attributes:
+        size: bytes of all frames.
+        lengths: of the payload's parts, by offset; what is repeated is there once.
+        total: bytes of the payload; None: its last part has not come.
+    """
 
     since: float
     due: float
     pieces: list[_Piece] = field(default_factory=list)
+    size: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)
+    covered: int = 0
+    total: int | None = None
+
+    def add(self, piece: _Piece, part: Part) -> None:
+        self.pieces.append(piece)
+        self.size += len(piece.frame)
+        self.covered += part.length - self.lengths.get(part.offset, 0)
+        self.lengths[part.offset] = part.length
+        if not part.more:
+            self.total = part.offset + part.length
 
     @property
-    def size(self) -> int:
-        return sum(len(piece.frame) for piece in self.pieces)
+    def has_first(self) -> bool:
+        return 0 in self.lengths
 
 
 class _Share:
@@ -105,14 +132,14 @@ class Orphans:
     def __len__(self) -> int:
         return sum(len(datagram.pieces) for datagram in self._all.datagrams.values())
 
-    def hold(self, key: Key, offset: int, frame: bytes, now: float) -> bool:
+    def hold(self, key: Key, part: Part, frame: bytes, now: float) -> bool:
         """Takes a piece in, behind the others of its datagram; :meth:`due` names it at once.
 
         Returns:
             Whether it is held. It is not when it was released twice already: then the kernel and we do not agree
             about its first fragment, and it would go round for ever.
         """
-        journeys, at = self._on_their_way.get((key, offset), (0, now))
+        journeys, at = self._on_their_way.get((key, part.offset), (0, now))
         if now - at > RETURN_S:
             journeys = 0
         if journeys >= JOURNEYS:
@@ -123,23 +150,22 @@ class Orphans:
         datagram = self._all.datagrams.get(key) or _Datagram(now, now)
         for share in (source, self._all):
             share.add(key, datagram, len(frame))
-        datagram.pieces.append(_Piece(frame, offset, journeys))
+        datagram.add(_Piece(frame, part.offset, journeys), part)
         self._plan(key, datagram, now)
         self.counts["held"] += 1
         return True
 
-    def gathered(self, key: Key) -> list[bytes]:
-        """The frames of a datagram whose first fragment is held here, too; they stay. None of any other."""
+    def is_whole(self, key: Key) -> bool:
+        """Whether all of a datagram is held here, its first fragment, too; if no parts of it overlap."""
         datagram = self._all.datagrams.get(key)
-        if not datagram or all(piece.offset for piece in datagram.pieces):
-            return []
-        return [piece.frame for piece in datagram.pieces]
+        return datagram is not None and datagram.has_first and datagram.covered == datagram.total
 
     def due(self, now: float) -> list[Key]:
         """Datagrams to ask the kernel about: those with new pieces, and others at growing intervals.
 
         An interval is as long as the wait so far: most first fragments come within a moment, and those that never
-        come must not keep us busy. What has waited too long is dropped here.
+        come must not keep us busy. What has waited too long is dropped here. What has its first fragment here is none
+        of them: a first that the kernel knows is that of an earlier datagram, which had the same identification.
         """
         asked = []
         while self._next() <= now:
@@ -150,7 +176,8 @@ class Orphans:
                 self.counts["expired"] += self._remove(key)
                 continue
             self._plan(key, datagram, now + max(POLL_S, min(waited, POLL_MAX_S, left)))
-            asked.append(key)
+            if not datagram.has_first:
+                asked.append(key)
         return asked
 
     def release(self, key: Key, now: float) -> list[bytes]:

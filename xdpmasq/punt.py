@@ -25,13 +25,12 @@ from xdpmasq import bpf, expiry, ipv4, refusal
 from xdpmasq.allowance import Allowance
 from xdpmasq.errors import HostError
 from xdpmasq.net import netdev, tun
-from xdpmasq.orphans import Key, Orphans
+from xdpmasq.orphans import Key, Orphans, Part
 from xdpmasq.tables import Tables
 
 MTU = 65521  # the most a TAP takes: no redirected packet is refused for its size
 QUEUE = 500  # frames that wait for the agent
 WAYS = 4096  # of ALGs' sessions, that are remembered
-PIECES_MOST = 64  # of a datagram that is joined for an ALG; each new one has all looked at again
 BUDGET = 64  # frames at one go: expiry and netlink have their turn, whatever comes in here
 
 # enum punt_reason and struct punt_header of bpf/types.h
@@ -145,9 +144,12 @@ class Punt:
             for key in self._known(due):
                 for frame in self._orphans.release(key, now):
                     if not self._put_back(frame):
-                        self.counts["released"] -= 1
-                        self.counts["refused"] += 1
+                        self._not_released(1)
         return self._orphans.pause(now)
+
+    def _not_released(self, pieces: int) -> None:
+        self.counts["released"] -= pieces
+        self.counts["refused"] += pieces
 
     def _take(self, frame: bytes, now: float) -> None:
         if len(frame) < _AHEAD:
@@ -177,16 +179,16 @@ class Punt:
     def _hold(self, header: ipv4.Header, frame: bytes, now: float) -> None:
         """A fragment; an ALG's datagram that is whole with it is read."""
         key = Key(header.src, header.dst, header.id, header.protocol)
-        if not self._orphans.hold(key, header.offset, frame, now):
+        part = Part(header.offset, header.total - header.length, bool(header.flags & ipv4.MORE_FRAGMENTS))
+        if not self._orphans.hold(key, part, frame, now) or not self._orphans.is_whole(key):
             return
-        frames = self._orphans.gathered(key)
-        if len(frames) > PIECES_MOST:
-            return
+        frames = self._orphans.release(key, now)
         pieces = [each[_AHEAD:] for each in frames]
         if whole := ipv4.joined(pieces):
-            self._orphans.release(key, now)
             first = next(each for each in frames if each[1] in (ALG_IN, ALG_OUT))
             self._give_to_alg(first[:_AHEAD], whole, max(map(len, pieces)))
+        else:  # some contradict others
+            self._not_released(len(frames))
 
     def _give_to_alg(self, ahead: bytes, packet: bytes, longest: int) -> None:
         """What becomes of it goes back, in pieces no longer than they were."""

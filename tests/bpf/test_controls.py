@@ -17,6 +17,7 @@ from harness import (
     HOST,
     OTHER_HOST,
     PSH,
+    PUNT_FRAGMENT_IN,
     PUNT_FRAGMENT_OUT,
     SERVER,
     SYN,
@@ -130,6 +131,18 @@ def test_the_first_piece_of_a_datagram_is_read(gateway: Gateway) -> None:
     back, _, _ = passes(gateway, first, OUT, ALG_MARK | READ)
     gateway.counted()
     assert (back, gateway.outbound(second).ended) == ("pass", "slow_fragment_outbound")
+
+
+def test_the_first_piece_of_a_segment_is_read_though_its_text_is_in_the_others(gateway: Gateway) -> None:
+    control_session(gateway)
+    gateway.attend()
+    segment = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=bytes(100), id=7)
+    segment[TCP].options = [("NOP", None)] * 4  # a multiple of eight
+    first, *rest = fragment(IP(wire(segment)), 24)
+    assert TCP(bytes(first.payload)).dataofs * 4 == len(first.payload), "no text"
+    assert passes(gateway, first, OUT)[1][:2] == bytes((2, PUNT_ALG_OUT))
+    for each in rest:
+        assert passes(gateway, each, OUT)[1][:2] == bytes((2, PUNT_FRAGMENT_OUT))
 
 
 def test_what_is_over_is_read_no_more(gateway: Gateway) -> None:
@@ -334,6 +347,25 @@ def test_pieces_follow_the_first_one_of_their_call(gateway: Gateway) -> None:
             assert text == bytes((gre(host, SERVER, 77 if "dst" in ends else 9) / big)[IP].payload)
     assert gateway.entries("fragments") == {}
     assert gateway.entries("bindings") == {}
+
+
+def test_a_piece_of_a_call_that_overtakes_its_first_waits_for_it(gateway: Gateway) -> None:
+    """And takes the remote for nobody: other GRE still goes to and from another host."""
+    gateway.attend()
+    number = calls.open_(gateway.tables, 0, IPv4Address(HOST), 77, IPv4Address(SERVER))
+    for packet, way, reason in (
+        (gre(HOST, SERVER, 9), gateway.outbound, PUNT_FRAGMENT_OUT),
+        (gre(SERVER, GATEWAY, number), gateway.inbound, PUNT_FRAGMENT_IN),
+    ):
+        packet[IP].id = 7
+        first, rest = fragment(packet / bytes(1500), 1000)
+        early = way(rest)
+        assert (early.ended, early.punted) == ("punt_fragment", reason)
+        assert gateway.entries("bindings") == {}
+        begun, late = way(first), way(IP(early.bytes))
+        assert late.ended == f"slow_fragment_{'outbound' if way == gateway.outbound else 'inbound'}"
+        assert late.ip.id == begun.ip.id
+    assert gateway.outbound(gre(OTHER_HOST, SERVER, 1, version=0)).ended == "slow_portless_outbound"
 
 
 def test_calls_that_nobody_has_told_of_are_one_hosts(gateway: Gateway) -> None:

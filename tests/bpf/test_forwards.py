@@ -288,6 +288,24 @@ def test_a_rule_taken_out_while_a_session_is_being_opened(gateway: Gateway) -> N
     assert gateway.open(udp(HOST, 5000, SERVER, 53)) == 3000
 
 
+def test_a_rule_that_comes_again_keeps_its_targets_mapping(gateway: Gateway) -> None:
+    """As a lease does that is asked for anew: what was to be withdrawn while a session ran there no longer is."""
+    upkeep = forwarding.Upkeep(gateway.tables)
+    rule = gateway.forward("udp", 3000, (HOST, 5000))
+    upkeep.run()
+    assert gateway.open(udp(HOST, 5000, SERVER, 53)) == 3000
+    gateway.withdraw(rule)
+    upkeep.run()
+    gateway.put(rule)
+    slot = gateway.slot(HOST, 5000, "udp")
+    gateway.reap([slot], REAP_FORCED)
+    for _ in range(2):
+        upkeep.run()
+        assert gateway.slot(HOST, 5000, "udp") == slot
+    assert gateway.open(udp(HOST, 5000, SERVER, 53)) == 3000
+    gateway.assert_tables_agree()
+
+
 @pytest.mark.parametrize("withdrawn", [False, True], ids=["in place", "withdrawn"])
 def test_the_agent_ends_the_default_hosts_sessions_outside_the_pool(gateway: Gateway, withdrawn: bool) -> None:
     rule = gateway.forward("tcp", 0, (HOST, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -168,6 +169,36 @@ def test_a_packet_overtakes_what_is_said(
         result = gateway.inbound(udp(SERVER, 2000 + nth, GATEWAY, hole.port + nth))
         assert (result.ended, result.ip.dport) == ("slow_inbound", 40000 + nth)
     assert gateway.outbound(udp(HOST, 40000, SERVER, 2000)).port == hole.port
+
+
+@pytest.mark.parametrize("nth", [0, 1], ids=["the first", "the second"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["new", "mapped"])
+def test_of_a_pair_that_cannot_be_published_nothing_is_left(
+    gateway: Gateway, openings: SessionsOpenings, monkeypatch: pytest.MonkeyPatch, nth: int, mapped: bool
+) -> None:
+    """The table of mappings is full: both ports are the pool's again, and what was mapped is as it was."""
+    if mapped:
+        while (port := gateway.open(udp(HOST, 40000, SERVER, 69))) % 2:
+            gateway.reap([port + abi.PORTS], abi.REAP_FORCED)
+    before = gateway.entries("mappings")
+    publish, published = Ports.publish, []
+
+    def full(ports: Ports, endpoint: Any, slot: int) -> bool:
+        published.append(slot)
+        if len(published) > nth:
+            raise OSError(errno.E2BIG, "no room")
+        return publish(ports, endpoint, slot)
+
+    monkeypatch.setattr(Ports, "publish", full)
+    with pytest.raises(Refused, match="full"):
+        openings.open("udp", at(40000), remote=REMOTE, pair=True)
+    assert pinholes.listed(gateway.tables) == []
+    assert not (gateway.tables.sessions["life"] & abi.LIFE_STATIC).any()
+    gateway.reap(gateway.slots(), abi.REAP_EXPIRED)
+    assert gateway.entries("mappings") == before
+    gateway.assert_tables_agree()
+    monkeypatch.undo()
+    assert openings.open("udp", at(40000), remote=REMOTE, pair=True).port % 2 == 0
 
 
 @pytest.mark.req("attacks-slipstream")

@@ -129,6 +129,18 @@ def test_not_for_the_same_remote(shared: Gateway) -> None:
     shared.assert_tables_agree()
 
 
+def test_not_a_forwards_or_a_pinholes(gateway: Gateway) -> None:
+    """Which stands for its endpoint while no session runs there: the others of the pool are shared."""
+    gateway.pool(udp=((3000, 2),))
+    gateway.tables.set_settings(overload=1)
+    gateway.forward("udp", 3000, (HOST, 5000))
+    assert gateway.open(udp(HOST, 6000, SERVER, 53)) == 3001
+    for number in range(20):
+        assert gateway.open(udp(OTHER_HOST, 5000 + number, OTHER_SERVER, number)) == 3001
+    assert gateway.outbound(udp(HOST, 5000, SERVER, 99)).port == 3000
+    gateway.assert_tables_agree()
+
+
 @pytest.mark.parametrize("owners", ["alive", "expired"])
 def test_the_owner_does_not_take_the_others_remote(shared: Gateway, owners: str) -> None:
     shared.open(udp(OTHER_HOST, 5000, OTHER_SERVER, 53))

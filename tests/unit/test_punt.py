@@ -353,6 +353,56 @@ def test_of_an_algs_datagram_a_piece_is_missing() -> None:
     reading.punt.close()
 
 
+def pieces_of(text: bytes, reason: int = ALG_OUT, later_: int = FRAGMENT_OUT, size: int = 1480) -> list[bytes]:
+    first, *rest = [bytes(each) for each in fragment(IP(src=HOST, dst=REMOTE, id=1) / UDP() / text, size)]
+    return [frame(reason, first, about=4711), *(frame(later_, each) for each in rest)]
+
+
+def test_a_first_of_the_same_identification_before_is_not_an_algs_datagrams() -> None:
+    """The kernel knows it, but what is held here waits for the rest of its own."""
+    read: list[bytes] = []
+    reading = Wire(algs=lambda direction, _, packet: read.append(packet) or [(direction, packet)])  # type: ignore[func-returns-value]
+    reading.firsts.add(key_of())
+    *some, last = pieces_of(bytes(4000))
+    reading.put(*some)
+    reading.punt.receive(0)
+    assert reading.punt.tick(0) is not None
+    assert (reading.returned(), reading.punt.held) == ([], len(some))
+    reading.put(last)
+    reading.punt.receive(0.01)
+    assert [len(each) for each in read] == [20 + 8 + 4000]
+    assert len(reading.returned()) == len(some) + 1
+    reading.punt.close()
+
+
+def test_a_datagram_is_joined_once_however_many_pieces_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last first, the rest in their order, each of them twice."""
+    joined: list[int] = []
+    join = punt.ipv4.joined
+    monkeypatch.setattr(punt.ipv4, "joined", lambda pieces: joined.append(len(pieces)) or join(pieces))
+    read: list[bytes] = []
+    reading = Wire(algs=lambda direction, _, packet: read.append(packet) or [])  # type: ignore[func-returns-value]
+    *some, last = pieces_of(bytes(900), size=8)
+    for each in (last, *[twice for one in some for twice in (one, one)][:-1]):
+        reading.put(each)
+        reading.punt.receive(0)
+    assert joined == [2 * len(some)]
+    assert [len(each) for each in read] == [20 + 8 + 900]
+    assert reading.punt.held == 0
+    reading.punt.close()
+
+
+def test_of_an_algs_datagram_some_pieces_contradict_others() -> None:
+    reading = Wire(algs=lambda *_: pytest.fail("read"))
+    first, second, third = pieces_of(bytes(4000))
+    reading.put(first, second, second[:-1] + b"x", third)
+    reading.punt.receive(0)
+    assert (reading.returned(), reading.punt.held) == ([], 0)
+    assert reading.punt.counts["refused"] == 4
+    assert reading.punt.counts["released"] == 0
+    reading.punt.close()
+
+
 def test_a_reader_that_fails_stops_nothing() -> None:
     def reader(*_: object) -> list[tuple[int, bytes]]:
         raise RuntimeError("a mistake")
