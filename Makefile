@@ -5,6 +5,7 @@
 # make check   lint and types only
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
+# make fuzz      every ALG is told a million spoilt talks: an hour of one CPU, and more
 # make soak      reload, restart and kill the agent a thousand times under load: what is lost? ten minutes
 # make deb     build a Debian package into build/
 # make test-fresh   the commands above and the package, in a Debian 12 of their own: minutes
@@ -13,7 +14,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-programs test-vm soak bench dashboards check conformance deb test-fresh clean
+.PHONY: setup demo test test-programs test-vm fuzz soak bench dashboards check conformance deb test-fresh clean
 
 setup: $(VENV)/ready
 
@@ -52,6 +53,12 @@ PROGRAMS := baresip-core kamailio ffmpeg gir1.2-gst-rtsp-server-1.0 gstreamer1.0
 test-programs: setup
 	tools/setup $(VENV) $(PROGRAMS)
 	$(PYTHON) -m pytest tests/programs
+
+# not part of `make test`, which tells ten thousand; FUZZ="h323 or sip" chooses, INPUTS says how many
+FUZZ   := test
+INPUTS := 1000000
+fuzz: setup
+	XDPMASQ_ALG_INPUTS=$(INPUTS) $(PYTHON) -m pytest -v --durations=0 -k '($(FUZZ)) and no_wrong_pinhole' tests/unit/alg/test_alg_fuzz.py
 
 soak: setup
 	$(PYTHON) tools/soak.py

@@ -164,6 +164,22 @@ def test_several_commands_come_in_a_segment(gateway: Gateway, talk: Talk) -> Non
         data_connection(gateway, listener, opened_by(lines[1]))
 
 
+def test_a_text_longer_than_a_packet_comes_at_once(gateway: Gateway, talk: Talk) -> None:
+    """In TC mode its segments come as one to the gateway (GSO), and as themselves to the agent."""
+    lines = [b"SITE %03d " % n + b"x" * 100 + b"\r\n" for n in range(60)]
+    with gateway.listen("a-box") as listener:
+        lines[30] = port_command(listener.getsockname()[1])
+        with gateway.counting() as grown:
+            talk.near.sendall(b"".join(lines))
+            heard = [talk.lines.readline() for _ in lines]
+        data_connection(gateway, listener, opened_by(heard[30]))
+    assert heard[:30] + heard[31:] == lines[:30] + lines[31:]
+    assert talk.is_told(b"200 so be it\r\n") == b"200 so be it\r\n"
+    assert grown["alg_bypassed"] == 0
+    long_ = grown["punt_alg"] < len(b"".join(lines)) // 1448
+    assert long_ == (gateway.mode == "tc"), grown
+
+
 def test_shifts_add_up(gateway: Gateway, talk: Talk) -> None:
     """More edits than the kernel remembers, each of another length, and text between them."""
     for number in range(12):

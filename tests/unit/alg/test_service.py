@@ -78,6 +78,25 @@ def test_the_message_goes_on(service: Service, asked: _Session, does: Callable[[
     assert service.report["given"] == {"messages": 1, counted: 1}
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (failing(KeyError("x")), "the ALG given failed: KeyError('x'); the message has passed unchanged"),
+        (forever, "the ALG given took longer than 10 ms; the message has passed unchanged"),
+    ],
+    ids=["raises", "late"],
+)
+def test_its_failure_is_told_once(
+    service: Service, asked: _Session, caplog: Any, monkeypatch: Any, failure: tuple[Callable[[], Any], str]
+) -> None:
+    monkeypatch.setattr("xdpmasq.alg.service.LONG_S", 0.01)
+    does, why = failure
+    asked.alg.does = does  # type: ignore[attr-defined]
+    for _ in range(LATE_MOST - 1):
+        assert service._edited(asked, Side.INSIDE, b"said") == b"said"
+    assert [each.getMessage() for each in caplog.records] == [why]
+
+
 LENGTHS = {"negative": -1, "too-long": 5, "float": 1.0, "none": None}
 
 
