@@ -49,7 +49,7 @@
 	X(redirect_opened, "connections from a LAN that a redirect took")                          \
 	X(trigger_pulled, "ports that an internal host's own traffic opened to it")                \
 	X(pinhole_opened, "sessions that a pinhole let in")                                        \
-	X(alg_bypassed, "packets of ALGs' control sessions passed unread: no agent, or too many")  \
+	X(alg_bypassed, "packets of ALGs' control sessions passed unread: no agent, too many, or one too long")  \
 	X(alg_full, "ALGs' control sessions opened without their ALG, for want of room")           \
 	X(embryo_evicted, "unanswered sessions from outside that gave way to newer ones")          \
 	X(drop_malformed, "dropped: truncated or contradictory headers")                           \
