@@ -29,7 +29,8 @@ def show(ctx: typer.Context, *, wan: str = common.WHICH, json: bool = common.JSO
     """Lead external ports to internal hosts.
 
     Forwards are there at once, and stay while xdpmasq is attached. With --save they are written in the configuration
-    file as well, and are there after the next start. Which remotes may come in is the firewall's business, too: a new session passes its forward chain.
+    file as well, and are there after the next start. Which remotes may come in is the firewall's business, too: a new
+    session passes its forward chain.
 
     \b
     Examples:

@@ -35,8 +35,9 @@ app = typer.Typer(rich_markup_mode=None)
 def show(ctx: typer.Context, *, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     """Answer ports of others by a service of the gateway: a transparent proxy, the LAN's own DNS.
 
-    Redirects are there at once, stay while xdpmasq is attached, and are written in the configuration to be there
-    after the next start. Packets to the gateway itself or between LANs are left alone, as is what the gateway sends.
+    Redirects are there at once, and stay while xdpmasq is attached. With --save they are written in the configuration
+    file as well, and are there after the next start. Packets to the gateway itself or between LANs are left alone, as
+    is what the gateway sends.
 
     \b
     Examples:
