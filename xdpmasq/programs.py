@@ -12,6 +12,7 @@ from typing import Any
 
 from xdpmasq import bpf, compiler, source
 from xdpmasq.abi import EXTERNAL_ROOM, EXTERNAL_SLOTS
+from xdpmasq.errors import DatapathError
 from xdpmasq.tables import Tables
 
 
@@ -36,7 +37,21 @@ def _sizes(further: int, externals: int) -> dict[str, int]:
 
 def compile_ahead() -> None:
     """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted."""
-    compiler.compile(source.flatten(), _defines(1, 1))
+    for files in (source.DATAPATH, source.RESTORE):
+        compiler.compile(source.flatten(files), _defines(1, 1))
+
+
+def restorer(tables: Tables) -> bpf.Program:
+    """The program that puts one saved session in place among those of a running datapath.
+
+    Raises:
+        DatapathError: that is of another version.
+    """
+    compiled = bpf.compile(source.flatten(source.RESTORE), _defines(tables.externals, tables.wans), tables.maps)
+    if tables.manifest["layouts"] != compiled.layouts:
+        what = "the running datapath is of another version"
+        raise DatapathError(what, "its tables are laid out otherwise", "restart the agent, or attach anew, first")
+    return compiled.load("masq_restore", "tc")
 
 
 class Programs:

@@ -15,6 +15,7 @@ DATAPATH = (
     *("basic.h", "icmp.h", "guard.h", "trigger.h", "redirect.h", "slowpath.c", "lanpath.c", "punted.c"),
     *("hooks.c", "fastpath.c", "reaper.c"),
 )
+RESTORE = (*DATAPATH[: DATAPATH.index("mapping.h") + 1], "restore.c")  # what `sessions load` runs
 
 
 def folder() -> Path:

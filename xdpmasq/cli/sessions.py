@@ -3,6 +3,7 @@
 import sys
 import time
 from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -27,6 +28,7 @@ EXTERNAL = typer.Option("", "--external", metavar="ENDPOINT", help="Only this ex
 REMOTE = typer.Option("", "--remote", metavar="ENDPOINT", help="Only this remote endpoint.", show_default=False)
 STATE = typer.Option("", "--state", metavar="STATE", help="Only this state: ESTABLISHED, …", show_default=False)
 ALL = typer.Option(False, "--all", help="Every session.")
+FILE = typer.Argument(..., metavar="FILE", show_default=False)
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -43,7 +45,7 @@ def show(
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
-    """List sessions; or end them, or watch them come and go.
+    """List sessions; or end them, watch them come and go, or keep them over a reboot.
 
     \b
     Examples:
@@ -175,6 +177,63 @@ def watch(
         for line in (events.json_lines if json else events.lines)(told):
             print(line)
         sys.stdout.flush()
+
+
+@app.command()
+def save(
+    file: str = FILE,
+    *,
+    wan: str = common.WHICH,
+    json: bool = common.JSON,
+) -> None:
+    """Write all sessions into a file, to load them after a reboot. Sessions go on as they are.
+
+    The file is root's alone: it tells who talks to whom. Not saved are connections of which an ALG has changed the
+    length of texts, redirected connections, what an ALG or PCP has opened, protocols without ports, and the gateway's
+    own queries.
+
+    \b
+    Example:
+      xdpmasq sessions save /var/lib/xdpmasq.sessions
+    """
+    common.require_root("sessions save")
+    from xdpmasq import keeping  # noqa: PLC0415  heavy
+
+    saved, left_out = keeping.save(find(wan), Path(file))
+    if json:
+        common.print_json({"saved": saved, "left_out": left_out})
+    else:
+        print(f"{common.plural(saved, 'session')} saved in {file}" + (f", {left_out:,} left out" if left_out else ""))
+
+
+@app.command()
+def load(
+    file: str = FILE,
+    *,
+    wan: str = common.WHICH,
+    json: bool = common.JSON,
+) -> None:
+    """Open the sessions of a file again, with external ports, TCP states, and what is left of their idle time.
+
+    What is there by now stays: a session whose port or internal endpoint is taken is left out and counted, as is one
+    whose idle time is over, the time since it was saved included. A file that is damaged, of another format, or of
+    another external address changes nothing. Load it at once: what hosts send before opens new sessions.
+
+    \b
+    Example:
+      xdpmasq sessions load /var/lib/xdpmasq.sessions
+    """
+    common.require_root("sessions load")
+    from xdpmasq import keeping  # noqa: PLC0415  heavy
+
+    found = keeping.load(find(wan), Path(file))
+    loaded = found.pop("loaded", 0)
+    if json:
+        common.print_json({"loaded": loaded, "left_out": dict(found.most_common())})
+        return
+    print(f"{common.plural(loaded, 'session')} loaded" + (f", {found.total():,} left out:" if found else ""))
+    for why, count in found.most_common():
+        print(f"  {count:>9,}  {why}")
 
 
 def _lost(batch: "Batch", json: bool) -> str:
