@@ -54,7 +54,7 @@ def timeless(session: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_connections_and_ports_come_back(gateway: Gateway, file: Path) -> None:
-    """A TCP connection goes on, a UDP mapping keeps its external port for new remotes as well, states and counts stay."""
+    """A TCP connection goes on, a UDP mapping keeps its external port for new remotes, states and counts stay."""
     with gateway.connection() as connection, gateway.udp("a-box") as client:
         connection.talk(3)
         public = seen(client)
