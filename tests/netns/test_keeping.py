@@ -145,8 +145,6 @@ def test_left_out(
         assert seen(client) == public
         assert seen(other) != public
     gateway.masq("sessions", "flush", "--all")
-    gateway.detach()
-    gateway.attach()
 
 
 def test_another_external_address(gateway: Gateway, file: Path) -> None:
