@@ -20,6 +20,8 @@ import typer
 from records import SESSION, SETTINGS
 from rich.console import Console
 
+import xdpmasq.pinholes
+import xdpmasq.redirecting  # noqa: F401
 from xdpmasq import __version__, cli, rates
 from xdpmasq.cli import common
 from xdpmasq.cli import sessions as sessions_cli
