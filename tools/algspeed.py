@@ -86,7 +86,7 @@ def logins(gateway: Gateway, count: int, seconds: float) -> tuple[list[float], l
     """How long each took, and what was wrong with those that failed."""
     took: list[float] = []
     failed: list[str] = []
-    began, roles = time.monotonic(), list(HOSTS)
+    began, roles = time.monotonic(), ("a-box", "b-box", "c-box")
 
     def of(nth: int) -> None:
         login = Login(gateway, roles[nth])
