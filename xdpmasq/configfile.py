@@ -251,7 +251,8 @@ class _Document:
             try:
                 yield parse(given)
             except UsageError as error:
-                raise self._error_at(Problem(kind, None, error.why, error.do, nth), error.what) from error
+                key, value = _blamed(kind, given, error.what)
+                raise self._error_at(Problem(key, value, error.why, error.do, nth), error.what) from error
 
     def algs(self) -> tuple[algs.Use, ...]:
         """``[[alg]]``, and what is on by default."""
@@ -337,8 +338,28 @@ def _line_of(text: str, key: str, value: object = None, nth: int = 0) -> int:
             word = assigned[1].replace('"', "").replace("'", "")
             if word == key or (here == table and word == name):
                 return _line_of_value(lines, number, value)
-            found = number if here == "" and word == table else found
+            found = _line_of_inline(lines, number, nth) if here == "" and word == table else found
     return found or 1
+
+
+def _line_of_inline(lines: Sequence[str], first: int, nth: int) -> int:
+    """Of the nth table in braces where a list of them is written as one value."""
+    if not re.search(r"=\s*\[", lines[first - 1]):
+        return first
+    for number, line in enumerate(lines[first - 1 :], first):
+        nth -= line.partition("#")[0].count("{")
+        if nth < 0:
+            return number
+    return first
+
+
+def _blamed(kind: str, given: Mapping[str, Any], what: str) -> tuple[str, str | None]:
+    """The key of a rule, and the value, with which the words of an error begin; the rule's kind where it is none."""
+    for key, value in given.items():
+        for each in map(str, value if isinstance(value, list) else [value]):
+            if each and what.startswith(f"{each} "):
+                return f"{kind}.{key}", each
+    return kind, None
 
 
 def _line_of_value(lines: Sequence[str], first: int, value: object) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from xdpmasq import configfile
 from xdpmasq.config import (
     Config,
     Filtering,
@@ -305,8 +306,8 @@ BAD = [
     pytest.param("[tcp]\nmss = 87", 2, ["mss = 87", "88 to 65495"], id="segments too small"),
     pytest.param('[tcp]\nmss = "on"', 2, ['mss = "on"', "off, auto, or a number"], id="mss by a word"),
     pytest.param('[protocols]\nother = "pass"', 2, ['"pass"', "address-only, drop"], id="other protocols"),
-    pytest.param(forward(ports=0), 1, ["port 0"], id="forward of port 0"),
-    pytest.param("\n" + forward(to="fd00::1"), 2, ["fd00::1 is an IPv6 address"], id="forward to IPv6"),
+    pytest.param(forward(ports=0), 3, ["port 0"], id="forward of port 0"),
+    pytest.param("\n" + forward(to="fd00::1"), 5, ["fd00::1 is an IPv6 address"], id="forward to IPv6"),
     pytest.param(forward(to=[]), 1, ["no target"], id="forward to nobody"),
     pytest.param(forward(to=1), 4, ["forward.to = 1", "a list of texts"], id="forward to a number"),
     pytest.param(forward() + forward() + forward(), 7, ["tcp 8080 → 192.168.0.2:80 is there already"], id="twice"),
@@ -335,7 +336,7 @@ BAD = [
     ),
     pytest.param(
         '[[trigger]]\nprotocol = "udp"\nports = 1\nopens = "tcp"',
-        1,
+        4,
         ['write it as "tcp 6112-6119"'],
         id="trigger",
     ),
@@ -461,3 +462,25 @@ def test_advice_names_the_rfc() -> None:
         "timeouts.udp_s = 90 is less than the 120 s of RFC 4787 REQ-5",
         "timeouts.port_rest_s = 0 is less than the 120 s of RFC 6888 REQ-8",
     ]
+
+
+TWO = '[[forward]]\nprotocol = "tcp"\nports = 80\nto = "192.168.0.2"\n# another\n[[forward]]\nprotocol = "udp"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (TWO + 'to = "192.168.0.3"\nports = 0\n', 9),
+        (TWO + 'ports = 5\nto = [\n  "192.168.0.3",\n  "nohost",\n]\n', 11),
+        (TWO + 'ports = 5\nto = "192.168.0.3"\nfrom = "192.0.2.7/24"\n', 10),
+        ('forward = [\n{protocol="tcp", ports=80, to="10.0.0.2"},\n{protocol="tcp", ports=0, to="10.0.0.2"},\n]', 3),
+        ('forward = [\n  # {one}\n  {protocol="tcp", ports=80, to="10.0.0.2", tos=1},\n]', 3),
+        ("timeouts = { udp_s = 1 }", 1),
+        ("# a line separator: \u2028\n[timeouts]\nudp_s = 1\n", 3),
+        ("[timeouts]\r\n\r\nudp_s = 1\r\n", 3),
+    ],
+)
+def test_the_line_is_that_of_the_value(text: str, line: int) -> None:
+    """In the second rule of a kind, in a list over lines, in braces, behind letters that end lines elsewhere."""
+    with pytest.raises(ConfigError, match=rf"^file, line {line}: "):
+        configfile.parse(Path("file"), text)
