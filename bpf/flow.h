@@ -198,7 +198,9 @@ static __always_inline struct session *session_find_armed(const struct settings 
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < PLACES; i++) {
 		s = session_at(place);
-		if (s && session_has(s, key)) {
+		if (!s)
+			break;
+		if (session_has(s, key)) {
 			if (flow_is_armed(cfg, session_flow(s, key->direction), now))
 				return s;
 			unarmed = s;

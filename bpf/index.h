@@ -162,6 +162,13 @@ static __always_inline struct bucket *bucket_of(const struct settings *cfg, u32 
 	return buckets.lookup(&nth);
 }
 
+/* How many entries the buckets near that of a hash have. Mostly none, and then no cold line of theirs need be read. */
+static __always_inline u64 *group_of(u32 hash)
+{
+	u32 nth = hash >> (32 - GROUP_BITS);
+	return groups.lookup(&nth);
+}
+
 /* Never 0, which is no entry. */
 static __always_inline u32 entry_of(u32 hash, u32 slot)
 {
@@ -223,9 +230,13 @@ static __always_inline u32 entry_find(const struct settings *cfg, const struct f
 				      struct session **found)
 {
 	u32 hash = flow_hash(cfg, key), slot;
-	struct bucket *bucket = bucket_of(cfg, hash);
+	u64 *group = group_of(hash);
+	struct bucket *bucket;
 
 	*found = NULL;
+	if (!group || !*group)
+		return NO_SLOT;
+	bucket = bucket_of(cfg, hash);
 	if (!bucket)
 		return NO_SLOT;
 	slot = bucket_find(bucket, key, entry_of(hash, 0) >> SLOT_BITS, except, found);
@@ -242,10 +253,14 @@ static __always_inline u32 index_find(const struct settings *cfg, const struct f
 	for (u32 i = 0; i < PLACES; i++) {
 		struct session *s = session_at(place);
 
-		if (s && place != except && session_has(s, key) && life_is_taken(s->life)) {
+		if (!s)
+			break;
+		if (place != except && session_has(s, key) && life_is_taken(s->life)) {
 			*found = s;
 			return place;
 		}
+		if (!i && !(s->life & LIFE_FURTHER_MASK)) /* the mapping has no further sessions */
+			break;
 		place = further_place(cfg, mapping, key->remote, key->remote_port) ^ i;
 	}
 	return entry_find(cfg, key, except, found);
@@ -307,25 +322,34 @@ static __always_inline bool entry_put(const struct settings *cfg, struct flow_ke
 {
 	u32 hash = flow_hash(cfg, key);
 	struct bucket *bucket = bucket_of(cfg, hash);
+	u64 *group = group_of(hash);
 
-	if (!bucket)
+	if (!bucket || !group)
 		return false;
+	__sync_fetch_and_add(group, 1); /* before anybody can miss it */
 	if (bucket_put(bucket, entry_of(hash, slot)))
 		return true;
 	bucket->was_full = 1; /* for ever: it only makes a search longer */
-	return !overflow.insert(key, &slot);
+	if (!overflow.insert(key, &slot))
+		return true;
+	__sync_fetch_and_add(group, -1);
+	return false;
 }
 
 static __always_inline void entry_take(const struct settings *cfg, struct flow_key *key, u32 slot)
 {
 	u32 hash = flow_hash(cfg, key), *entry;
 	struct bucket *bucket = bucket_of(cfg, hash);
+	u64 *group = group_of(hash);
 
-	if (!bucket || bucket_take(bucket, entry_of(hash, slot)))
+	if (!bucket || !group)
 		return;
-	entry = overflow.lookup(key);
-	if (entry && *entry == slot)
-		overflow.delete(key);
+	if (!bucket_take(bucket, entry_of(hash, slot))) {
+		entry = overflow.lookup(key);
+		if (!entry || *entry != slot || overflow.delete(key))
+			return;
+	}
+	__sync_fetch_and_add(group, -1);
 }
 
 static __always_inline bool place_is_expected(const struct settings *cfg, const struct flow_keys *keys, u32 place)

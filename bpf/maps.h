@@ -10,6 +10,7 @@ BPF_F_TABLE("array", u32, u64, claims, SIZED, BPF_F_MMAPABLE); /* a bit per slot
 BPF_TABLE("hash", struct mapping_key, u32, mappings, SIZED); /* → slot */
 BPF_F_TABLE("array", u32, struct front, fronts, SIZED, BPF_F_MMAPABLE); /* of `mappings`, each a cache line */
 BPF_F_TABLE("array", u32, struct bucket, buckets, SIZED, BPF_F_MMAPABLE); /* of the index, each a cache line */
+BPF_F_TABLE("array", u32, u64, groups, 1 << GROUP_BITS, BPF_F_MMAPABLE); /* of buckets → how many entries */
 BPF_TABLE("hash", struct flow_key, u32, overflow, SIZED); /* of the index → slot */
 BPF_F_TABLE("lpm_trie", struct forward_key, u32, forwards, 262144, BPF_F_NO_PREALLOC); /* → index of forward_rules */
 BPF_F_TABLE("array", u32, struct forward, forward_rules, FORWARDS, BPF_F_MMAPABLE);

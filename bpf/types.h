@@ -101,6 +101,7 @@ struct session {
 
 /* One cache line of the index. */
 #define BUCKET_ENTRIES 15
+#define GROUP_BITS 12 /* of the hash: counters of 32 kB, which stay warm */
 
 /* Where mappings are looked up first: entries of a hash of the internal endpoint and the slot; see index.h. */
 #define FRONT_ENTRIES 8

@@ -239,7 +239,7 @@ class Bench:
         """Everything as after attaching."""
         tables = self.tables
         tables.sessions.view(np.uint8)[:] = 0
-        for name in ("buckets", "fronts"):
+        for name in ("buckets", "groups", "fronts"):
             tables.maps[name].view().view(np.uint8)[:] = 0
         self._clear_embryos()
         for name in ("mappings", "overflow", "fragments", "hosts", "bindings", "contacts", *RULES):
@@ -637,6 +637,7 @@ class Gateway:
             assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
         indexed = [slot for slot in running if rows[slot]["out"]["marks"] & INDEXED]
         assert Counter(self.indexed()) == Counter([*indexed, *indexed]), "an entry of the index for each flow"
+        assert maps["groups"].view().sum() == 2 * len(indexed), "entries that nobody looks for, or for nothing"
         for slot in set(running) - set(indexed):
             assert slot in (rows[slot]["mapping"], self.place(slot), self.place(slot) ^ 1), "nobody expects it there"
             assert mapped.get(key("mappings", *rows[slot]["internal"])) == rows[slot]["mapping"], "not its mapping"
