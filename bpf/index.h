@@ -243,11 +243,13 @@ static __always_inline u32 entry_find(const struct settings *cfg, const struct f
 	return *found || !bucket->was_full ? slot : overflow_find(key, except, found);
 }
 
-/* The slot of the session to which the flow @key belongs, dead or alive, but for @except; or NO_SLOT. */
-static __always_inline u32 index_find(const struct settings *cfg, const struct flow_key *key, u32 except,
+/* The slot of the session to which the flow @key of the mapping in slot @mapping belongs, dead or alive, but for @except; or
+ * NO_SLOT.
+ */
+static __always_inline u32 index_find(const struct settings *cfg, const struct flow_key *key, u32 mapping, u32 except,
 				      struct session **found)
 {
-	u32 mapping = key->direction == INBOUND ? key->mapping : slot_of_internal(key->internal), place = mapping;
+	u32 place = mapping;
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < PLACES; i++) {
@@ -266,14 +268,21 @@ static __always_inline u32 index_find(const struct settings *cfg, const struct f
 	return entry_find(cfg, key, except, found);
 }
 
-static __always_inline struct session *session_find_outbound(const struct settings *cfg, struct mapping_key internal,
-							     addr_t remote, __be16 port)
+/* With the mapping of @internal, or NO_SLOT. */
+static __always_inline struct session *session_find_mapped(const struct settings *cfg, struct mapping_key internal,
+							   u32 mapping, addr_t remote, __be16 port)
 {
 	struct flow_key key = flow_outbound(internal, remote, port);
 	struct session *s;
 
-	index_find(cfg, &key, NO_SLOT, &s);
+	index_find(cfg, &key, mapping, NO_SLOT, &s);
 	return s;
+}
+
+static __always_inline struct session *session_find_outbound(const struct settings *cfg, struct mapping_key internal,
+							     addr_t remote, __be16 port)
+{
+	return session_find_mapped(cfg, internal, slot_of_internal(internal), remote, port);
 }
 
 static __always_inline struct session *session_find_inbound(const struct settings *cfg, u32 mapping, addr_t remote,
@@ -282,7 +291,7 @@ static __always_inline struct session *session_find_inbound(const struct setting
 	struct flow_key key = flow_inbound(mapping, remote, port);
 	struct session *s;
 
-	index_find(cfg, &key, NO_SLOT, &s);
+	index_find(cfg, &key, mapping, NO_SLOT, &s);
 	return s;
 }
 
@@ -356,8 +365,7 @@ static __always_inline bool place_is_expected(const struct settings *cfg, const 
 {
 	u32 mapping = keys->in.mapping;
 
-	return (place == mapping || (place ^ further_place(cfg, mapping, keys->in.remote, keys->in.remote_port)) <= 1) &&
-	       slot_of_internal(keys->out.internal) == mapping;
+	return place == mapping || (place ^ further_place(cfg, mapping, keys->in.remote, keys->in.remote_port)) <= 1;
 }
 
 static __always_inline void index_leave(const struct settings *cfg, struct flow_keys *keys, u32 slot)
@@ -377,10 +385,10 @@ static __always_inline bool index_enter(const struct settings *cfg, struct flow_
 }
 
 /* The slot of another session than that in @slot with the same flow, or NO_SLOT. */
-static __always_inline u32 index_other(const struct settings *cfg, const struct flow_key *key, u32 slot)
+static __always_inline u32 index_other(const struct settings *cfg, const struct flow_key *key, u32 mapping, u32 slot)
 {
 	struct session *other;
-	u32 found = index_find(cfg, key, slot, &other);
+	u32 found = index_find(cfg, key, mapping, slot, &other);
 
 	return other && (other->life & LIFE_STATE) != LIFE_RESTING ? found : NO_SLOT;
 }

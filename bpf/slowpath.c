@@ -66,13 +66,15 @@ static __always_inline u32 slot_to_share(const struct settings *cfg, const struc
 	return NO_SLOT;
 }
 
-/* A new session for @p, or NULL with the reason in @verdict. @s is the expired session over the same endpoints, if any. */
-static __always_inline struct session *session_open(const struct settings *cfg, struct packet *p, struct session *s,
+/* A new session for @p on its mapping in @slot, if there is one; or NULL with the reason in @verdict. @s is the expired
+ * session over the same endpoints, if any.
+ */
+static __always_inline struct session *session_open(const struct settings *cfg, struct packet *p, u32 slot, struct session *s,
 						    enum verdict *verdict)
 {
 	struct host *host = NULL;
 	struct ends *e = ends_blank();
-	u32 external, slot;
+	u32 external;
 
 	packet_blur(p);
 	if (!e) {
@@ -96,7 +98,6 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	}
 	if (s && session_reopen(cfg, s, e, p->now))
 		return s;
-	slot = slot_of_internal(endpoint(p->src, p->src_port, p->class, p->wan));
 	if (!p->own)
 		host = host_get(cfg, p->src, p->now);
 	if (host)
@@ -127,7 +128,8 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 static __always_inline enum verdict translate_outbound(const struct settings *cfg, struct packet *p)
 {
 	struct mapping_key internal = endpoint(p->src, p->src_port, p->class, p->wan);
-	struct session *s = session_find_outbound(cfg, internal, p->dst, p->dst_port), *answered;
+	u32 mapping = slot_blur(slot_of_internal(internal));
+	struct session *s = session_find_mapped(cfg, internal, mapping, p->dst, p->dst_port), *answered;
 	enum verdict verdict;
 
 	if (!s || !session_is_alive(cfg, s, p->now)) {
@@ -137,7 +139,7 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 				   NULL;
 		if (answered)
 			return choose_wan(p, answered->internal.wan, answered->out.new_addr);
-		s = session_open(cfg, p, s, &verdict);
+		s = session_open(cfg, p, mapping, s, &verdict);
 		if (!s) {
 			/* One way for the verifier from here, out of hundreds. */
 			packet_blur(p);
