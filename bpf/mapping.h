@@ -274,19 +274,16 @@ static __always_inline u32 mapping_open(const struct settings *cfg, const struct
 	return slot_of_internal(key);
 }
 
-/* The place of a mapping that is not static tells whose it is. */
-static __always_inline bool mapping_is_of(const struct session *m, u64 life, const struct ends *e)
-{
-	return !(life & LIFE_STATIC) && m->in.new_port == e->internal_port && addr_equal(m->in.new_addr, e->internal);
-}
-
 /* A place for a session of the mapping @m in @slot: the mapping's own when that is free or its session expired, else
- * a further one, or NO_SLOT. No other host's session may stand in the place of a mapping that is not static.
+ * a further one, or NO_SLOT. The place of a mapping that is not static tells whose it is, so no other host's session may
+ * stand there.
  */
 static __always_inline u32 session_place(const struct settings *cfg, const struct ends *e, u32 slot, struct session *m,
 					 u64 life, u32 now)
 {
-	if ((life & LIFE_SESSION && !session_is_expired(cfg, m, now)) || !(mapping_is_of(m, life, e) || life & LIFE_STATIC))
+	bool is_own = m->in.new_port == e->internal_port && addr_equal(m->in.new_addr, e->internal);
+
+	if ((life & LIFE_SESSION && !session_is_expired(cfg, m, now)) || !(is_own || life & LIFE_STATIC))
 		return slot_claim_further(cfg, further_place(cfg, slot, e->remote, e->remote_port));
 	return slot;
 }
@@ -319,10 +316,10 @@ static __always_inline bool session_clear(const struct settings *cfg, struct ses
 /* Has another session, not expired, one of the 5-tuples @flows? That is asked when the entries of both stand, so of two CPUs
  * that open the same one at least sees the other.
  */
-static __always_inline bool session_is_second(const struct settings *cfg, const struct flow_keys *flows, u32 is_own,
+static __always_inline bool session_is_second(const struct settings *cfg, const struct flow_keys *flows, bool is_mapped,
 					      u32 place, u32 now)
 {
-	u32 mapping = is_own ? flows->in.mapping : slot_of_internal(flows->out.internal);
+	u32 mapping = is_mapped ? flows->in.mapping : slot_of_internal(flows->out.internal);
 	u32 other = slot_blur(index_other(cfg, &flows->out, mapping, place));
 	struct session *first = session_at(other);
 	u64 life;
@@ -346,13 +343,12 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 	struct scratch *scratch = scratch_get();
 	u64 life = m && scratch ? m->life : 0;
 	struct flow_keys *flows;
-	u32 is_own, place;
+	u32 place;
 
 	if (!scratch || (life & LIFE_STATE) != LIFE_LIVE) {
 		*verdict = deny(COUNT_drop_session_busy, DROP);
 		return NULL;
 	}
-	is_own = number_blur(mapping_is_of(m, life, e), now);
 	place = slot_blur(session_place(cfg, e, *slot, m, life, now));
 	s = session_at(place);
 	if (!s) {
@@ -371,14 +367,14 @@ static __always_inline struct session *session_join(const struct settings *cfg, 
 	flows = &scratch->joining;
 	*flows = session_flows(s);
 	if (!place_is_expected(cfg, flows, place) ||
-	    !(is_own || slot_of_internal(flows->out.internal) == flows->in.mapping)) {
+	    !(e->is_mapped || slot_of_internal(flows->out.internal) == flows->in.mapping)) {
 		if (!index_enter(cfg, flows, place)) {
 			*verdict = deny(COUNT_drop_sessions_full, DROP);
 			goto undo;
 		}
 		s->out.marks |= SESSION_INDEXED;
 	}
-	if (session_is_second(cfg, flows, is_own, place, now))
+	if (session_is_second(cfg, flows, e->is_mapped, place, now))
 		*verdict = deny(COUNT_drop_reply_taken, DROP);
 	if (*verdict == CONTINUE) {
 		count(COUNT_session_opened);

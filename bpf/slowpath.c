@@ -110,10 +110,13 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	e->marks |= host ? SESSION_COUNTED : 0;
 	asm volatile("" : : "r"(e) : "memory"); /* or the verifier has much more to walk */
 	s = NULL;
+	e->is_mapped = true;
 	if (slot == NO_SLOT) {
 		slot = mapping_open(cfg, p, e, external, host);
-		if (slot == NO_SLOT && cfg->overload)
+		if (slot == NO_SLOT && cfg->overload) {
 			slot = slot_to_share(cfg, p, external);
+			e->is_mapped = false;
+		}
 	}
 	if (slot == NO_SLOT)
 		*verdict = deny(COUNT_drop_ports_exhausted, REFUSE);

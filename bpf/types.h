@@ -516,7 +516,8 @@ struct ends { /* of a session to be opened */
 	addr_t internal, remote;
 	__be16 internal_port, remote_port;
 	u8 marks; /* SESSION_* */
-	u8 pad[3];
+	u8 is_mapped; /* the mapping that it is opened on is known to be that of the internal endpoint */
+	u8 pad[2];
 };
 
 enum side { SOURCE, DESTINATION };
