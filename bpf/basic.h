@@ -13,6 +13,14 @@ static __always_inline bool counterpart_of(addr_t addr, addr_t *twin)
 	return true;
 }
 
+/* The external address of a host inside. Asked without its role, the table would lead from that back to the host, and a
+ * packet that claims to be from there out with an internal source.
+ */
+static __always_inline bool counterpart_outside(addr_t addr, addr_t *twin)
+{
+	return prefix_role(addr) == PREFIX_INTERNAL && counterpart_of(addr, twin);
+}
+
 /* Is @dst the external address of a host inside? */
 static __always_inline bool leads_to_counterpart(const struct settings *cfg, addr_t dst)
 {
@@ -21,27 +29,31 @@ static __always_inline bool leads_to_counterpart(const struct settings *cfg, add
 	return cfg->basic && prefix_role(dst) != PREFIX_INTERNAL && counterpart_of(dst, &twin);
 }
 
-/* Of the packet that an ICMP error quotes, the end on this side. */
-static __always_inline long basic_translate_quote(const struct packet *p, enum side side)
+/* Of the packet that an ICMP error quotes, the end on this side; on the way out nothing else internal may stand there. */
+static __always_inline enum verdict basic_translate_quote(const struct packet *p, enum side side)
 {
+	bool outbound = side == DESTINATION;
 	struct quote q = {};
 	addr_t old, twin;
 
 	if (!quote_parse(p, &q))
-		return 0;
+		return outbound ? drop(COUNT_drop_icmp_error_leak) : CONTINUE;
 	old = packet_addr(&q.inner, side);
-	if (!counterpart_of(old, &twin))
-		return 0;
-	return quote_rewrite(p, &q, side, twin, packet_port(&q.inner, side));
+	if (outbound ? counterpart_outside(old, &twin) : counterpart_of(old, &twin))
+		return quote_rewrite(p, &q, side, twin, packet_port(&q.inner, side)) ? drop(COUNT_drop_rewrite) : CONTINUE;
+	return outbound && prefix_role(old) >= PREFIX_INTERNAL ? drop(COUNT_drop_icmp_error_leak) : CONTINUE;
 }
 
 static __always_inline enum verdict basic_translate(const struct packet *p, enum side side, addr_t twin,
 						    enum counter done)
 {
 	enum side quoted = side == SOURCE ? DESTINATION : SOURCE;
+	enum verdict verdict = CONTINUE;
 
-	if (packet_is_icmp_error(p) && !packet_is_later_fragment(p) && basic_translate_quote(p, quoted))
-		return drop(COUNT_drop_rewrite);
+	if (packet_is_icmp_error(p) && !packet_is_later_fragment(p))
+		verdict = basic_translate_quote(p, quoted);
+	if (verdict != CONTINUE)
+		return verdict;
 	if (rewrite_sums(p, side, twin) || rewrite_addr(p, side, twin))
 		return drop(COUNT_drop_rewrite);
 	return translated(p, done);

@@ -81,7 +81,7 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 	if (!s || !session_is_alive(cfg, s, p->now)) {
 		if (is_exempt(p, p->dst, 0))
 			return pass(COUNT_own_exempt);
-		if (own && cfg->basic && counterpart_of(q.inner.dst, &twin) && q.inner.skb)
+		if (own && cfg->basic && counterpart_outside(q.inner.dst, &twin) && q.inner.skb)
 			return quote_rewrite(p, &q, DESTINATION, twin, q.inner.dst_port) ?
 				       drop(COUNT_drop_rewrite) :
 				       pass(COUNT_slow_icmp_error_outbound);

@@ -146,10 +146,14 @@ static __always_inline enum verdict slow_lan_out(struct packet *p)
 {
 	struct settings *cfg = settings_get();
 	bool own = !p->skb->ingress_ifindex;
+	enum verdict verdict;
 
-	/* What parse() would count has been counted where it came in; of that only other protocols get here. */
-	if (!cfg || !(own || cfg->accelerate) || p->skb->protocol != bpf_htons(ETH_P_IP) || parse(p) != CONTINUE)
+	/* Other protocols have been counted where they came in. */
+	if (!cfg || !(own || cfg->accelerate) || p->skb->protocol != bpf_htons(ETH_P_IP))
 		return PASS;
+	verdict = parse(p);
+	if (verdict != CONTINUE)
+		return verdict;
 	if (own)
 		return redirect_answer(cfg, p);
 	learn_inbound(cfg, p);

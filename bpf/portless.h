@@ -133,7 +133,7 @@ static __always_inline enum verdict portless_outbound(const struct settings *cfg
 		return DROP;
 	if (portless_rewrite(p, SOURCE, external_addr))
 		return drop(COUNT_drop_rewrite);
-	return pass(COUNT_slow_portless_outbound);
+	return translated(p, COUNT_slow_portless_outbound);
 }
 
 /* CONTINUE: nobody's inside. */

@@ -132,6 +132,9 @@ static __always_inline long quote_rewrite(const struct packet *p, const struct q
 				csum_delta_port(q->check, check)))
 			return -1;
 	}
+	/* One to one, ports stay; a query's identifier is no port on the side of who answers. */
+	if (new_port == packet_port(inner, side))
+		return rewrite_addr(inner, side, new);
 	return quote_store(p, inner->l4 + l4_port_offset(inner->proto, side), &new_port, sizeof(new_port),
 			   port_delta) ?:
 	       rewrite_addr(inner, side, new);

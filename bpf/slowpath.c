@@ -225,7 +225,7 @@ static __always_inline enum verdict walk_outbound(const struct settings *cfg, st
 	addr_t twin;
 	u32 external;
 
-	if (cfg->basic && counterpart_of(p->src, &twin))
+	if (cfg->basic && counterpart_outside(p->src, &twin))
 		return choose_wan(p, counterpart_wan(p->src), twin) ?: basic_translate(p, SOURCE, twin, COUNT_slow_basic_outbound);
 	if (packet_follows_first(p) || call_follows_first(p))
 		return fragment_outbound(cfg, p);

@@ -1,5 +1,7 @@
 """What an attacker outside, or a host gone wild, sends: each kind dropped under its own name, and nobody harmed."""
 
+from ipaddress import IPv4Network
+
 import pytest
 from harness import (
     ACK,
@@ -261,3 +263,18 @@ def test_live_sessions_survive_a_used_up_pool(gateway: Gateway) -> None:
     age(gateway.session(HOST, 5000, "udp", SERVER, 53), 301)
     results = {gateway.outbound(udp(OTHER_HOST, 7000, SERVER, 53)).ended for _ in range(60)}
     assert "slow_outbound" in results, "what has expired is taken back"
+
+
+@pytest.mark.req("attacks-leak")
+@pytest.mark.req("attacks-spoof")
+@pytest.mark.parametrize(("local", "ended"), [(False, "drop_source_foreign"), (True, "own_outbound")])
+def test_who_claims_the_external_address_of_another(gateway: Gateway, local: bool, ended: str) -> None:
+    """The table of hosts with addresses of their own leads both ways; a source is looked for in one."""
+    twin = "203.0.113.9"
+    gateway.tables.set_counterparts([(IPv4Network(OTHER_HOST), IPv4Network(twin), 0)])
+    try:
+        result = gateway.outbound(udp(twin, 5000, SERVER, 53), local=local)
+        assert result.ended == ended
+        assert IP(result.bytes).src == twin
+    finally:
+        gateway.tables.set_counterparts([])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 
 import pytest
 from harness import (
@@ -467,3 +468,19 @@ def test_tcp_sequence_before_the_remote_has_spoken(gateway: Gateway) -> None:
     for seq in (90_000, 5, 2**31):
         error = icmp_error(ROUTER, GATEWAY, tcp(GATEWAY, port, SERVER, 80, seq=seq))
         assert gateway.inbound(error).ended == "slow_icmp_error_inbound"
+
+
+@pytest.mark.req("attacks-leak")
+def test_a_host_with_an_address_of_its_own_quotes_nobody_else(gateway: Gateway) -> None:
+    """One to one is the address that it has, and nothing that lies behind it."""
+    twin = "203.0.113.9"
+    gateway.tables.set_counterparts([(IPv4Network(HOST), IPv4Network(twin), 0)])
+    try:
+        own = gateway.outbound(icmp_error(HOST, SERVER, udp(SERVER, 53, HOST, 5000)))
+        assert (own.ended, own.ip.src, IP(own.bytes[28:]).dst) == ("slow_basic_outbound", twin, twin)
+        ping = gateway.outbound(icmp_error(HOST, SERVER, echo(SERVER, HOST, 77)))
+        assert (ping.ended, IP(ping.bytes[28:])[ICMP].id) == ("slow_basic_outbound", 77)
+        for about in (udp(SERVER, 53, OTHER_HOST, 5000), udp(SERVER, 53, "10.9.9.9", 5000)):
+            assert gateway.outbound(icmp_error(HOST, SERVER, about)).ended == "drop_icmp_error_leak"
+    finally:
+        gateway.tables.set_counterparts([])

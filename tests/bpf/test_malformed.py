@@ -237,3 +237,10 @@ def test_syn_with_data_and_options(gateway: Gateway) -> None:
     packet = tcp(HOST, 5000, SERVER, 80, SYN, payload=b"early")
     packet[TCP].options = TCP_OPTIONS
     assert gateway.outbound(IP(wire(packet))).ended == "slow_outbound"
+
+
+def test_what_is_counted_as_dropped_is(gateway: Gateway) -> None:
+    """At a LAN's egress, too, where only the gateway's own raw sockets could send such a thing."""
+    frame = bytes.fromhex("020000000002 020000000001 0800") + wire(udp(GATEWAY, 53, HOST, 5000))[:-3]
+    result = gateway.lan_out(frame)
+    assert (result.ended, result.verdict) == ("drop_malformed", "drop")

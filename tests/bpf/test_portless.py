@@ -1,5 +1,6 @@
 """Protocols without ports: one internal host for each remote, only addresses changed."""
 
+from ipaddress import IPv4Network
 from typing import Any
 
 import pytest
@@ -237,3 +238,16 @@ def test_errors_about_nobodys(gateway: Gateway) -> None:
         assert gateway.inbound(icmp_error(ROUTER, GATEWAY, quoted)).ended == "own_inbound"
     for quoted in (portless(OTHER_SERVER, HOST, 47), portless(SERVER, OTHER_HOST, 47)):
         assert gateway.outbound(icmp_error(HOST, SERVER, quoted)).ended == "drop_icmp_error_no_session"
+
+
+def test_to_a_host_with_an_address_of_its_own(gateway: Gateway) -> None:
+    """A hairpin has one end: where it is delivered."""
+    twin = "203.0.113.9"
+    gateway.tables.set_counterparts([(IPv4Network(OTHER_HOST), IPv4Network(twin), 0)])
+    try:
+        first = gateway.lan_in(portless(HOST, twin, 47))
+        assert (first.verdict, first.ended) == ("redirect", "")
+        second = gateway.turned(first)
+        assert (second.ended, second.ip.src, second.ip.dst) == ("slow_hairpin", GATEWAY, OTHER_HOST)
+    finally:
+        gateway.tables.set_counterparts([])
