@@ -3,7 +3,7 @@
  */
 #define PUNT_A_WINDOW 128 /* punts in an eighth of a second */
 #define PUNT_ALG_A_WINDOW 512
-#define PUNT_ALIVE_S 3
+#define PUNT_ALIVE_S 10 /* loading programs takes the agent seconds where the CPUs are busy */
 
 static __always_inline bool budget_spend(const struct settings *cfg, u32 reason, u32 now)
 {

@@ -95,7 +95,7 @@ def test_the_way_back(gateway: Gateway) -> None:
 def test_without_an_agent(gateway: Gateway, agent: str) -> None:
     if agent == "dead":
         gateway.attend()
-        gateway.tables.set_settings(heartbeat=ago(3.05))
+        gateway.tables.set_settings(heartbeat=ago(10.05))
     orphan = pieces(udp(HOST, 5000, SERVER, 53, BIG, id=7))[1]
     assert gateway.outbound(orphan).ended == "drop_fragment_orphan"
     assert gateway.inbound(rebuilt(orphan, src=SERVER, dst=GATEWAY)).ended == "own_inbound"

@@ -5,6 +5,9 @@ What becomes of packets is looked at in the lab (tests/netns/test_alg_programs.p
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ from xdpmasq import pinholes
 from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
-from xdpmasq.alg.service import LATE_MOST, LONG_S, Service, _Session
+from xdpmasq.alg.service import LATE_MOST, LONG_S, Service, _Session, _waited_s
 
 
 def forever() -> None:
@@ -123,6 +126,35 @@ def test_one_that_is_late_at_times_is_asked_on(service: Service, asked: _Session
         assert service._edited(asked, Side.INSIDE, b"said") == b"said"
         asked.alg.does = lambda: b"edited"  # type: ignore[attr-defined]
         assert service._edited(asked, Side.INSIDE, b"said") == b"edited"
+
+
+def test_a_busy_machine_makes_nobody_late(service: Service, asked: _Session, monkeypatch: Any) -> None:
+    """All the time that it takes others have the CPU."""
+    monkeypatch.setattr("xdpmasq.alg.service._waited_s", time.monotonic)
+
+    def takes_long() -> bytes:
+        time.sleep(2 * LONG_S)
+        return b"edited"
+
+    asked.alg.does = takes_long  # type: ignore[attr-defined]
+    assert service._edited(asked, Side.INSIDE, b"said") == b"edited"
+
+
+def test_a_thread_waits_for_a_cpu() -> None:
+    """What the kernel tells grows while another thread of this CPU runs."""
+    command = [sys.executable, "-c", "while True: pass"]
+    here = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(here)})
+    other = subprocess.Popen(command)
+    try:
+        before, until = _waited_s(), time.monotonic() + 10
+        while _waited_s() - before < 0.01 and time.monotonic() < until:
+            pass
+        assert _waited_s() - before >= 0.01
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, here)
 
 
 def test_a_pinhole_is_opened_to_the_end(service: Service, asked: _Session) -> None:
