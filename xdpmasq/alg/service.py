@@ -365,8 +365,9 @@ def _text(found: Any) -> bytes:
 
 
 def _waited_s() -> float:
-    """For how long this thread has been ready to run without a CPU: schedstat's second number, in ns; 0 where the kernel
-    does not tell (CONFIG_SCHED_INFO).
+    """For how long this thread has been ready to run without a CPU: schedstat's second number, in ns.
+
+    0 where the kernel does not tell (CONFIG_SCHED_INFO).
     """
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
