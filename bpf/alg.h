@@ -26,11 +26,6 @@ static __always_inline u32 shift_applies(const struct shifts *shifts, u32 i, u32
 	return is_below(i, shifts->count) & (((sequence - at) >> 31) ^ 1);
 }
 
-static __always_inline u32 choose(u32 which, u32 one, u32 other)
-{
-	return other ^ ((one ^ other) & -which);
-}
-
 /* A sequence number as the other side sees it; or @back, an acknowledgement by the other side as the sender sees it: of
  * nothing that follows an edit while that is not whole. Without jumps, see bits.h.
  */

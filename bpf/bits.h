@@ -33,6 +33,11 @@ static __always_inline u32 is_equal(u64 a, u64 b)
 	return is_any(a ^ b) ^ 1;
 }
 
+static __always_inline u32 choose(u32 which, u32 one, u32 other)
+{
+	return other ^ ((one ^ other) & -which);
+}
+
 /* Makes the verifier forget a number by way of one that it does not know: what follows is then walked once for all values. */
 static __always_inline u32 number_blur(u32 number, u32 unknown)
 {

@@ -45,6 +45,8 @@
 	X(mapping_opened, "mappings opened")                                                       \
 	X(mapping_closed, "mappings closed, their external port put to rest")                      \
 	X(mapping_reclaimed, "expired ports taken back by a packet because the pool was used up")  \
+	X(block_taken, "port blocks taken by hosts")                                               \
+	X(block_freed, "port blocks given back")                                                   \
 	X(forward_opened, "sessions that a forward let in")                                        \
 	X(redirect_opened, "connections from a LAN that a redirect took")                          \
 	X(trigger_pulled, "ports that an internal host's own traffic opened to it")                \
@@ -85,6 +87,7 @@
 	X(drop_punt_stray, "dropped: at the punt port, but not ours to put back")                  \
 	X(drop_no_external, "dropped: the WAN has no address to masquerade as")                    \
 	X(drop_ports_exhausted, "dropped: no free external port")                                  \
+	X(drop_blocks_exhausted, "dropped: no free port block")                                    \
 	X(drop_sessions_full, "dropped: no room for another session")                              \
 	X(drop_session_busy, "dropped: the session was being closed at this very moment")          \
 	X(drop_rewrite, "dropped: the kernel refused to change the packet")

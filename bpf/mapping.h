@@ -196,15 +196,22 @@ static __always_inline void slot_fetch(u32 slot)
 	*(volatile u32 *)&s->mapping;
 }
 
+/* In a word of `claims`, the bits of ports of the internal port's parity, or all (RFC 4787 REQ-4). */
+static __always_inline u64 ports_fitting(const struct settings *cfg, __be16 internal_port)
+{
+	u32 parity = cfg->parity & 1;
+
+	return 0x5555555555555555ULL << (bpf_ntohs(internal_port) & parity) | ((u64)parity - 1);
+}
+
 /* A claimed slot on which the gateway does not listen itself, or NO_SLOT: a random free port of the pool, uniform over
  * both ranges (RFC 6056), or when every try met a taken one, whatever is found. A port of the other parity than the
  * internal one's may lie just outside the pool, where everything is taken.
  */
-static __always_inline u32 slot_for_mapping(const struct settings *cfg, const struct packet *p, u32 external)
+static __always_inline u32 slot_for_mapping(const struct settings *cfg, const struct packet *p, const struct pool *pool, u32 external)
 {
-	const struct pool *pool = pool_for(cfg, p->class, p->src_port);
 	u32 base = slot_of(external, p->class, 0), port = bpf_ntohs(p->src_port), parity = cfg->parity & 1, slot;
-	u64 fitting = 0x5555555555555555ULL << (port & parity) | ((u64)parity - 1);
+	u64 fitting = ports_fitting(cfg, p->src_port);
 	u32 preferred = port_is_preferred(cfg, p, pool);
 
 #pragma clang loop unroll(disable)
@@ -245,6 +252,24 @@ static __always_inline void mapping_init(const struct settings *cfg, struct sess
 	s->mapping = slot;
 }
 
+/* A port for a new mapping, or NO_SLOT. With blocks the gateway itself is a host like others, as its queries have identifiers. */
+static __always_inline u32 mapping_slot(const struct settings *cfg, const struct packet *p, u32 external)
+{
+	const struct pool *pool;
+	struct tenant *tenant;
+	u32 slot;
+
+	if (!PORT_BLOCKS)
+		return slot_blur(slot_for_mapping(cfg, p, pool_for(cfg, p->class, p->src_port), external));
+	tenant = tenant_get(p->src);
+	pool = tenant ? block_pool(cfg, tenant, p, external, ports_fitting(cfg, p->src_port)) : NULL;
+	slot = pool ? slot_blur(slot_for_mapping(cfg, p, pool, external)) : NO_SLOT;
+	if (slot == NO_SLOT || block_keep(cfg, slot, p->src))
+		return slot;
+	slot_release(slot);
+	return NO_SLOT;
+}
+
 /* Makes a mapping, which has no session yet, and returns its slot; that of another CPU, should that have been first;
  * NO_SLOT when no port is to be had.
  */
@@ -252,7 +277,7 @@ static __always_inline u32 mapping_open(const struct settings *cfg, const struct
 					u32 external, struct host *host)
 {
 	struct mapping_key key = endpoint(e->internal, e->internal_port, p->class, p->wan);
-	u32 slot = slot_blur(slot_for_mapping(cfg, p, external));
+	u32 slot = mapping_slot(cfg, p, external);
 	struct session *s = session_at(slot);
 
 	if (slot == NO_SLOT || !s)

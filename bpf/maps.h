@@ -21,6 +21,8 @@ BPF_TABLE("hash", struct redirected_key, struct redirected_key, answers, REDIREC
 BPF_F_TABLE("lpm_trie", struct spared_key, u32, spared, 8192, BPF_F_NO_PREALLOC); /* destinations not to be redirected */
 BPF_TABLE("array", u32, u32, embryos, EMBRYOS); /* ring of slots opened from outside and not yet answered */
 BPF_TABLE("hash", addr_t, struct host, hosts, 16384); /* internal hosts */
+BPF_TABLE("hash", addr_t, struct tenant, tenants, SIZED); /* internal hosts with port blocks */
+BPF_F_TABLE("array", u32, struct block, blocks, SIZED, BPF_F_MMAPABLE); /* by external * BLOCKS + its number there */
 BPF_TABLE("hash", struct binding_key, struct binding, bindings, 16384);
 BPF_TABLE("hash", struct call_key, struct call, calls, 4096);
 BPF_TABLE("hash", struct caller_key, u32, callers, 4096); /* → jiffies of its last packet */

@@ -14,6 +14,11 @@ enum reap_order {
 	REAP_HOLD, /* make a mapping static as it is, with its sessions */
 	REAP_TAKE, /* make a port static that is nobody's */
 	REAP_OPEN, /* return to the pool what another configuration had kept out of it */
+	REAP_BLOCK_IDLE, /* say of port blocks, in place of slots, that nothing seems to be in them */
+	REAP_BLOCK_FREE, /* give back those that are idle still */
+	REAP_BLOCK_CLOSE, /* keep free ones from being taken */
+	REAP_BLOCK_OPEN, /* no more */
+	REAP_BLOCK_TAKE, /* another one for an internal host: an external address's index and the host, in place of slots */
 };
 
 struct reap_request {
@@ -90,6 +95,21 @@ static __always_inline void slot_yield(u32 slot)
 	life_swap(s, life, life & ~LIFE_STATIC);
 }
 
+static __always_inline void block_take_for(const struct settings *cfg, struct __sk_buff *skb, u32 now)
+{
+	struct {
+		u32 external;
+		addr_t addr;
+	} who;
+	struct tenant *tenant;
+
+	if (bpf_skb_load_bytes(skb, REAP_SLOTS, &who, sizeof(who)))
+		return;
+	tenant = tenant_get(who.addr);
+	if (tenant)
+		block_take(cfg, tenant, who.addr, who.external, now);
+}
+
 /* Nobody can claim it meanwhile: its bit is set. */
 static __always_inline void slot_open(u32 slot)
 {
@@ -108,6 +128,10 @@ int masq_reap(struct __sk_buff *skb)
 
 	if (!cfg || bpf_skb_load_bytes(skb, REAP_SLOTS - sizeof(request), &request, sizeof(request)))
 		return 0;
+	if (request.order == REAP_BLOCK_TAKE) {
+		block_take_for(cfg, skb, now);
+		return now;
+	}
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < REAP_MAX; i++) {
 		u32 slot;
@@ -140,6 +164,18 @@ int masq_reap(struct __sk_buff *skb)
 			break;
 		case REAP_OPEN:
 			slot_open(slot);
+			break;
+		case REAP_BLOCK_IDLE:
+			block_swap(slot, BLOCK_TAKEN, BLOCK_IDLE);
+			break;
+		case REAP_BLOCK_FREE:
+			block_give_back(slot);
+			break;
+		case REAP_BLOCK_CLOSE:
+			block_swap(slot, BLOCK_FREE, BLOCK_OUTSIDE);
+			break;
+		case REAP_BLOCK_OPEN:
+			block_swap(slot, BLOCK_OUTSIDE, BLOCK_FREE);
 			break;
 		}
 	}

@@ -66,6 +66,16 @@ static __always_inline u32 slot_to_share(const struct settings *cfg, const struc
 	return NO_SLOT;
 }
 
+/* Why there is no port for @p's host. */
+static __always_inline enum counter port_shortage(const struct settings *cfg, const struct packet *p)
+{
+	struct tenant *tenant = PORT_BLOCKS ? tenant_find(p->src) : NULL;
+
+	if (!PORT_BLOCKS)
+		return COUNT_drop_ports_exhausted;
+	return tenant && block_place(cfg, tenant) == HOST_BLOCKS ? COUNT_drop_host_limit : COUNT_drop_blocks_exhausted;
+}
+
 /* A new session for @p on its mapping in @slot, if there is one; or NULL with the reason in @verdict. @s is the expired
  * session over the same endpoints, if any.
  */
@@ -119,7 +129,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		}
 	}
 	if (slot == NO_SLOT)
-		*verdict = deny(COUNT_drop_ports_exhausted, REFUSE);
+		*verdict = deny(port_shortage(cfg, p), REFUSE);
 	else
 		s = session_join(cfg, e, &slot, p->now, verdict);
 	if (!s && host)

@@ -213,6 +213,24 @@ struct spared_key {
 	addr_t addr;
 };
 
+#ifndef PORT_BLOCKS
+#define PORT_BLOCKS 0 /* ports are given out in blocks */
+#endif
+#define BLOCKS 256 /* room for port blocks on one external address: the smallest have 256 ports */
+#define HOST_BLOCKS 8 /* of one host at most; a power of two */
+
+enum block_state { BLOCK_FREE, BLOCK_MOVING, BLOCK_TAKEN, BLOCK_IDLE, BLOCK_OUTSIDE };
+
+struct block {
+	u64 state; /* changes by compare-and-swap only; BLOCK_OUTSIDE: not whole in the pool, or ports in it are others' */
+	addr_t owner;
+	u32 taken_at; /* jiffies */
+};
+
+struct tenant { /* an internal host's blocks: number and one, 0: none */
+	u64 block[HOST_BLOCKS];
+};
+
 /* What one internal host has open (RFC 6888 REQ-4). Counts change atomically, hence 64 bits. */
 struct host {
 	u64 sessions;
@@ -495,6 +513,8 @@ struct settings { /* times in jiffies */
 	u8 preserve; /* an internal port is kept where it is free */
 	u8 parity; /* even to even, odd to odd (RFC 4787 REQ-4) */
 	u8 overload; /* a used-up pool shares its ports among hosts, for different remotes */
+	u8 block_bits; /* a port block has 2 to the power of so many ports; 0: no blocks */
+	u8 host_blocks; /* that one host may have */
 	u8 drop_other; /* protocols without ports that are not known */
 	u8 basic; /* there are counterparts */
 	u8 last; /* programs take over from each other: what passes one of ours meets no other on its hook */
@@ -649,6 +669,8 @@ struct scratch {
 	struct ending ending;
 	struct ends ends;
 	struct flow_keys joining;
+	struct tenant newcomer; /* has none */
+	struct pool pool; /* the port block that a mapping's port is chosen from */
 	addr_t elsewhere; /* the external address as which the packet leaves by another WAN */
 	struct alg_key alg_key;
 	struct pinhole_key pinhole_key;

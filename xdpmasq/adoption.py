@@ -17,20 +17,26 @@ def programs_for(config: Config, adopted: Tables | None) -> Programs:
     Raises:
         DatapathError: the configuration, or this version of xdpmasq, does not go with the tables that there are.
     """
-    externals, wans = config.external.room(len(config.wans)), len(config.wans)
+    externals, wans, blocks = config.external.room(len(config.wans)), len(config.wans), bool(config.ports.block_size)
     if not adopted:
-        return Programs(settings.further_sessions(config), None, externals, wans)
+        return Programs(settings.further_sessions(config), None, externals, wans, blocks=blocks)
     if adopted.externals != externals:
         raise DatapathError(
             "the running datapath has another number of external addresses",
             f"it has {adopted.externals}, the configuration names {externals}",
             _ANEW,
         )
-    programs = Programs(adopted.further, adopted.maps, externals, wans)
+    programs = Programs(adopted.further, adopted.maps, externals, wans, blocks=blocks)
     if (manifest := adopted.manifest)["layouts"] != programs.layouts:
         raise DatapathError(
             "the running datapath is of another version",
             f"xdpmasq {manifest['version']} attached it, and lays out its tables otherwise",
+            _ANEW,
+        )
+    if (size := manifest["config"]["ports"]["block_size"]) != config.ports.block_size:
+        raise DatapathError(
+            "the running datapath gives out ports otherwise",
+            f"it has ports.block_size = {size}, the configuration {config.ports.block_size}",
             _ANEW,
         )
     return programs

@@ -16,6 +16,7 @@ from typing import Any
 
 from xdpmasq import (
     attachment,
+    blocks,
     bpf,
     checks,
     datapath,
@@ -122,6 +123,9 @@ class Agent:
             kept=self._forwards.slots,
             reap=reap,
         )
+
+        self._blocks = blocks.Upkeep(tables, self._reaper, self._forwards.slots)
+        self._blocks.run()  # before there are packets
 
     def _with_algs(self, before: Service | None) -> tuple[Service, Punting]:
         """The ALGs, and the port by which they get packets."""
@@ -323,6 +327,7 @@ class Agent:
         self._safely(self._route)
         with self.pulse.expiring():
             self._safely(self._expiry.run)
+        self._safely(self._blocks.run)
         if self._expiry.looked_at <= FEW and not self._forwards.has_default:
             self.tables.let_go()
         self._safely(self._look_after_tcx)
@@ -352,6 +357,7 @@ class Agent:
     def _sweep(self) -> None:
         expiry.forget_hosts(self.tables)
         expiry.forget_bindings(self.tables)
+        self._blocks.forget()
         if self._redirects:
             redirecting.forget(self.tables)
 

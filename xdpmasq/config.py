@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Any, Literal, get_args
 
 from xdpmasq import forwards, redirects, triggers
+from xdpmasq.abi import HOST_BLOCKS
 from xdpmasq.algs import Use, default
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
@@ -26,11 +27,13 @@ Mode = Literal["auto", "xdp", "tc"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # How strictly a mapping looks at who answers, in the order of enum filtering (RFC 4787 section 5).
 FILTERINGS = ("address-and-port-dependent", "address-dependent", "endpoint-independent")
-LOGGED = ("mappings", "sessions")
+LOGGED = ("mappings", "sessions", "blocks")
 FACILITIES = ("", "daemon", "user", "auth", "authpriv", *(f"local{nth}" for nth in range(8)))
 REFUSALS = ("prohibited", "host-unreachable")
 OTHERS = ("address-only", "drop")
 WANS_MOST = 4
+BLOCK_PORTS_LEAST = 256  # a packet that needs another block may look at each
+BLOCK_PORTS_MOST = 4096  # of all blocks of a host: a packet that opens a mapping may look at each
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Ports:
         parity: even to even, odd to odd (RFC 4787 REQ-4).
         low_ports: internal ports below 1024 get external ones below 1024 (RFC 4787 REQ-3a).
         overload: a used-up pool shares its ports among hosts, for different remotes.
+        block_size: hosts get their ports in blocks of so many (RFC 6888 REQ-14); a power of two; 0: one by one.
     """
 
     first: int = 1024
@@ -62,6 +66,7 @@ class Ports:
     parity: bool = False
     low_ports: bool = False
     overload: bool = False
+    block_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,14 @@ class Limits:
     Attributes:
         sessions_per_host: None: a quarter of all room for further sessions.
         ports_per_host: external ports, for each protocol; None: three quarters of the pool.
+        blocks_per_host: blocks of external ports; None: as many as may be.
         new_per_second, burst: sessions that it may open, lastingly and at once.
         refusal: one of :data:`REFUSALS`, ICMP 3/13 and 3/1.
     """
 
     sessions_per_host: int | None = None
     ports_per_host: int | None = None
+    blocks_per_host: int | None = None
     new_per_second: int = 50_000
     burst: int = 100_000
     refusal: str = REFUSALS[0]
@@ -244,6 +251,12 @@ class Config:
         return (*self.forwards, *self.redirects, *self.triggers)
 
     @property
+    def host_blocks(self) -> int:
+        """Port blocks that a host may have; 0 where there are none."""
+        size = self.ports.block_size
+        return (self.limits.blocks_per_host or min(HOST_BLOCKS, BLOCK_PORTS_MOST // size)) if size else 0
+
+    @property
     def wan(self) -> str:
         """The name that the gateway goes by: its first WAN's."""
         return self.wans[0]
@@ -344,6 +357,7 @@ _BOUNDS = {
     "sessions.further": _Bound(1024, 4194304, "and only powers of two, since the table is one of 128 B records"),
     "limits.sessions_per_host": _Bound(1, 8388608, _LIMIT),
     "limits.ports_per_host": _Bound(1, 65536, _LIMIT),
+    "limits.blocks_per_host": _Bound(1, HOST_BLOCKS, "as there is room for so many"),
     "limits.new_per_second": _Bound(1, 10_000_000, _LIMIT),
     "limits.burst": _Bound(1, 10_000_000, _LIMIT),
     "pcp.lifetime_min_s": _Bound(1, 1_000_000, _TICKS, 120, "RFC 6887 section 15"),
@@ -444,6 +458,7 @@ def _relation_problems(config: Config) -> Iterator[Problem]:
     if ports.last - ports.first + 1 < _PORTS_LEAST:
         why = f"ports.first = {ports.first} to ports.last must be at least {_PORTS_LEAST} ports"
         yield Problem("ports.last", ports.last, why)
+    yield from _block_problems(config)
     if further and further & (further - 1):
         lower = 1 << (further.bit_length() - 1)
         why = f"allowed are powers of two; the nearest are {lower} and {2 * lower}"
@@ -458,8 +473,34 @@ def _relation_problems(config: Config) -> Iterator[Problem]:
         yield Problem("metrics.listen", config.metrics.listen, "allowed is ADDR:PORT, of IPv6 [ADDR]:PORT")
     if config.log.ipfix and config.log.collector is None:
         yield Problem("log.ipfix", config.log.ipfix, "allowed is a collector's ADDR:PORT, of IPv6 [ADDR]:PORT")
-    if config.log.destinations and config.log.what == "mappings":
-        yield Problem("log.destinations", True, "a mapping is for all destinations", 'log them by what = "sessions"')
+    if config.log.destinations and config.log.what != "sessions":
+        why = f"{config.log.what} are for all destinations"
+        yield Problem("log.destinations", True, why, 'log them by what = "sessions"')
+
+
+def _block_problems(config: Config) -> Iterator[Problem]:
+    ports, each_host = config.ports, config.limits.blocks_per_host
+    size = ports.block_size
+    if not size:
+        if each_host:
+            yield Problem("limits.blocks_per_host", each_host, "there are no blocks: ports.block_size = 0")
+        if config.log.what == "blocks":
+            yield Problem("log.what", "blocks", "there are none: ports.block_size = 0", "set that, or log mappings")
+        return
+    if size & (size - 1) or not BLOCK_PORTS_LEAST <= size <= BLOCK_PORTS_MOST:
+        why = f"allowed are powers of two from {BLOCK_PORTS_LEAST} to {BLOCK_PORTS_MOST}, and 0 for no blocks"
+        yield Problem("ports.block_size", size, why)
+        return
+    if (ports.last + 1) // size <= -(-ports.first // size):
+        why = f"no block, which begins at a multiple of that, is whole in {ports.first} to {ports.last}"
+        yield Problem("ports.block_size", size, why)
+    for key in ("preserve", "low_ports", "overload"):
+        if getattr(ports, key):
+            why = "ports then come from their host's blocks alone: ports.block_size"
+            yield Problem(f"ports.{key}", True, why, "leave one of them out")
+    if each_host and each_host * size > BLOCK_PORTS_MOST:
+        why = f"so many blocks of ports.block_size = {size} are more than {BLOCK_PORTS_MOST} ports for one host"
+        yield Problem("limits.blocks_per_host", each_host, why, f"give {BLOCK_PORTS_MOST // size} at most")
 
 
 def _rule_problems(config: Config) -> Iterator[Problem]:

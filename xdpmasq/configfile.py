@@ -111,10 +111,10 @@ _SWITCHES = ("preserve", "parity", "low_ports", "overload")
 _KEYS: dict[str, dict[str, str]] = {
     "interfaces": {"wan": f"{_TEXT} or {_TEXTS}", "lan": _TEXTS, "mode": _TEXT, "internal": _TEXTS},
     "timeouts": {each.name: _NUMBER for each in fields(Timeouts)},
-    "ports": {"first": _NUMBER, "last": _NUMBER, **dict.fromkeys(_SWITCHES, _SWITCH)},
+    "ports": {"first": _NUMBER, "last": _NUMBER, "block_size": _NUMBER, **dict.fromkeys(_SWITCHES, _SWITCH)},
     "filtering": {"tcp": _TEXT, "udp": _TEXT},
     "limits": {
-        **{"sessions_per_host": _AUTO_OR_NUMBER, "ports_per_host": _AUTO_OR_NUMBER},
+        **dict.fromkeys(("sessions_per_host", "ports_per_host", "blocks_per_host"), _AUTO_OR_NUMBER),
         **{"new_per_second": _NUMBER, "burst": _NUMBER, "refusal": _TEXT},
     },
     "sessions": {"further": _AUTO_OR_NUMBER, "inbound_refresh": _SWITCH},

@@ -100,6 +100,10 @@ def _sessions() -> Iterator[Family]:
     yield _gauge("further_sessions_room", "Places for further sessions.")
     yield _gauge("external_ports", "External ports in use.", "address", "protocol", "use", most=f"3 × {ports}")
     yield _gauge("external_ports_pool", "External ports to choose from.", "address", "protocol", most=ports)
+    yield _gauge(
+        "port_blocks", "Port blocks that hosts have, and free ones, where ports are given out in blocks.",
+        *("address", "use"), most="2 × external addresses",
+    )  # fmt: skip
     rule = ("kind", "side", "protocol", "ports", "source")
     yield _counter(
         "forward_sessions", "Sessions by way of a forward, redirect or trigger.", *rule, most="1,024 rules"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 
-from xdpmasq.records import CLOSED, MAPPING, OPENED, REFUSED, Record
+from xdpmasq.records import BLOCK, CLOSED, MAPPING, OPENED, REFUSED, Record
 
 VERSION = 10
 DOMAIN = 1  # observation domain: one NAT instance
@@ -13,7 +13,10 @@ LEAST = 512  # bytes that any path takes (RFC 7011 section 10.3.3)
 
 _PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1}
 # natEvent by what is recorded (RFC 8158 section 5.2)
-_EVENTS = {("session", OPENED): 4, ("session", CLOSED): 5, (MAPPING, OPENED): 8, (MAPPING, CLOSED): 9}
+_EVENTS = {
+    **{("session", OPENED): 4, ("session", CLOSED): 5, (MAPPING, OPENED): 8, (MAPPING, CLOSED): 9},
+    **{(BLOCK, OPENED): 16, (BLOCK, CLOSED): 17},
+}
 _EXHAUSTED, _QUOTA = 3, 13
 _QUOTA_SESSIONS, _QUOTA_USER = 1, 3  # natQuotaExceededEvent
 
@@ -31,6 +34,8 @@ _TEMPLATES = {
     258: (_TIME, _EVENT, (466, 4), (473, 4), (8, 4)),  # natQuotaExceededEvent, maxEntriesPerUser
     259: (_TIME, _EVENT, (466, 4), (471, 4)),  # maxSessionEntries
     260: (_TIME, _EVENT, (283, 4)),  # natPoolId
+    # portRangeStart, portRangeEnd, portRangeStepSize, portRangeNumPorts
+    261: (_TIME, _EVENT, (8, 4), (225, 4), (361, 2), (362, 2), (363, 2), (364, 2)),
 }
 _FORMS = {
     number: struct.Struct("!" + "".join({8: "Q", 4: "I", 2: "H", 1: "B"}[size] for _, size in fields))
@@ -57,6 +62,9 @@ def encode(record: Record) -> tuple[int, bytes] | None:
     if event is None or record.external is None:
         return None
     (inside, inside_port), (outside, outside_port) = record.internal, record.external
+    if record.kind == BLOCK:
+        ports = (outside_port, record.last, 1, record.last - outside_port + 1)
+        return 261, _FORMS[261].pack(*start, event, int(inside), int(outside), *ports)
     fields = (*start, event, int(inside), int(outside), _PROTOCOLS[record.protocol], inside_port, outside_port)
     if record.remote is None:
         return 256, _FORMS[256].pack(*fields)

@@ -27,7 +27,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from xdpmasq import __version__, census, forwarding, health, pinholes
+from xdpmasq import __version__, blocks, census, forwarding, health, pinholes
 from xdpmasq import config as configuration
 from xdpmasq.abi import CLASSES, addr
 from xdpmasq.exporter import Answer, Exporter
@@ -88,7 +88,7 @@ class Metrics(Collector):
         self._hosts = census.Hosts(len(subject.tables.sessions)) if top_hosts else None
         self._errors = 0
         self._parts: tuple[Callable[[Sheet], None], ...] = (
-            *(self._agent, self._interfaces, self._counters, self._sessions),
+            *(self._agent, self._interfaces, self._counters, self._sessions, self._blocks),
             *(self._forwards, self._maps, self._programs, self._punts, self._algs, self._log),
         )
 
@@ -172,6 +172,16 @@ class Metrics(Collector):
                 sheet.put("external_ports_pool", room, _text(word), protocol)
                 for use, count in zip(census.USES, counted.ports[external, number].tolist(), strict=True):
                     sheet.put("external_ports", count, _text(word), protocol, use)
+
+    def _blocks(self, sheet: Sheet) -> None:
+        tables = self._subject.tables
+        if not blocks.size(tables):
+            return
+        words = tables.settings["external"]["word"][:, 0].tolist()
+        for word, counts in zip(words, blocks.use(tables).tolist(), strict=False):
+            for use, count in zip(("used", "free"), counts, strict=True):
+                if word:
+                    sheet.put("port_blocks", count, _text(word), use)
 
     def _largest(self, sheet: Sheet, hosts: census.Hosts) -> None:
         limits = self._subject.tables.maps["hosts"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import abi, bpf, config, forwarding, settings, sockets
+from xdpmasq import abi, blocks, bpf, config, forwarding, settings, sockets
 from xdpmasq.abi import (
     CLASSES,
     EXTERNAL_SLOTS,
@@ -98,6 +98,7 @@ class Ports:
     def take(self, endpoint: Endpoint, suggested: int = 0, *, exact: bool = False) -> int | None:
         """A port that is nobody's, inscribed as the endpoint's; the suggested one, or with ``exact`` that or none."""
         base = self._base(endpoint)
+        self._provide(endpoint)
         for port in self._candidates(base, endpoint, suggested, exact):
             if self._take(endpoint, base + port):
                 return base + port
@@ -106,7 +107,8 @@ class Ports:
     def take_pair(self, one: Endpoint, other: Endpoint) -> tuple[int, int] | None:
         """Two neighbouring ports that are nobody's, the first one even."""
         base = self._base(one)
-        free = set(self._free(base, CLASSES.index(one.protocol)))
+        self._provide(one)
+        free = set(self._free(base, one))
         even = [port for port in free if port % 2 == 0 and port + 1 in free]
         for port in random.SystemRandom().sample(even, min(TRIES, len(even))):
             if not self._take(one, base + port):
@@ -143,26 +145,47 @@ class Ports:
         return True
 
     def _candidates(self, base: int, endpoint: Endpoint, suggested: int, exact: bool) -> Iterator[int]:
-        if suggested and self._is_allowed(suggested) and self._is_free(base + suggested, endpoint.address):
+        host = endpoint.address
+        if suggested and self._may_have(host, suggested) and self._is_free(base + suggested, host):
             yield suggested
         if exact:
             return
-        free = self._free(base, CLASSES.index(endpoint.protocol))
+        free = self._free(base, endpoint)
         yield from random.SystemRandom().sample(free, min(TRIES, len(free)))
 
-    def _free(self, base: int, class_: int) -> list[int]:
-        """Unclaimed ports of the pool."""
+    def _provide(self, endpoint: Endpoint) -> None:
+        """A block with a free port for its host, where ports are given out in blocks."""
+        if blocks.size(self._tables) and not self._free(self._base(endpoint), endpoint):
+            blocks.take(self._tables, self._reaper, endpoint.address, self._external_of(endpoint.address))
+
+    def _ranges(self, endpoint: Endpoint) -> list[range]:
+        """Of the ports that an endpoint may have."""
+        if blocks.size(self._tables):
+            return blocks.of_host(self._tables, endpoint.address, self._external_of(endpoint.address))
+        pool = settings.pools(self._pools)[CLASSES.index(endpoint.protocol)]
+        return [range(first, first + count) for first, count in zip(*pool, strict=True)]
+
+    def _free(self, base: int, endpoint: Endpoint) -> list[int]:
+        """Unclaimed ones of these."""
         words = self._tables.claims[base // 64 : (base + PORTS) // 64]
         claimed = np.unpackbits(words.view(np.uint8), bitorder="little")
         found: list[int] = []
-        for first, count in zip(*settings.pools(self._pools)[class_], strict=True):
-            start, end = max(first, self._first), min(first + count - 1, self._last)
+        for ports in self._ranges(endpoint):
+            start, end = max(ports.start, self._first), min(ports.stop - 1, self._last)
             found += (np.flatnonzero(claimed[start : end + 1] == 0) + start).tolist()
         return found
 
     def _is_allowed(self, port: int) -> bool:
         first, last = settings.own_ports()
         return self._first <= port <= self._last and not first <= port <= last
+
+    def _may_have(self, host: IPv4Address, port: int) -> bool:
+        """Whether a port that is suggested is one that the host could get."""
+        if not self._is_allowed(port):
+            return False
+        return not blocks.size(self._tables) or any(
+            port in ports for ports in blocks.of_host(self._tables, host, self._external_of(host))
+        )
 
     def _is_free(self, slot: int, host: IPv4Address) -> bool:
         """Nobody has it; a port at rest is its last host's (RFC 6888 REQ-8 is about others)."""

@@ -11,17 +11,19 @@ from functools import cached_property
 from typing import Any
 
 from xdpmasq import bpf, compiler, source
-from xdpmasq.abi import EXTERNAL_ROOM, EXTERNAL_SLOTS
+from xdpmasq.abi import BLOCKS, EXTERNAL_ROOM, EXTERNAL_SLOTS
 from xdpmasq.errors import DatapathError
 from xdpmasq.tables import Tables
 
+TENANTS = 16384  # internal hosts that may have port blocks at once
 
-def _defines(externals: int, wans: int) -> dict[str, int]:
+
+def _defines(externals: int, wans: int, blocks: bool) -> dict[str, int]:
     """What the programs are compiled for. Of external addresses one is a case of its own, any more are another."""
-    return {"EXTERNALS": 1 if externals == 1 else EXTERNAL_ROOM, "WANS": wans}
+    return {"EXTERNALS": 1 if externals == 1 else EXTERNAL_ROOM, "WANS": wans, "PORT_BLOCKS": int(blocks)}
 
 
-def _sizes(further: int, externals: int) -> dict[str, int]:
+def _sizes(further: int, externals: int, blocks: bool) -> dict[str, int]:
     """Entries of the tables whose size is a setting."""
     mappings = externals * EXTERNAL_SLOTS
     slots = mappings + further
@@ -29,6 +31,8 @@ def _sizes(further: int, externals: int) -> dict[str, int]:
         "sessions": slots,
         "claims": slots // 64,
         "mappings": mappings,
+        "blocks": externals * BLOCKS if blocks else 1,
+        "tenants": TENANTS if blocks else 1,
         "fronts": 8192 * externals,  # half full with all ports of one protocol
         "buckets": slots // 4,  # half full when every slot has two entries
         "overflow": slots // 64,  # one entry in a hundred then finds its bucket full
@@ -38,7 +42,7 @@ def _sizes(further: int, externals: int) -> dict[str, int]:
 def compile_ahead() -> None:
     """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted."""
     for files in (source.DATAPATH, source.RESTORE):
-        compiler.compile(source.flatten(files), _defines(1, 1))
+        compiler.compile(source.flatten(files), _defines(1, 1, False))
 
 
 def restorer(tables: Tables) -> bpf.Program:
@@ -47,7 +51,8 @@ def restorer(tables: Tables) -> bpf.Program:
     Raises:
         DatapathError: that is of another version.
     """
-    compiled = bpf.compile(source.flatten(source.RESTORE), _defines(tables.externals, tables.wans), tables.maps)
+    defines = _defines(tables.externals, tables.wans, bool(tables.settings["block_bits"]))
+    compiled = bpf.compile(source.flatten(source.RESTORE), defines, tables.maps)
     if tables.manifest["layouts"] != compiled.layouts:
         what = "the running datapath is of another version"
         raise DatapathError(what, "its tables are laid out otherwise", "restart the agent, or attach anew, first")
@@ -62,6 +67,7 @@ class Programs:
         maps: existing maps to use.
         externals: how many external addresses.
         wans: how many WANs.
+        blocks: ports are given out in blocks.
         sizes: entries of tables, by name, where they are not to be as usual.
 
     Attributes:
@@ -75,10 +81,11 @@ class Programs:
         externals: int = 1,
         wans: int = 1,
         *,
+        blocks: bool = False,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
-        self._kind = (externals, wans)
-        self._sizes = _sizes(further, externals) | dict(sizes or {})
+        self._kind = (externals, wans, blocks)
+        self._sizes = _sizes(further, externals, blocks) | dict(sizes or {})
         self.maps = dict(maps or {})
         self._object = self._compile()
         self.maps |= self._object.maps

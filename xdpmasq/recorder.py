@@ -1,4 +1,5 @@
-"""The log of sessions or mappings: one more watcher of the ring of events, in a thread of the agent's.
+"""The log of sessions or mappings: one more watcher of the ring of events, in a thread of the agent's. Of port blocks
+it looks at the table instead, and nobody has to write events.
 
 The thread says that it watches, reads, makes records and hands them to the targets, at a bounded pace; it does not
 wait for the agent, nor the agent for it. Only where the agent itself ends many sessions at once it does the reading
@@ -15,12 +16,12 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from xdpmasq import __version__, events, targets
 from xdpmasq.config import Log
-from xdpmasq.records import Record, Scribe, remark
+from xdpmasq.records import Ledger, Record, Scribe, remark
 from xdpmasq.sessions import Array
 
 if TYPE_CHECKING:
@@ -73,10 +74,16 @@ class Recorder:
         Raises:
             DatapathError: there is nothing to read.
         """
+        if self._config.what == "blocks":
+            self._start(self._run_ledger, Ledger(attached))
+            return
         self._watcher = events.Watcher(attached)
         destinations = self._config.destinations
         scribe = Scribe(attached, self._watcher, self._config.what, destinations=destinations)
-        self._thread = threading.Thread(target=self._run, args=(scribe,), name="log", daemon=True)
+        self._start(self._run, scribe)
+
+    def _start(self, run: Callable[..., None], *args: object) -> None:
+        self._thread = threading.Thread(target=run, args=args, name="log", daemon=True)
         self._thread.start()
 
     def listen(self) -> int:
@@ -145,18 +152,29 @@ class Recorder:
             deadline = time.monotonic() + PARTING_S
             while self._waiting and time.monotonic() < deadline:
                 self._write(scribe, extra, BUSY)
-            self._remark(remark("stopped"))
-            while any(each.backlog for each in self.targets) and time.monotonic() < deadline:
-                time.sleep(POLL_S[0])
-                for each in self.targets:
-                    each.flush()
+            self._part(deadline)
+
+    def _run_ledger(self, ledger: Ledger) -> None:
+        self._remark(remark("started", version=__version__, what=self._config.what))
+        while not self._stopping.wait(POLL_S[1]):
+            try:
+                self._hand_over([*ledger.records()])
+            except Exception:
+                log.exception("log: unexpected; going on")
+        with contextlib.suppress(Exception):
+            self._hand_over([*ledger.records()])
+            self._part(time.monotonic() + PARTING_S)
+
+    def _part(self, deadline: float) -> None:
+        """The last word, and what waits."""
+        self._remark(remark("stopped"))
+        while any(each.backlog for each in self.targets) and time.monotonic() < deadline:
+            time.sleep(POLL_S[0])
+            for each in self.targets:
+                each.flush()
 
     def _write(self, scribe: Scribe, extra: deque[Iterator[Record]], most: int) -> None:
         """So many records, at most, to every target: what happens before what is made up for."""
-        if self._reopen:
-            self._reopen = False
-            for each in self.targets:
-                each.reopen()
         rows = self._next(most)
         records = [*scribe.records(rows)] if rows is not None else []
         while extra and len(records) < most:
@@ -166,6 +184,13 @@ class Recorder:
             else:
                 extra.popleft()
         self._repeated = scribe.repeated
+        self._hand_over(records)
+
+    def _hand_over(self, records: Sequence[Record]) -> None:
+        if self._reopen:
+            self._reopen = False
+            for each in self.targets:
+                each.reopen()
         for each in self.targets:
             each.take(records)
             each.flush()

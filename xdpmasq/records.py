@@ -1,4 +1,4 @@
-"""What the log says of the NAT: a record for each session, or each mapping, that begins or ends; and refusals.
+"""What the log says of the NAT: a record for each session, mapping or port block that begins or ends; and refusals.
 
 From the events of the ring (:mod:`xdpmasq.events`). A mapping's records are found out here, since the ring has
 sessions only: it begins with the first of them, and has ended when its slot in the table is no longer in use. The
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from xdpmasq import events, sessions
+from xdpmasq import blocks, events, sessions
 from xdpmasq.abi import EXTERNAL_SLOTS, LIFE_FURTHER_MASK, LIFE_LIVE, LIFE_SESSION, LIFE_STATE, PORTS
 from xdpmasq.sessions import ICMP, PROTOCOLS, Array, Selection, host_order
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
     from xdpmasq.events import Watcher
 
-SESSION, MAPPING = "session", "mapping"
+SESSION, MAPPING, BLOCK = "session", "mapping", "block"
 OPENED, CLOSED, REFUSED = "opened", "closed", "refused"
 REPEATS_S = 1.0  # a host that goes on being refused for the same reason is told of once in so long
 
@@ -38,12 +38,13 @@ class Record:
 
     Attributes:
         at: seconds since the epoch.
-        kind: session or mapping.
+        kind: session, mapping or block.
         event: opened, closed or refused.
         why: as ``sessions watch`` says it; of a mapping that was there when the log began ``running``.
         remote: None where destinations are not logged.
         traffic: of a closed session, packets and bytes out, and in.
         limit: of a refusal, what there may be.
+        last: of a block, its last port; the external endpoint has its first, and the internal one no port.
         wan: number of the WAN.
     """
 
@@ -59,9 +60,12 @@ class Record:
     traffic: tuple[int, int, int, int] | None = None
     limit: int = 0
     wan: int = 0
+    last: int = 0
 
     def json(self) -> str:
         """One line. Put together by hand, as there may be thousands a second, and no word in it needs an escape."""
+        if self.kind == BLOCK:
+            return self._block_json()
         parts = [
             f'"time": {self.at:.3f}, "record": "{self.kind}", "event": "{self.event}", "why": "{self.why}", '
             f'"protocol": "{self.protocol}", "internal": {_named(self.internal)}'
@@ -77,6 +81,14 @@ class Record:
             parts.append(f'"out": {{"packets": {packets_out}, "bytes": {bytes_out}}}')
             parts.append(f'"in": {{"packets": {packets_in}, "bytes": {bytes_in}}}')
         return f"{{{', '.join(parts)}}}"
+
+    def _block_json(self) -> str:
+        assert self.external
+        fields: dict[str, object] = {"time": round(self.at, 3), "record": BLOCK, "event": self.event, "why": self.why}
+        ends = {"internal": {"address": str(self.internal[0])}, "external": {"address": str(self.external[0])}}
+        ends["external"] |= {"first": self.external[1], "last": self.last}  # type: ignore[dict-item]
+        lasted = {"duration_s": round(self.duration_s, 3)} if self.event == CLOSED else {}
+        return json.dumps(fields | ends | lasted)
 
 
 def _named(endpoint: Endpoint) -> str:
@@ -258,3 +270,37 @@ def _told_of(key: Key, at: float, event: str, why: str, duration_s: float = 0.0)
         at=at, kind=MAPPING, event=event, why=why, protocol=PROTOCOLS[class_], internal=(IPv4Address(inside), port),
         external=(IPv4Address(external), external_port), duration_s=duration_s,
     )  # fmt: skip
+
+
+class Ledger:
+    """Records of port blocks, by looking at their table: it is small, and a block is taken for two of the agent's
+    ticks at least, so there is no event to be missed.
+    """
+
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
+        self._known: dict[tuple[int, int], tuple[blocks.Block, IPv4Address, float]] = {}
+        self._begun = False
+
+    def records(self) -> Iterator[Record]:
+        """What has changed since the last time; at first the blocks that there are."""
+        now, jiffies, hz = time.time(), self._attached.now(), self._attached.hz
+        outside = self._attached.settings["external"]
+        there = {(each.external, each.first): each for each in blocks.taken(self._attached)}
+        for key, (block, external, opened_at) in [*self._known.items()]:
+            if there.get(key) != block:
+                del self._known[key]
+                yield _of_block(block, external, at=now, event=CLOSED, why="idle", duration_s=now - opened_at)
+        for key in there.keys() - self._known.keys():
+            block = there[key]
+            opened_at = now - ((jiffies - block.taken_at) % 2**32) / hz
+            external = IPv4Address(outside[block.external]["word"][:1].tobytes())
+            self._known[key] = block, external, opened_at
+            why = "internal" if self._begun else "running"
+            yield _of_block(block, external, at=opened_at, event=OPENED, why=why)
+        self._begun = True
+
+
+def _of_block(block: blocks.Block, external: IPv4Address, **fields: Any) -> Record:
+    ends: dict[str, Any] = {"internal": (block.owner, 0), "external": (external, block.first), "last": block.last}
+    return Record(kind=BLOCK, protocol="", **ends, **fields)

@@ -35,6 +35,8 @@ def reread(running: Config) -> Config:
         raise ConfigError("the tables have no room for these external addresses", "there is room for one", _ANEW)
     if wanted.further_sessions not in (None, running.further_sessions):
         raise ConfigError("the tables have another size than sessions.further", "", _ANEW)
+    if wanted.ports.block_size != running.ports.block_size:
+        raise ConfigError("ports are given out otherwise", "ports.block_size is another for running sessions", _ANEW)
     return wanted
 
 

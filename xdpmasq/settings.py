@@ -56,7 +56,18 @@ def pools(ports: Ports) -> list[Pool]:
             "narrow that range, or widen [ports]",
         )
     tcp_udp = ([a for a, _ in ranges], [count for _, count in ranges])
+    if ports.block_size and not any(_blocks(a, count, ports.block_size) for a, count in zip(*tcp_udp, strict=True)):
+        raise HostError(
+            f"no block of {ports.block_size} external ports between {ports.first} and {ports.last}",
+            f"the gateway's own connections may use {start} to {end} (net.ipv4.ip_local_port_range)",
+            "narrow that range, widen [ports], or make blocks smaller",
+        )
     return [tcp_udp, tcp_udp, ([0, 0], [abi.PORTS, 0])]
+
+
+def _blocks(first: int, count: int, size: int) -> int:
+    """How many whole blocks there are in a range of ports."""
+    return max(0, (first + count) // size - -(-first // size))
 
 
 def low_pools(ports: Ports) -> list[Pool]:
@@ -105,6 +116,8 @@ def fields(config: Config, hz: int, further: int) -> dict[str, Any]:
         "parity": ports.parity,
         "overload": ports.overload,
         "filtering": [FILTERINGS.index(config.filtering.tcp), FILTERINGS.index(config.filtering.udp), 0, 0],
+        "block_bits": (ports.block_size or 1).bit_length() - 1,
+        "host_blocks": config.host_blocks,
         "drop_other": config.other == OTHERS[1],
         "host_sessions": limits.sessions_per_host or max(1, further // 4),
         "host_mappings": limits.ports_per_host or ports_for_one(sum(pool[0][1])),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 DATAPATH = (
     *("counters.h", "bits.h", "types.h", "maps.h", "verdict.h", "parse.h", "csum.h", "index.h", "flow.h", "events.h"),
-    *("trace.h", "host.h", "control.h", "claim.h", "mapping.h", "rewrite.h", "fragment.h", "nexthop.h", "punt.h"),
-    *("alg.h", "wan.h", "mss.h", "inbound.h", "portless.h", "quote.h"),
+    *("trace.h", "host.h", "control.h", "claim.h", "block.h", "mapping.h", "rewrite.h", "fragment.h", "nexthop.h"),
+    *("punt.h", "alg.h", "wan.h", "mss.h", "inbound.h", "portless.h", "quote.h"),
     *("basic.h", "icmp.h", "guard.h", "trigger.h", "redirect.h", "slowpath.c", "lanpath.c", "punted.c"),
     *("hooks.c", "fastpath.c", "reaper.c"),
 )

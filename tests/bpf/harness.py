@@ -198,12 +198,15 @@ class Bench:
 
     Args:
         addresses: of each WAN, the external one.
+        blocks: ports are given out in blocks.
     """
 
-    def __init__(self, addresses: Sequence[str] = (GATEWAY,)) -> None:
+    def __init__(self, addresses: Sequence[str] = (GATEWAY,), *, blocks: bool = False) -> None:
         self._places = [Place(IPv4Address(each), number) for number, each in enumerate(addresses)]
         self.programs = Programs(
-            FURTHER, None, len(addresses), len(addresses), sizes={"redirects": 256, "answers": 256}
+            *(FURTHER, None, len(addresses), len(addresses)),
+            blocks=blocks,
+            sizes={"redirects": 256, "answers": 256},
         )
         self.tables = self.programs.tables
         self.lan, self.wan, self.punt = (netdev.link(name) for name in ("lan0", "wan0", "punt0"))

@@ -40,7 +40,7 @@ def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
 
 def describe(attached: "Attached") -> dict[str, Any]:
     """The state of a running datapath; the keys are a contract with scripts."""
-    from xdpmasq import health, sessions  # noqa: PLC0415  heavy
+    from xdpmasq import blocks, health, sessions  # noqa: PLC0415  heavy
 
     manifest, settings, view = attached.manifest, attached.settings, attached.sessions
     table = sessions.read(view, settings, attached.now(), attached.hz)
@@ -68,10 +68,19 @@ def describe(attached: "Attached") -> dict[str, Any]:
             "room": attached.further,
         },
         "ports": sessions.port_use(view, settings),
+        "port_blocks": _port_blocks(attached) if blocks.size(attached) else None,
         "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
         "drops": {name: count for name, count in counters.items() if name.startswith("drop_") and count},
         "counters": counters,
     }
+
+
+def _port_blocks(attached: "Attached") -> dict[str, int]:
+    """Of all external addresses together."""
+    from xdpmasq import blocks  # noqa: PLC0415  heavy
+
+    used, free = blocks.use(attached).sum(axis=0).tolist()
+    return {"size": blocks.size(attached), "used": used, "available": used + free}
 
 
 def _metrics(manifest: Mapping[str, Any]) -> str | None:
@@ -116,6 +125,8 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str], measured: "Rate
     further = fields["further_sessions"]
     yield _line("", f"{_of(further['used'], further['room'])} places for further ones of a mapping taken")
     yield from _labelled("ports", list(_ports(fields["ports"])))
+    if held := fields["port_blocks"]:
+        yield _line("", f"{_of(held['used'], held['available'])} blocks of {held['size']:,} taken")
     yield _line("packets", _packets(fields["packets"]))
     yield from _labelled("drops", list(_drops(fields["drops"], helps, measured.drops)) or ["none"])
 
