@@ -84,17 +84,17 @@ class Limits:
     Attributes:
         sessions_per_host: None: a quarter of all room for further sessions.
         ports_per_host: external ports, for each protocol; None: three quarters of the pool.
-        blocks_per_host: blocks of external ports; None: as many as may be.
         new_per_second, burst: sessions that it may open, lastingly and at once.
         refusal: one of :data:`REFUSALS`, ICMP 3/13 and 3/1.
+        blocks_per_host: blocks of external ports; None: as many as may be.
     """
 
     sessions_per_host: int | None = None
     ports_per_host: int | None = None
-    blocks_per_host: int | None = None
     new_per_second: int = 50_000
     burst: int = 100_000
     refusal: str = REFUSALS[0]
+    blocks_per_host: int | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import netflow
 import pytest
 from netkit import Gateway, answers, soon
 
-from xdpmasq.lab.topology import HOSTS
+from xdpmasq.lab.topology import HOSTS, PUBLIC
 
 pytestmark = pytest.mark.xdist_group("log")
 CONFIG = '[log]\nfile = "nat.json"\nipfix = "127.0.0.1:4739"\n'
@@ -83,10 +83,66 @@ class Collector:
 
     def __init__(self, bound: socket.socket) -> None:
         self._socket, self._templates = bound, {"netflow": {}, "ipfix": {}}
+        self._flows: list[Any] = []
 
     def next(self) -> tuple[int, int]:
         """The NAT event and the external port of the next data record."""
-        while True:
-            flows = netflow.parse_packet(self._socket.recv(2000), self._templates).flows
-            if flows:
-                return flows[0].natEvent, flows[0].postNAPTSourceTransportPort
+        found = self.flow()
+        return found.natEvent, found.postNAPTSourceTransportPort
+
+    def flow(self) -> Any:
+        """The next data record."""
+        while not self._flows:
+            self._flows += netflow.parse_packet(self._socket.recv(2000), self._templates).flows
+        return self._flows.pop(0)
+
+
+@pytest.mark.req("6888-14")
+@pytest.mark.parametrize("mode", ["tc"], indirect=True)
+def test_blocks(bare: Gateway, tmp_path: Path) -> None:
+    """One record for many mappings, and one when the host has given its ports back; the next agent goes on."""
+    config, path = tmp_path / "masq.toml", tmp_path / "blocks.json"
+    ports, log = (
+        "[ports]\nblock_size = 512\n",
+        '[log]\nwhat = "blocks"\nfile = "blocks.json"\nipfix = "127.0.0.1:4739"\n',
+    )
+    config.write_text("[timeouts]\nport_rest_s = 0\n" + ports + log)
+    with ExitStack() as stack:
+        with bare.inside():
+            bound = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            bound.bind(("127.0.0.1", 4739))
+        bound.settimeout(10)
+        collector = Collector(bound)
+        bare.attach("--config", str(config))
+        clients = [stack.enter_context(bare.udp("a-box")) for _ in range(20)]
+        assert all(answers(client) for client in clients)
+        other = stack.enter_context(bare.udp("b-box"))
+        assert answers(other)
+        soon(lambda: events(path) == ["started", "opened", "opened"], "each host has a block")
+        opened = {each["internal"]["address"]: each for each in lines(path)[1:]}
+        assert set(opened) == {HOSTS["a-box"], HOSTS["b-box"]}
+        mine = opened[HOSTS["a-box"]]["external"]
+        assert mine["last"] - mine["first"] == 511
+        told = {flow.portRangeStart: flow for flow in (collector.flow(), collector.flow())}
+        assert {flow.natEvent for flow in told.values()} == {16}
+        assert told[mine["first"]].portRangeEnd == mine["last"]
+        rows = json.loads(bare.masq("sessions", "--json").stdout)
+        externals = {each["external"]["port"] for each in rows if each["internal"]["address"] == HOSTS["a-box"]}
+        assert len(externals) == 20
+        assert all(mine["first"] <= port <= mine["last"] for port in externals)
+        assert " blocks of 512 taken" in bare.masq("status").stdout
+        assert 'xdpmasq_port_blocks{address="' + PUBLIC + '",use="used"} 2' in bare.gate(
+            *("curl", "-sS", "http://127.0.0.1:9477/metrics")
+        )
+
+        bare.kill_agent()
+        bare.attach("--config", str(config))
+        soon(lambda: events(path)[3:] == ["started", "opened", "opened"], "the next agent takes stock")
+        assert {each["external"]["first"] for each in lines(path)[4:]} == set(told)
+        collector.flow(), collector.flow()
+        config.write_text(config.read_text().replace("512", "1024"))
+        assert "block_size" in bare.masq("reload", check=False).stderr
+
+        bare.masq("sessions", "flush", "--all")
+        soon(lambda: events(path)[6:] == ["closed", "closed"], "both are given back", timeout_s=20)
+        assert {collector.flow().natEvent, collector.flow().natEvent} == {17}

@@ -53,6 +53,15 @@ def test_example_is_at_the_defaults() -> None:
     assert load(EXAMPLE) == HOME
 
 
+@pytest.mark.parametrize(
+    ("size", "wanted", "blocks"), [(0, None, 0), (512, None, 8), (1024, None, 4), (4096, None, 1), (512, 3, 3)]
+)
+def test_blocks_of_a_host(size: int, wanted: int | None, blocks: int) -> None:
+    config = replace(HOME, ports=Ports(block_size=size), limits=Limits(blocks_per_host=wanted))
+    validate(config)
+    assert config.host_blocks == blocks
+
+
 def test_example_has_every_key() -> None:
     tables = tomllib.loads(example_with_rules())
     for kind, keys in RULE_KEYS.items():
@@ -237,7 +246,32 @@ BAD = [
     pytest.param('[metrics]\nlisten = "9477"', 2, ['listen = "9477"', "ADDR:PORT"], id="no address"),
     pytest.param('[metrics]\nlisten = "gate:9477"', 2, ["gate:9477", "ADDR:PORT"], id="a name"),
     pytest.param('[metrics]\nlisten = "127.0.0.1:65536"', 2, ["65536", "ADDR:PORT"], id="beyond the last port"),
-    pytest.param('[log]\nwhat = "all"', 2, ['what = "all"', "mappings, sessions"], id="logged"),
+    pytest.param('[log]\nwhat = "all"', 2, ['what = "all"', "mappings, sessions, blocks"], id="logged"),
+    pytest.param(
+        "[ports]\nblock_size = 500", 2, ["block_size = 500", "powers of two", "256 to 4096"], id="odd block"
+    ),
+    pytest.param("[ports]\nblock_size = 128", 2, ["block_size = 128", "256 to 4096"], id="small block"),
+    pytest.param("[ports]\nblock_size = -512", 2, ["block_size = -512", "256 to 4096"], id="negative block"),
+    pytest.param("[ports]\nblock_size = 8192", 2, ["block_size = 8192", "256 to 4096"], id="large block"),
+    pytest.param(
+        *("[ports]\nblock_size = 512\nfirst = 2100\nlast = 2700", 2),
+        ["block_size = 512", "whole in 2100 to 2700"],
+        id="no whole block",
+    ),
+    pytest.param(
+        "[ports]\nblock_size = 512\noverload = true", 3, ["overload = true", "block_size"], id="shared block"
+    ),
+    pytest.param(
+        "[ports]\nblock_size = 512\npreserve = true", 3, ["preserve = true", "block_size"], id="preserved block"
+    ),
+    pytest.param(
+        *("[ports]\nblock_size = 1024\n[limits]\nblocks_per_host = 5", 4),
+        ["blocks_per_host = 5", "4096", "give 4 at most"],
+        id="large blocks",
+    ),
+    pytest.param("[limits]\nblocks_per_host = 9", 2, ["blocks_per_host = 9", "1 to 8"], id="many blocks"),
+    pytest.param("[limits]\nblocks_per_host = 4", 2, ["blocks_per_host = 4", "block_size = 0"], id="no blocks"),
+    pytest.param('[log]\nwhat = "blocks"', 2, ['what = "blocks"', "block_size = 0"], id="no blocks to log"),
     pytest.param('[log]\nsyslog = "here"', 2, ['syslog = "here"', '"", daemon'], id="facility"),
     pytest.param('[log]\nipfix = "collector:4739"', 2, ["collector:4739", "ADDR:PORT"], id="collector's name"),
     pytest.param('[log]\nipfix = ":4739"', 2, [":4739", "ADDR:PORT"], id="no collector"),

@@ -193,6 +193,10 @@ BINDING = {
     "sourceIPv4Address": int(INSIDE[0]), "sourceTransportPort": 5000,
     "postNATSourceIPv4Address": int(OUTSIDE[0]), "postNAPTSourceTransportPort": 61000,
 }  # fmt: skip
+PORT_RANGE = {
+    "sourceIPv4Address": int(INSIDE[0]), "postNATSourceIPv4Address": int(OUTSIDE[0]),
+    "portRangeStart": 5120, "portRangeEnd": 5631, "portRangeStepSize": 1, "portRangeNumPorts": 512,
+}  # fmt: skip
 TOWARDS = {
     "destinationIPv4Address": int(REMOTE[0]), "destinationTransportPort": 443,
     "postNATDestinationIPv4Address": int(REMOTE[0]), "postNAPTDestinationTransportPort": 443,
@@ -215,6 +219,16 @@ TOWARDS = {
         ),
         pytest.param(
             SESSION, {**BINDING, **TOWARDS, "natEvent": 5, "protocolIdentifier": 17}, id="session delete, with remote"
+        ),
+        pytest.param(
+            Record(AT, "block", "opened", "internal", "", (INSIDE[0], 0), (OUTSIDE[0], 5120), last=5631),
+            {**PORT_RANGE, "natEvent": 16},
+            id="port block allocation",
+        ),
+        pytest.param(
+            Record(AT, "block", "closed", "idle", "", (INSIDE[0], 0), (OUTSIDE[0], 5120), last=5631),
+            {**PORT_RANGE, "natEvent": 17},
+            id="port block de-allocation",
         ),
         pytest.param(
             refused("host_limit", 4096),
