@@ -1,5 +1,6 @@
 """Port blocks (RFC 6888 REQ-14): a host's ports are in blocks of its own, taken when needed, given back when idle."""
 
+import os
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
 
@@ -8,6 +9,7 @@ import pytest
 from harness import (
     GATEWAY,
     HOST,
+    NETWORK,
     OTHER_HOST,
     SERVER,
     SYN,
@@ -34,16 +36,27 @@ OPENING: dict[str, Callable[[str, int], Packet]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def bench_with_blocks(namespace: str) -> Bench:
-    with netns.entered(namespace):
-        return Bench(blocks=True)
+@pytest.fixture(scope="module")
+def bench_with_blocks() -> Iterator[tuple[str, Bench]]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    name = f"tk-{os.getpid()}"
+    netns.ip_batch([f"netns add {name}"])
+    try:
+        netns.set_sysctls(name, {"net/ipv6/conf/default/disable_ipv6": 1, "net/ipv4/ip_forward": 1})
+        netns.ip_batch(NETWORK, name)
+        with netns.entered(name):
+            bench = Bench(blocks=True)
+        yield name, bench
+    finally:
+        netns.delete([name])
 
 
 @pytest.fixture
-def gateway(namespace: str, bench_with_blocks: Bench) -> Iterator[Gateway]:
-    with netns.entered(namespace):
-        gateway = Gateway(bench_with_blocks)
+def gateway(bench_with_blocks: tuple[str, Bench]) -> Iterator[Gateway]:
+    name, bench = bench_with_blocks
+    with netns.entered(name):
+        gateway = Gateway(bench)
         tables = gateway.tables
         tables.maps["blocks"].view().view(np.uint8)[:] = 0
         for keys, _ in tables.maps["tenants"].items(chunk=16384):
