@@ -29,10 +29,11 @@ class Draft:
 
     Attributes:
         changes: False where the file says so already.
+        taken: the rule that it had.
     """
 
-    def __init__(self, file: Path, old: str, new: str) -> None:
-        self.file, self.changes = file, old != new
+    def __init__(self, file: Path, old: str, new: str, taken: Rule | None = None) -> None:
+        self.file, self.changes, self.taken = file, old != new, taken
         self._old, self._path = old.encode(), file.resolve()  # a symbolic link stays one
         self._temporary = self._write(new.encode()) if self.changes else None
 
@@ -114,7 +115,8 @@ def without_rule(file: Path, named: Rule) -> Draft:
     nth = next((nth for nth, each in enumerate(rules) if each.name == named.name), None)
     if nth is None:
         return Draft(file, old, old)
-    return _draft(file, old, configedit.removed(old, named.kind, nth), named, (*rules[:nth], *rules[nth + 1 :]))
+    new, left = configedit.removed(old, named.kind, nth), (*rules[:nth], *rules[nth + 1 :])
+    return _draft(file, old, new, named, left, taken=rules[nth])
 
 
 def _of_kind(config: Any, rule: Rule) -> tuple[Rule, ...]:
@@ -122,7 +124,9 @@ def _of_kind(config: Any, rule: Rule) -> tuple[Rule, ...]:
     return rules
 
 
-def _draft(file: Path, old: str, new: str, rule: Rule, rules: tuple[Rule, ...]) -> Draft:
+def _draft(
+    file: Path, old: str, new: str, rule: Rule, rules: tuple[Rule, ...], *, taken: Rule | None = None
+) -> Draft:
     """Checked by what loads it at the next start."""
     changed: Any = {f"{rule.kind}s": rules}
     wanted = replace(configfile.parse(file, old), **changed)
@@ -132,7 +136,7 @@ def _draft(file: Path, old: str, new: str, rule: Rule, rules: tuple[Rule, ...]) 
         raise ConfigError(f"{rule} cannot be saved in {file}", error.why, error.do) from error
     if found != wanted:
         raise ConfigError(f"{file} would not say what it should", "", "change it with an editor")
-    return Draft(file, old, new)
+    return Draft(file, old, new, taken)
 
 
 def entry(rule: Rule) -> dict[str, Any]:

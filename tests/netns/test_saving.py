@@ -147,6 +147,16 @@ def test_what_is_in_place_can_be_saved_afterwards(filed: Filed) -> None:
     assert filed.filed() == filed.rules() == {PETERS}
 
 
+def test_a_rule_that_only_the_file_has_can_be_deleted_there(filed: Filed) -> None:
+    filed.gateway.masq("forward", "del", "tcp", "7000")
+    words = "forward", "del", "tcp", "7000"
+    assert "there is no forward" in filed.refuse(*words)
+    said = filed.gateway.masq(*words, "--save").stdout
+    assert said == f"no longer forwarded: {PETERS}; saved in {filed.file}\n"
+    assert filed.filed() == filed.rules() == set()
+    assert "there is no forward" in filed.refuse(*words, "--save")
+
+
 def test_many_at_once_lose_nothing(filed: Filed) -> None:
     """Four commands add, two delete what is there; each waits for the others."""
     filed.gateway.masq("forward", "add", "tcp", "7001", "192.168.0.3:7", "--save")

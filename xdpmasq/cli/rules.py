@@ -10,7 +10,7 @@ import typer
 
 from xdpmasq import forwards
 from xdpmasq.cli import common
-from xdpmasq.errors import UsageError
+from xdpmasq.errors import ForwardError, UsageError
 from xdpmasq.forwards import Rule
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def put(wan: str, rule: Rule, saving_: Saving) -> "tuple[Attached, Saved]":
 
 
 def take(wan: str, wanted: Rule, saving_: Saving, *, kill: bool) -> tuple[Rule, int, int, Saved]:
-    """Takes out the rule of that kind and name, and out of the file if wanted.
+    """Takes out the rule of that kind and name, and out of the file if wanted; there it may be alone.
 
     Returns:
         The rule, how many sessions go on, how many were ended, and what became of the file.
@@ -105,10 +105,18 @@ def take(wan: str, wanted: Rule, saving_: Saving, *, kill: bool) -> tuple[Rule, 
     with presence.changing(), contextlib.ExitStack() as undo:
         attached = datapath.find(wan or None)
         present = forwarding.read(attached)
-        rule = forwards.find([each.rule for each in present if each.rule.kind == wanted.kind], wanted)
         draft = saving_.draft(attached, saving.without_rule, wanted)
         if draft:
-            undo.enter_context(draft).keep()
+            undo.enter_context(draft)
+        try:
+            rule = forwards.find([each.rule for each in present if each.rule.kind == wanted.kind], wanted)
+        except ForwardError:
+            if not (draft and draft.taken):
+                raise
+            draft.keep()
+            return draft.taken, 0, 0, Saved.of(draft)
+        if draft:
+            draft.keep()
         placed = next(each for each in present if each.rule == rule)
         # Which sessions are its own is known only while it is there.
         mine = _running(attached, present)[placed.index]
