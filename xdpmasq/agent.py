@@ -42,6 +42,7 @@ from xdpmasq.errors import MasqError
 from xdpmasq.expiry import Expiry
 from xdpmasq.interfaces import Interfaces
 from xdpmasq.manifest import Manifest
+from xdpmasq.namespace import Name
 from xdpmasq.net import monitor
 from xdpmasq.nexthops import NextHops
 from xdpmasq.pacing import Pacing
@@ -245,7 +246,7 @@ class Agent:
     # --- in service
 
     def serve(self, ready: Callable[[dict[str, Any]], None], signals: Signals) -> Config | None:
-        """Follows the machine until asked to stop; the datapath stays.
+        """Follows the machine until asked to stop, or until the namespace is deleted; the datapath stays.
 
         Returns:
             The configuration to go on with, instead of stopping.
@@ -258,6 +259,7 @@ class Agent:
             ready(self.manifest)
             self._notify(notify.READY)
             next_tick = next_disarm = next_sweep = time.monotonic()
+            name = Name()
             while not signals.stop:
                 if signals.reload:
                     signals.reload = False
@@ -276,6 +278,9 @@ class Agent:
                 if now >= next_tick:
                     self._tick()
                     next_tick = now + TICK_S
+                    if name.is_deleted:  # and would live on, with its interfaces, for nobody but us
+                        log.warning("the network namespace has been deleted")
+                        break
                 if now >= next_sweep:
                     self._safely(self._sweep)
                     next_sweep = now + SWEEP_S

@@ -365,7 +365,12 @@ def _create(name: str, plan: compiler.MapPlan, entries: int) -> Map:
     key, value = np.dtype(compiler.layout(plan.key)), np.dtype(compiler.layout(plan.value))
     sizes = (key.itemsize, value.itemsize, entries)
     attr = struct.pack("<IIIIIII16s", plan.type, *sizes, plan.flags, 0, 0, name[:15].encode())
-    return Map(_bpf(_MAP_CREATE, attr)[0], key, value)
+    try:
+        return Map(_bpf(_MAP_CREATE, attr)[0], key, value)
+    except OSError as error:
+        what = f"the kernel refused table {name}, {entries:,} entries of {sizes[0] + sizes[1]} bytes"
+        do = "give it memory, or lower further in [sessions], or addresses in [external]"
+        raise DatapathError(what, error.strerror or "", do if error.errno == errno.ENOMEM else "") from error
 
 
 def _redirect_maps(code: bytearray, fds: Mapping[int, int]) -> None:

@@ -59,6 +59,7 @@ def _new(config: Config, programs: Programs) -> dict[str, Any]:
         "externals": [],
         "hz": bpf.tick_rate(),
         "attached_at": time.time(),
+        "attached_boot_s": time.clock_gettime(time.CLOCK_BOOTTIME),  # whatever becomes of the clock
         "counters": list(source.counters()),
         "layouts": programs.layouts,
         "qdiscs": [],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,21 @@ def saved(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_file_that_cannot_be_written(gateway: Gateway) -> None:
     refused = gateway.masq("sessions", "save", "/nowhere/at/all", check=False)
     assert (refused.returncode, "cannot write /nowhere/at/all: No such file" in refused.stderr) == (1, True)
+
+
+def test_a_full_disk(gateway: Gateway, tmp_path: Path) -> None:
+    """A file system of one page, which a former file has taken: that stays, and nothing stands beside it."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "xdpmasq", tmp_path], check=True)
+    try:
+        file = tmp_path / "sessions"
+        file.write_text("what was there")
+        with gateway.udp("a-box") as client:
+            seen(client)
+            refused = gateway.masq("sessions", "save", str(file), check=False)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"cannot write {file}: No space left on device" in refused.stderr
+        assert "what was there is there still" in refused.stderr
+        assert [each.name for each in tmp_path.iterdir()] == ["sessions"]
+        assert file.read_text() == "what was there"
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

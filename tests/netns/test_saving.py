@@ -200,6 +200,19 @@ def test_a_file_that_cannot_be_written(filed: Filed) -> None:
         subprocess.run(["umount", folder], check=True)
 
 
+def test_a_full_disk(filed: Filed, tmp_path: Path) -> None:
+    words = "forward", "add", "tcp", "8080", "192.168.0.3:80", "--save", "--config", str(tmp_path / "config.toml")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "xdpmasq", tmp_path], check=True)
+    try:
+        (tmp_path / "config.toml").write_text(BASE)
+        before = filed.rules()
+        assert "No space left on device" in filed.refuse(*words)
+        assert filed.rules() == before
+        assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("config.toml", BASE)]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 def test_attached_with_options_only(filed: Filed, tmp_path: Path) -> None:
     """Which file is meant has to be said."""
     gateway, words = filed.gateway, ("forward", "add", "tcp", "8080", "192.168.0.3:80")

@@ -38,6 +38,13 @@ def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
     typer.echo("\n".join(_screen(describe(attached), source.counters(), measured)))
 
 
+def _uptime_s(manifest: Mapping[str, Any]) -> float:
+    """Since it was attached; a former version's manifest tells by the clock only, which may have been set since."""
+    if "attached_boot_s" in manifest:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - float(manifest["attached_boot_s"])
+    return time.time() - float(manifest["attached_at"])
+
+
 def describe(attached: "Attached") -> dict[str, Any]:
     """The state of a running datapath; the keys are a contract with scripts."""
     from xdpmasq import blocks, health, sessions  # noqa: PLC0415  heavy
@@ -51,7 +58,7 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "working": not why_not,
         "why_not": why_not,
         "attached_at": manifest["attached_at"],
-        "uptime_s": round(time.time() - manifest["attached_at"], 1),
+        "uptime_s": round(_uptime_s(manifest), 1),
         "agent": {"alive": attached.agent_alive, "pid": manifest["agent_pid"] if attached.agent_alive else None},
         "wan": manifest["wan"],
         "external": manifest["external"],
