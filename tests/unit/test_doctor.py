@@ -1,6 +1,8 @@
 """Doctor's reading of rulesets, and its checks on made-up hosts."""
 
 import ipaddress
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 
 from xdpmasq import kernel
 from xdpmasq.config import Mode
-from xdpmasq.doctor import forwarding, interfaces, iptables, machine, nft, reading
+from xdpmasq.doctor import forwarding, interfaces, iptables, machine, nft, queues, reading
 from xdpmasq.doctor.host import Host
 from xdpmasq.net import sysctl
 from xdpmasq.net.ifaddrs import Address
@@ -246,3 +248,33 @@ def test_privileges(monkeypatch: pytest.MonkeyPatch, held: int, refused: str, le
     monkeypatch.setattr("xdpmasq.bpf.refusal", lambda: refused)
     (found,) = machine.check_privileges(make_host(WAN, LAN))
     assert (found.level, said in found.message) == (level, True)
+
+
+@pytest.mark.parametrize(
+    ("interrupts", "kind", "expected"),
+    [
+        pytest.param(["0"], None, "wan0 has one receive queue: one CPU of 4", id="one queue"),
+        pytest.param(["2", "2"], None, "all 2 queues of wan0 interrupt the same CPU, 2", id="on one CPU"),
+        pytest.param(["0", "1"], None, "wan0 has 2 receive queues for 4 CPUs", id="shared out"),
+        pytest.param(["0-3", "0-3"], None, "wan0 has 2 receive queues for 4 CPUs", id="anywhere"),
+        pytest.param(["0"], "veth", "", id="no hardware"),
+    ],
+)
+def test_queues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: list[str], kind: str | None, expected: str
+) -> None:
+    """A virtio card in a made-up /sys: the interrupts are those of the device above."""
+    monkeypatch.setattr(queues, "NET", tmp_path / "net")
+    monkeypatch.setattr(queues, "IRQ", tmp_path / "irq")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    virtio = tmp_path / "pci" / "virtio0"
+    virtio.mkdir(parents=True)
+    for number, cpus in enumerate(interrupts):
+        (tmp_path / "net" / "wan0" / "queues" / f"rx-{number}").mkdir(parents=True)
+        (tmp_path / "pci" / "msi_irqs").mkdir(exist_ok=True)
+        (tmp_path / "pci" / "msi_irqs" / f"{40 + number}").touch()
+        (tmp_path / "irq" / f"{40 + number}").mkdir(parents=True)
+        (tmp_path / "irq" / f"{40 + number}" / "effective_affinity_list").write_text(f"{cpus}\n")
+    (tmp_path / "net" / "wan0" / "device").symlink_to(virtio)
+    found = [each.message for each in queues.check_queues(make_host(make_link(1, "wan0", kind=kind), LAN))]
+    assert [each[: len(expected)] for each in found] == ([expected] if expected else [])

@@ -7,12 +7,12 @@ Each check yields findings. What netlink cannot tell is read under /proc and /sy
 from collections.abc import Collection, Sequence
 
 from xdpmasq.config import Mode
-from xdpmasq.doctor import forwarding, interfaces, machine, nat
+from xdpmasq.doctor import forwarding, interfaces, machine, nat, queues
 from xdpmasq.doctor.finding import Finding
 from xdpmasq.doctor.host import Host
 from xdpmasq.net import netdev
 
-CHECKS = (*machine.CHECKS, *interfaces.CHECKS, *forwarding.CHECKS, *nat.CHECKS)
+CHECKS = (*machine.CHECKS, *interfaces.CHECKS, *queues.CHECKS, *forwarding.CHECKS, *nat.CHECKS)
 
 
 def run(wans: Sequence[str], lans: Sequence[str], mode: Mode = "auto", ours: Collection[int] = ()) -> list[Finding]:
