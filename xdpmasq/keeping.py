@@ -288,9 +288,13 @@ def load(attached: Attached, path: Path) -> Counter[str]:
         How many came back ("loaded"), and how many did not, by reason.
 
     Raises:
-        ConfigError: the file is wrong, or none of its external addresses is one of ours; nothing has changed.
+        ConfigError: the file is wrong, none of its external addresses is one of ours, or ports are given out in blocks,
+            which the saved ones would not be of; nothing has changed.
     """
     file = File.read(path)
+    if attached.settings["block_bits"]:
+        why = "hosts have their ports in blocks (ports.block_size), and the log would not tell whose these were"
+        raise ConfigError("sessions cannot be loaded", why, "nothing is loaded; hosts open theirs anew")
     theirs = {each.external[0] for each in file.sessions}
     with presence.changing():
         indices = {place.address: nth for nth, place in reversed([*enumerate(attached.places)]) if place.address}

@@ -148,6 +148,18 @@ def test_left_out(
     gateway.masq("sessions", "flush", "--all")
 
 
+def test_not_with_port_blocks(gateway: Gateway, file: Path) -> None:
+    """The log has a record for each block; of ports outside their host's it would tell of the wrong one."""
+    gateway.masq("sessions", "save", str(file))
+    gateway.tables.set_settings(block_bits=9)
+    try:
+        refused = gateway.masq("sessions", "load", str(file), check=False)
+    finally:
+        gateway.tables.set_settings(block_bits=0)
+    assert refused.returncode == 2
+    assert "ports.block_size" in refused.stderr
+
+
 def test_another_external_address(gateway: Gateway, file: Path) -> None:
     with gateway.udp("a-box") as client:
         seen(client)
