@@ -62,7 +62,7 @@ def told(pinhole: Pinhole) -> str:
 
 
 def whole(data: bytes) -> Iterable[bytes]:
-    return [data]
+    return [data] if data else []
 
 
 def bytewise(data: bytes) -> Iterator[bytes]:

@@ -57,7 +57,11 @@ class Strict(FakeOpenings):
 
 
 def without_numbers(text: bytes) -> bytes:
-    return RTCP.sub(b"", NUMBER.sub(b"", text))
+    """And without lines that say where RTCP is, also such that stand where somebody cut another one."""
+    text, former = NUMBER.sub(b"", text), b""
+    while text != former:
+        text, former = RTCP.sub(b"", text), text
+    return text
 
 
 def spoilt(data: bytes, chance: random.Random) -> bytes:
