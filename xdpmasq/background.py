@@ -20,7 +20,7 @@ from xdpmasq import notify
 from xdpmasq.config import Config
 from xdpmasq.errors import DatapathError, MasqError, from_dict
 
-START_S = 60  # what a start may take on a slow machine
+START_S = 180  # a slow machine compiles for a minute, and verifies for another
 
 
 def start(config: Config) -> dict[str, Any]:
