@@ -1,36 +1,26 @@
 """What the documents say exists: commands, settings, reasons of drops, files that they refer to."""
 
 import re
-import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import DOCUMENTS, ROOT, blocks, in_running_text, listings, words_of
 from typer.main import get_command
 
 from xdpmasq import cli, source
 from xdpmasq.configfile import load
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "config.example.toml"]
-FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-NOT_OURS = ("|", ";", "&&", ">", "2>&1")  # where another program's part begins
-
-
-def blocks(text: str, *languages: str) -> list[str]:
-    return [body for _, language, body in FENCED.findall(text) if language in languages]
-
 
 def commands(path: Path) -> Iterator[tuple[str, bool]]:
     """Command lines, and whether each stands alone on its line: in running text one may be cut short."""
-    text = path.read_text()
-    for block in [text] if path.suffix == ".toml" else blocks(text, "sh", ""):
-        for line in block.splitlines():
-            if found := re.match(r"\s*(?:[$#]\s+)?(?:sudo )?(?:\.venv/bin/)?xdpmasq((?: .*)?)$", line):
-                yield found[1].strip(), True
-    for inline in re.findall(r"`(?:\.venv/bin/)?xdpmasq ([^`…][^`]*)`", FENCED.sub("", text)):
-        yield " ".join(inline.split()), False
+    for listing in listings(path):
+        yield from ((line, True) for line in listing)
+    for inline in in_running_text(path, "xdpmasq"):
+        yield inline.partition("xdpmasq ")[2], False
 
 
 FOUND = [
@@ -73,12 +63,6 @@ def parse(words: list[str], whole: bool) -> None:
             return
 
 
-def words_of(line: str) -> list[str]:
-    words = shlex.split(line, comments=True)
-    ends = [at for at, word in enumerate(words) if word in NOT_OURS]
-    return words[: ends[0]] if ends else words
-
-
 @pytest.mark.parametrize(("line", "whole"), FOUND)
 def test_commands_exist(line: str, whole: bool) -> None:
     parse(words_of(line), whole)
@@ -112,6 +96,54 @@ def test_configurations_in_documents_are_good(path: Path, tmp_path: Path) -> Non
             continue
         (tmp_path / "one.toml").write_text(block)
         load(tmp_path / "one.toml")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs prometheus")
+def test_prometheus_takes_the_scrape_configuration(tmp_path: Path) -> None:
+    found = [block for path in DOCUMENTS for block in blocks(path.read_text(), "yaml")]
+    assert found
+    for block in found:
+        (tmp_path / "prometheus.yml").write_text(block)
+        subprocess.run(["promtool", "check", "config", tmp_path / "prometheus.yml"], check=True, capture_output=True)
+
+
+def test_targets_of_make_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {line.split()[1] for path in DOCUMENTS for line in in_running_text(path, "make")}
+    named |= {
+        each
+        for path in DOCUMENTS
+        for block in blocks(path.read_text(), "sh")
+        for each in re.findall(r"^make ([\w-]+)", block, re.MULTILINE)
+    }
+    assert {"demo", "test", "deb"} <= named
+    assert named - targets == set()
+
+
+# Lines of other programs in the documents' listings, and why no test of ours runs them as they stand. xdpmasq's own
+# are run by tests/netns/test_document_commands.py.
+OTHERS = {
+    r"make (demo|test)\b.*": "by CI, and in a fresh Debian by tests/fresh",
+    r"(make deb && )?apt install \./.*": "installs: tests/fresh/package does so in a Debian of its own",
+    r"python3 -m venv --system-site-packages /opt/xdpmasq .*|ln -s /opt/xdpmasq/.*": "installs on the machine",
+    r"editor .*": "somebody at a terminal",
+    r"systemctl enable --now xdpmasq": "the machine's: tests/fresh/service.py has a systemd of its own",
+    r"journalctl .*": "the machine's journal",
+    r"ethtool -[lLx] .*|grep eth0 /proc/interrupts .*|echo 2 > /proc/irq/.*": "queues, which veth lacks",
+    r"cat > nat.sh .*|#!/bin/sh|nft add .*|END": "with the benchmark of another gateway: minutes",
+}
+
+
+def test_other_lines_are_known() -> None:
+    lines = {
+        line.strip()
+        for path in DOCUMENTS
+        for block in blocks(path.read_text(), "sh")
+        for line in block.splitlines()
+        if line.strip() and not re.match(r"\s*(\.venv/bin/)?xdpmasq\b", line)
+    }
+    assert [line for line in lines if not any(re.fullmatch(known, line) for known in OTHERS)] == []
+    assert [known for known in OTHERS if not any(re.fullmatch(known, line) for line in lines)] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
