@@ -288,8 +288,8 @@ def load(attached: Attached, path: Path) -> Counter[str]:
         How many came back ("loaded"), and how many did not, by reason.
 
     Raises:
-        ConfigError: the file is wrong, none of its external addresses is one of ours, or ports are given out in blocks,
-            which the saved ones would not be of; nothing has changed.
+        ConfigError: the file is wrong, none of its external addresses is one of ours, or ports are given out in
+            blocks, which the saved ones would not be of; nothing has changed.
     """
     file = File.read(path)
     if attached.settings["block_bits"]:
