@@ -26,7 +26,7 @@ from xdpmasq.alg.registry import by_name
 
 INPUTS = int(os.environ.get("XDPMASQ_ALG_INPUTS", "10000"))
 AT_ONCE = 100  # inputs of one of hypothesis's examples, which cost more than they do
-NUMBER = re.compile(rb":?\d+")
+NUMBER = re.compile(rb"(?:\s*:\s*)?\d+")  # a port goes with what stands around its colon
 TEXT = {"ftp", "irc", "rtsp", "sip"}  # of these, only numbers are changed, and the last says where RTCP is
 NOT_IN_PIECES = {"sane"}  # a reply in pieces passes unread
 Mended = Callable[[bytes], bytes]

@@ -136,6 +136,7 @@ CONVERSATIONS = [
         [
             header("Via: SIP/2.0/UDP 192.168.1.10;branch=1", "Via: SIP/2.0/UDP 203.0.113.1:30000;branch=1"),
             header_back("Via: SIP/2.0/UDP 203.0.113.1:30000;branch=1", "Via: SIP/2.0/UDP 192.168.1.10;branch=1"),
+            header_back("Via: SIP/2.0/UDP 203.0.113.1 :\t30000;branch=1", "Via: SIP/2.0/UDP 192.168.1.10;branch=1"),
         ],
     ),
     Phone(
