@@ -30,7 +30,8 @@ _FORM = Form(
     longest=16384,
 )
 _COMPACT = {b"v": b"via", b"m": b"contact", b"c": b"content-type", b"e": b"content-encoding"}
-_QUOTED = rb'"(?:[^"\\]|\\.)*"'
+# One that does not end reaches to the end of the text, so that it is not looked for again behind each of its bytes.
+_QUOTED = rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)'
 # Elements of a header: quoted display names are stepped over, an address is in brackets or begins an element.
 _ADDRESSES = re.compile(_QUOTED + rb'|<[^<>"]*>|(?:\A|(?<=,))\s*[^"<>,\s]+', re.DOTALL)
 _URI = re.compile(

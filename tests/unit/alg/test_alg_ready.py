@@ -1,8 +1,12 @@
 """How much goes on at once: what is held might matter, and what cannot matter is not held."""
 
-import pytest
+import time
+from collections.abc import Callable
 
-from xdpmasq.alg.api import Alg, Side
+import pytest
+from fakes import FakeOpenings, session
+
+from xdpmasq.alg.api import Alg, Side, Unparsed
 from xdpmasq.alg.ftp import Ftp
 from xdpmasq.alg.irc import Irc
 from xdpmasq.alg.pna import Pna
@@ -56,3 +60,32 @@ def test_how_much_is_ready(alg: Alg, data: bytes, ready: int) -> None:
 
 def test_what_a_server_of_pna_says_is_never_held() -> None:
     assert Pna().ready(b"PNA\0\x0a\0\x14", Side.OUTSIDE) == 7
+
+
+SIP, RTSP = b"OPTIONS sip:a SIP/2.0\r\n", b"OPTIONS * RTSP/1.0\r\n"
+NO_LENGTH: dict[str, tuple[Alg, Callable[[int], bytes]]] = {
+    "sip: blanks": (Sip(), lambda n: SIP + b"A:" + b" " * 4 * n + b"\0\r\n\r\n"),
+    "rtsp: blanks": (Rtsp(), lambda n: RTSP + b"A:" + b" " * 4 * n + b"\0\r\n\r\n"),
+    "sip: folds": (Sip(), lambda n: SIP + b"A:" + b"\r\n " * n + b"\0\r\n\r\n"),
+    "sip: quotes": (Sip(), lambda n: SIP + b'Contact: "' + b'\\"' * 2 * n + b"\r\nl: 0\r\n\r\n"),
+    "sip: Via": (Sip(), lambda n: SIP + b"Via: " + b'SIP/2.0/UDP 1.2.3.4;\\",' * (n // 6) + b"\r\nl: 0\r\n\r\n"),
+    "sip: keep-alives": (Sip(), lambda n: b"\r\n" * 8 * n),
+}
+
+
+@pytest.mark.parametrize(("alg", "text"), NO_LENGTH.values(), ids=NO_LENGTH)
+def test_a_long_text_takes_no_more_than_its_length(alg: Alg, text: Callable[[int], bytes]) -> None:
+    """Four times as long, about four times the time: the square would be sixteen."""
+
+    def takes(data: bytes) -> float:
+        control = session(5060)
+        began = time.process_time()
+        try:
+            alg.ready(data, Side.INSIDE)
+            alg.translate(data, Side.INSIDE, control, FakeOpenings(control, 16))
+        except Unparsed:
+            pass
+        return time.process_time() - began
+
+    short, long = text(900), text(3600)
+    assert min(takes(long) for _ in range(7)) < 8 * min(takes(short) for _ in range(7))
