@@ -128,7 +128,7 @@ def _punts() -> Iterator[Family]:
 
 def _algs() -> Iterator[Family]:
     yield _counter("alg_messages", "Messages that an ALG has been given to read.", "alg", most="ALGs")
-    outcomes = "edited; or passed unchanged: unparsed, refused (no pinhole), failed, late, unasked (always late)"
+    outcomes = "edited; or passed unchanged: unparsed, refused (no pinhole), failed, late, unasked (it pauses)"
     yield _counter("alg_outcomes", f"What became of them: {outcomes}.", "alg", "outcome", most="6 × ALGs")
     yield _gauge("pinholes", "Pinholes that are open.", "protocol", most=2)
 

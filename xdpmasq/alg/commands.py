@@ -3,7 +3,8 @@
 A browser can be made to send any lines it likes to any port, as the body of an HTTP request, and in pieces of any
 size (NAT slipstreaming). So lines are waited for, whatever they begin with; what is left of one that was too long is
 no line; and after the first line of the client that is no command nothing in the session is read again. The same
-is done after TLS, which has no lines to wait for.
+is done after TLS, which has no lines to wait for. Of the server nothing of that counts: it may repeat what anybody
+has said.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class CommandAlg(Alg):
 
     def ready(self, data: bytes, side: Side) -> int:
         whole = data.rfind(b"\n") + 1
-        if len(data) - whole > LONGEST_LINE or data[whole : whole + 1] in _TLS or self.binary.search(data):
+        if len(data) - whole > LONGEST_LINE or data[whole : whole + 1] in _TLS or self.binary.search(data, whole):
             return len(data)
         return whole
 
@@ -66,10 +67,11 @@ class CommandAlg(Alg):
         if memory.get("over"):
             return line
         whole = line.endswith(b"\n") and not memory.get(inside_a_line)
-        if self.binary.search(line) or (line[:1] in _TLS and not memory.get(inside_a_line)):
+        binary = self.binary.search(line) or (line[:1] in _TLS and not memory.get(inside_a_line))
+        if side is control.client and binary:
             memory["over"] = True
         memory[inside_a_line] = not line.endswith(b"\n")
-        if not whole or len(line) > LONGEST_LINE + 1:
+        if not whole or binary or len(line) > LONGEST_LINE + 1:
             return line
         if side is control.client and not self.command.fullmatch(line):
             memory["over"] = True

@@ -5,8 +5,9 @@ goes on where it can: it knows the shifts of an earlier one, and takes the first
 the beginning of a message.
 
 An ALG is somebody's code, and what it reads is anybody's text. Of one that raises, returns what it may not, or takes
-longer than :data:`LONG_S`, the message passes unchanged; one that is late :data:`LATE_MOST` times running is asked no
-more.
+longer than :data:`LONG_S`, the message passes unchanged. A session with a late message is not read any further, and
+an ALG that is late :data:`LATE_MOST` times running is asked nothing for :data:`PAUSE_S`: with one that always is, the
+agent would do nothing else; what one peer can say that takes long does not switch it off for all others.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ log = logging.getLogger("xdpmasq")
 
 LONG_S = 0.1
 LATE_MOST = 8  # all that the agent does waits meanwhile
+PAUSE_S = 60.0
 WINDOW = 1024  # of an acknowledgement to somebody whose other side has not said one yet
 SIDES = (Side.INSIDE, Side.OUTSIDE)  # by enum direction
 
@@ -85,6 +87,7 @@ class Service:
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._blamed: set[tuple[str, str]] = set()
         self._late: Counter[str] = Counter()  # running
+        self._pauses_until: dict[str, float] = {}  # time.monotonic()
 
     # --- packets
 
@@ -122,12 +125,13 @@ class Service:
         outcome = stream.segment(parsed.sequence, parsed.text, last=bool(parsed.flags & packets.FIN))
         if stream.jumped:  # or whoever makes us miss something chooses where we begin to read
             session.control.memory["over"] = True
+        released = stream.release() if session.control.memory.get("over") else ()
         if outcome.shifted:
             self._write(session)
         self._end_when_over(session)
         pieces = [
             (direction, each)
-            for piece in outcome.pieces
+            for piece in (*outcome.pieces, *released)
             for each in packets.segments(parsed, piece.sequence, piece.text)
         ]
         return pieces + self._acknowledged(session, direction, parsed, outcome)
@@ -278,7 +282,7 @@ class Service:
         alg = session.alg
         if session.control.memory.get("over"):
             return len(data)
-        found = self._trusted(alg, lambda: _length(alg.ready(data, side), len(data)))
+        found = self._trusted(session, lambda: _length(alg.ready(data, side), len(data)))
         return len(data) if found is None else found
 
     def _edited(self, session: _Session, side: Side, data: bytes) -> bytes:
@@ -286,16 +290,16 @@ class Service:
         if session.control.memory.get("over"):
             return data
         counts["messages"] += 1
-        found = self._trusted(alg, lambda: _text(alg.translate(data, side, session.control, session.openings)))
+        found = self._trusted(session, lambda: _text(alg.translate(data, side, session.control, session.openings)))
         if found is None:
             return data
         counts["edited"] += found != data
         return found
 
-    def _trusted(self, alg: Alg, call: Callable[[], T]) -> T | None:
+    def _trusted(self, session: _Session, call: Callable[[], T]) -> T | None:
         """What it returns; None, and it is counted, where it does not."""
-        counts = self.counts[alg.name]
-        if self._late[alg.name] >= LATE_MOST:
+        alg, counts = session.alg, self.counts[session.alg.name]
+        if time.monotonic() < self._pauses_until.get(alg.name, 0.0):
             counts["unasked"] += 1
             return None
         try:
@@ -309,12 +313,13 @@ class Service:
             counts["unparsed"] += 1
         except _TooLongError:
             counts["late"] += 1
-            self._late[alg.name] += 1
             self._blame(alg, f"took longer than {LONG_S * 1000:.0f} ms", None)
-            if self._late[alg.name] == LATE_MOST:
-                log.warning(
-                    "the ALG %s is always late; until xdpmasq is restarted it is not asked any more", alg.name
-                )
+            session.control.memory["over"] = True
+            self._late[alg.name] += 1
+            if self._late[alg.name] >= LATE_MOST:
+                log.warning("the ALG %s was late %d times running; it pauses for %d s", alg.name, LATE_MOST, PAUSE_S)
+                self._late[alg.name] = 0
+                self._pauses_until[alg.name] = time.monotonic() + PAUSE_S
         except Exception as error:
             counts["failed"] += 1
             self._blame(alg, f"failed: {error!r}", error)

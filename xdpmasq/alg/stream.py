@@ -157,6 +157,12 @@ class Stream:
             return self._again(sequence, text)
         return self._fresh(sequence, text, late, last)
 
+    def release(self) -> tuple[Piece, ...]:
+        """What is held goes on, as nothing is read any more."""
+        if not self._held or self._next is None:
+            return ()
+        return self._fresh(self._next, b"", 0, last=False).pieces
+
     def _too_early(self, sequence: int, text: bytes, last: bool) -> Outcome:
         """Something is missing, and will be sent again; unless it went another way, while nobody attended here."""
         self.unexpected += 1

@@ -125,6 +125,15 @@ CONVERSATIONS = [
     Client("NUL: nothing is read again", [inside(b"PRIVMSG a :\0\r\n" + OFFER)]),
     Client("a browser's request: nothing is read", [inside(b"POST / HTTP/1.1\r\nHost: a.example\r\n\r\n" + OFFER)]),
     Client(
+        "what anybody says through the server ends nothing",
+        [
+            outside(FROM_BOB + b"x\x06y\r\n\x16\x03\x01\r\n"),
+            inside(OFFER, OFFERED),
+            outside(dcc(b"RESUME song.mp3 40000 500", FROM_BOB), dcc(b"RESUME song.mp3 5000 500", FROM_BOB)),
+        ],
+        OPENED,
+    ),
+    Client(
         "colours and bells",
         [inside(b"PRIVMSG #a :\x02\x0304hi\x0f\x07\r\n" + OFFER, b"PRIVMSG #a :\x02\x0304hi\x0f\x07\r\n" + OFFERED)],
         OPENED,

@@ -21,7 +21,7 @@ from xdpmasq import pinholes
 from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
-from xdpmasq.alg.service import LATE_MOST, LONG_S, Service, _Session, _waited_s
+from xdpmasq.alg.service import LATE_MOST, LONG_S, PAUSE_S, Service, _Session, _waited_s
 
 
 def forever() -> None:
@@ -96,6 +96,7 @@ def test_its_failure_is_told_once(
     does, why = failure
     asked.alg.does = does  # type: ignore[attr-defined]
     for _ in range(LATE_MOST - 1):
+        asked.control.memory.clear()
         assert service._edited(asked, Side.INSIDE, b"said") == b"said"
     assert [each.getMessage() for each in caplog.records] == [why]
 
@@ -110,20 +111,49 @@ def test_nothing_is_held_for_a_length_that_is_none(service: Service, asked: _Ses
     assert service.report["given"] == {"failed": 1}
 
 
-def test_one_that_is_always_late_is_asked_no_more(service: Service, asked: _Session, monkeypatch: Any) -> None:
+def test_one_that_is_always_late_pauses(service: Service, asked: _Session, monkeypatch: Any) -> None:
     monkeypatch.setattr("xdpmasq.alg.service.LONG_S", 0.01)
     asked.alg.does = forever  # type: ignore[attr-defined]
     for _ in range(LATE_MOST + 3):
+        asked.control.memory.clear()  # another session
         assert service._edited(asked, Side.INSIDE, b"said") == b"said"
     assert service.report["given"]["late"] == LATE_MOST
     assert service.report["given"]["unasked"] == 3
+    asked.alg.does = lambda: b"edited"  # type: ignore[attr-defined]
+    asked.control.memory.clear()
+    now = time.monotonic()
+    monkeypatch.setattr("xdpmasq.alg.service.time.monotonic", lambda: now + PAUSE_S)
+    assert service._edited(asked, Side.INSIDE, b"said") == b"edited"
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_late_message_ends_the_reading_of_its_own_session_only(
+    service: Service, asked: _Session, monkeypatch: Any, protocol: str
+) -> None:
+    """Whoever can say what takes long switches nothing off for others, and says it once."""
+    monkeypatch.setattr("xdpmasq.alg.service.LONG_S", 0.01)
+    monkeypatch.setattr(service, "_write", lambda _: None)
+    if protocol == "tcp":
+        service._begin(asked)
+    asked.alg.does = forever  # type: ignore[attr-defined]
+    for _ in range(LATE_MOST):
+        assert service._ready(asked, Side.INSIDE, b"said") == 4
+    service._end_when_over(asked)
+    assert asked.over, "the kernel is told"
+    other = _Session(asked.alg, session(21), None, 0)  # type: ignore[arg-type]
+    asked.alg.does = lambda: b"edited"  # type: ignore[attr-defined]
+    assert service._edited(asked, Side.INSIDE, b"said") == b"said"
+    assert service._edited(other, Side.INSIDE, b"said") == b"edited"
+    assert service.report["given"] == {"late": 1, "messages": 1, "edited": 1}
 
 
 def test_one_that_is_late_at_times_is_asked_on(service: Service, asked: _Session, monkeypatch: Any) -> None:
     monkeypatch.setattr("xdpmasq.alg.service.LONG_S", 0.01)
     for _ in range(LATE_MOST):
+        asked.control.memory.clear()
         asked.alg.does = forever  # type: ignore[attr-defined]
         assert service._edited(asked, Side.INSIDE, b"said") == b"said"
+        asked.control.memory.clear()
         asked.alg.does = lambda: b"edited"  # type: ignore[attr-defined]
         assert service._edited(asked, Side.INSIDE, b"said") == b"edited"
 
@@ -200,6 +230,23 @@ def test_another_answer_does_not_begin_anew(service: Service, asked: _Session) -
     asked.control.memory["over"] = True
     service._segment(asked, 1, segment(outside, inside, flags=packets.SYN | packets.ACK, seq=9000, ack=101))
     assert asked.control.memory["over"]
+
+
+def test_what_is_held_goes_on_when_nothing_is_read_any_more(service: Service, asked: _Session) -> None:
+    """Its sender may wait for an answer to it."""
+    service._begin(asked)
+    asked.streams[0].begin(99)
+    asked.over = True  # the kernel's table is not here
+
+    def ends() -> bytes:
+        asked.control.memory["over"] = True
+        return b"GET\n"
+
+    asked.alg.ready = lambda data, _: 4  # type: ignore[method-assign]
+    asked.alg.does = ends  # type: ignore[attr-defined]
+    inside, outside = asked.control.internal, asked.control.remote
+    made = service._segment(asked, 0, segment(inside, outside, b"GET\nHo", flags=packets.ACK, seq=100, ack=1))
+    assert [(direction, packet[40:]) for direction, packet in made] == [(0, b"GET\n"), (0, b"Ho")]
 
 
 def test_behind_a_gap_nothing_is_read(service: Service, asked: _Session) -> None:
