@@ -30,6 +30,7 @@ from prometheus_client.registry import Collector
 from xdpmasq import __version__, blocks, census, forwarding, health, pinholes
 from xdpmasq import config as configuration
 from xdpmasq.abi import CLASSES, addr
+from xdpmasq.alg import switches
 from xdpmasq.exporter import Answer, Exporter
 from xdpmasq.families import BY_REASON, FAMILIES, PREFIX, TRANSLATED, TURNS, Family
 from xdpmasq.net import netdev
@@ -219,7 +220,9 @@ class Metrics(Collector):
                 sheet.put("program_run_time_seconds_total", spent_ns / 1e9, name)
 
     def _algs(self, sheet: Sheet) -> None:
-        for name, counts in self._subject.manifest.get("algs", {}).items():
+        counted = self._subject.manifest.get("algs", {})
+        for name in sorted({use.name for use in switches.read(self._subject.tables)} | counted.keys()):
+            counts = counted.get(name, {})
             sheet.put("alg_messages_total", counts.get("messages", 0), name)
             for outcome in ("edited", "unparsed", "refused", "failed", "late", "unasked"):
                 sheet.put("alg_outcomes_total", counts.get(outcome, 0), name, outcome)

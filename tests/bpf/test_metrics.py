@@ -2,7 +2,10 @@
 
 import contextlib
 import shutil
+import socket
 import subprocess
+import threading
+import urllib.request
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -10,7 +13,9 @@ import pytest
 from harness import GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, SERVER, Gateway, echo, tcp, udp
 from prometheus_client.parser import text_string_to_metric_families
 
-from xdpmasq import bpf, metrics
+from xdpmasq import bpf, config, metrics
+from xdpmasq.alg import switches
+from xdpmasq.algs import Use
 from xdpmasq.families import FAMILIES, PREFIX
 from xdpmasq.net import netdev
 from xdpmasq.pulse import Pulse
@@ -34,7 +39,7 @@ class Shown:
         counts = dict.fromkeys(("held", "released", "expired", "refused", "told", "untold"), 0)
         port = SimpleNamespace(ifindex=bench.punt.index, name="masq-punt0", held=3, counts={**counts, "held": 7})
         target = SimpleNamespace(name="file", written=3, lost=0, backlog=0)
-        subject = metrics.Subject(
+        self.subject = metrics.Subject(
             gateway.tables,
             bench.programs,
             manifest,
@@ -42,7 +47,7 @@ class Shown:
             SimpleNamespace(port=port),  # type: ignore[arg-type]
             SimpleNamespace(targets=[target], missed=0, repeated=0),  # type: ignore[arg-type]
         )
-        self._answer = metrics.answer(subject, top_hosts)
+        self._answer = metrics.answer(self.subject, top_hosts)
 
     def text(self, accepted: str = "") -> str:
         return self._answer(accepted)[0].decode()
@@ -138,6 +143,47 @@ def test_hosts_are_named_only_when_asked_and_only_the_first(gateway: Gateway, sh
     assert found[("host_refused_sessions_total", HOST)] == 0
     assert OTHER_HOST not in asked.text()
     assert HOST not in shown.text()
+
+
+def test_an_alg_that_is_on_is_there_before_its_first_message(gateway: Gateway, shown: Shown) -> None:
+    switches.put(gateway.tables, Use.parse("sip"))
+    try:
+        found = shown.values()
+    finally:
+        switches.take(gateway.tables, "sip")
+    assert (found[("alg_messages_total", "sip")], found[("alg_messages_total", "ftp")]) == (0, 7)
+    assert (found[("alg_outcomes_total", "sip", "edited")], found[("alg_outcomes_total", "ftp", "edited")]) == (0, 3)
+    assert ("alg_messages_total", "sip") not in shown.values()
+
+
+def test_a_collection_that_takes_long_holds_up_nobody(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that has metrics served is the agent's: it goes on while they are collected."""
+    begun, go_on, collectors = threading.Event(), threading.Event(), []
+
+    def long() -> dict[int, netdev.Traffic]:
+        collectors.append(threading.current_thread())
+        begun.set()
+        assert go_on.wait(20)
+        return {}
+
+    monkeypatch.setattr(netdev, "traffic", long)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = "{}:{}".format(*free.getsockname())
+    with metrics.listening(config.Metrics(listen=endpoint)) as show:
+        show(shown.subject)
+        found: list[bytes] = []
+        asking = threading.Thread(target=lambda: found.append(_read(f"http://{endpoint}/metrics")))
+        asking.start()
+        assert begun.wait(20)
+        assert (found, threading.current_thread() in collectors) == ([], False)
+        go_on.set()
+        asking.join(20)
+    assert b"\nxdpmasq_working 1.0\n" in found[0]
+
+
+def _read(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return bytes(answer.read())
 
 
 def test_a_part_that_fails_is_left_out(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     """It has watched some seconds of traffic."""
     config = tmp_path_factory.mktemp("dashboards") / "masq.toml"
     config.write_text(
-        f'[metrics]\ntop_hosts = 5\n[[forward]]\nprotocol = "udp"\nports = 8080\nto = "{HOSTS["b-box"]}:80"\n'
+        f'[metrics]\ntop_hosts = 5\n[log]\nfile = "nat.json"\n[[forward]]\nprotocol = "udp"\nports = 8080\nto = "{HOSTS["b-box"]}:80"\n'
     )
     with Gateway.in_new_lab("xdp", attach=False) as gateway, bpf.counting_runs():
         EchoServer(gateway.lab)

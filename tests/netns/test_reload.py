@@ -149,15 +149,24 @@ def test_a_wrong_file_changes_nothing(of_file: Reloaded, text: str, why: str) ->
     assert of_file.reload("") == IN_FORCE
 
 
-def test_what_fails_when_it_begins_leaves_everything_as_it_was(of_file: Reloaded) -> None:
-    """The file is right, the log cannot be written: the old configuration is in force, its metrics are served."""
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        pytest.param('[log]\nfile = "/nowhere/at/all/log"\n', "/nowhere/at/all", id="log"),
+        pytest.param('[metrics]\nlisten = "127.0.0.1:9478"\n', "127.0.0.1:9478: the port is taken", id="port"),
+        pytest.param('[metrics]\nweb_config = "web.yml"\n', "none.pem", id="tls"),
+    ],
+)
+def test_what_fails_when_it_begins_leaves_everything_as_it_was(of_file: Reloaded, text: str, why: str) -> None:
+    """The file is right, what it names cannot be used: the old configuration is in force, its metrics are served."""
     gateway = of_file.gateway
     agent = gateway.status()["agent"]["pid"]
-    log = '[log]\nfile = "/nowhere/at/all/log"\n'
+    of_file.file.with_name("web.yml").write_text("tls_server_config: {cert_file: none.pem, key_file: none.pem}\n")
     forward = '[[forward]]\nprotocol = "tcp"\nports = 8080\nto = "192.168.0.2:80"\n'
-    for _ in range(2):
-        assert "/nowhere/at/all" in of_file.reload(log + forward)
-        assert (gateway.status()["agent"]["pid"], listed(gateway), gateway.opens()) == (agent, set(), True)
+    with gateway.listen("masq-gate", 9478, "127.0.0.1"):
+        for _ in range(2):
+            assert why in of_file.reload(text + forward)
+            assert (gateway.status()["agent"]["pid"], listed(gateway), gateway.opens()) == (agent, set(), True)
     shown = gateway.lab.exec("masq-gate", ["curl", "-sS", "http://127.0.0.1:9477/metrics"]).stdout
     assert "xdpmasq_working 1.0" in shown
     assert of_file.reload("") == IN_FORCE

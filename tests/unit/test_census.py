@@ -124,6 +124,16 @@ def test_it_counts_beyond_a_piece() -> None:
     assert take(table).states.sum(axis=1).tolist() == [0, len(ports), len(ports)]
 
 
+def test_it_looks_at_no_more_than_a_piece_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the agent would wait for its turn at the interpreter."""
+    table, looked_at = Table(), []
+    table.claims[:] = np.uint64(2**64 - 1)
+    monkeypatch.setattr(table, "rows", lambda slots: (looked_at.append(len(slots)), table.sessions[slots])[1])
+    take(table)
+    assert sum(looked_at) == len(table.sessions)
+    assert max(looked_at) <= 16384
+
+
 # --- who has carried how much ----------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import xdpmasq.pinholes
 import xdpmasq.redirecting  # noqa: F401
-from xdpmasq import __version__, cli, rates
+from xdpmasq import __version__, cli, rates, source
 from xdpmasq.cli import common
 from xdpmasq.cli import sessions as sessions_cli
 from xdpmasq.cli.top import BESIDE, KEYS, View, screen
@@ -111,6 +111,7 @@ class Running:
     flushed: list[int] = field(default_factory=list)
     further_base: int = 3 * 65536
     further: int = 64
+    dropped: dict[str, int] = field(default_factory=lambda: {"drop_rewrite": 0, "drop_protocol": 7})
 
     def now(self) -> int:
         return NOW
@@ -121,7 +122,7 @@ class Running:
         return {"pinholes": NoPinholes(), "redirects": Empty()}
 
     def counters(self) -> dict[str, int]:
-        return {"fast_outbound": 900, "slow_outbound": 90, "slow_inbound": 10, "drop_rewrite": 0, "drop_protocol": 7}
+        return {"fast_outbound": 900, "slow_outbound": 90, "slow_inbound": 10, **self.dropped}
 
     def flush(self, slots: Any) -> int:
         self.flushed = slots.tolist()
@@ -425,6 +426,18 @@ def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
         "packets XDP 900, TC 100, 90.0% on the fast path",
         "drops 7 a protocol that is not to be translated, from inside (drop_protocol)",
     ]
+
+
+@pytest.mark.usefixtures("busy")
+def test_status_is_one_screen(capsys: pytest.CaptureFixture[str], running: Running) -> None:
+    """However many reasons there were to drop: those with most come first."""
+    names = [name for name in source.counters() if name.startswith("drop_")]
+    running.dropped = {name: number for number, name in enumerate(names, 1)}
+    assert run("status") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) < 24
+    assert f"({names[-1]})" in shown[-7]
+    assert shown[-1].split() == f"and for {len(names) - 6} more reasons, see --json".split()
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def watch(
     (closed or reset by TCP), flushed (by a command, or with its external address), evicted (an unanswered one from
     outside, for a newer one); of one refused the counter without drop_.
 
+    One-to-one hosts, and protocols without ports (GRE, ESP), have no sessions: nothing is said of them.
+
     Several may watch at once. Should events come faster than they can be read, their number is said. With --json
     each line is an object: time, event (opened, closed, refused; lost, with count and deaf_s only), why, protocol,
     state, internal, external (null: refused), remote, out, in, duration_s.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from xdpmasq.rates import Rates
 
 MEASURE_S = 0.3
+DROPS = 6  # reasons on the screen, the most frequent ones
 
 
 def status(*, wan: str = common.WHICH, json: bool = common.JSON) -> None:
@@ -188,6 +189,8 @@ def _packets(packets: Mapping[str, int]) -> str:
 
 
 def _drops(drops: Mapping[str, int], helps: Mapping[str, str], now: Mapping[str, float]) -> Iterator[str]:
-    for name, count in sorted(drops.items(), key=lambda each: -each[1]):
+    for name, count in sorted(drops.items(), key=lambda each: -each[1])[:DROPS]:
         more = f", {now[name]:,.0f}/s now" if name in now else ""
         yield f"{count:>10,}  {helps.get(name, name).removeprefix('dropped: ')} ({name}){more}"
+    if len(drops) > DROPS:
+        yield f"and for {common.plural(len(drops) - DROPS, 'more reason')}, see --json"

@@ -61,7 +61,8 @@ def top(
     """Show which hosts, or sessions, carry most right now.
 
     OUT is from the internal host, IN to it, in IP bytes; the lines above tell of all sessions, whatever the filters.
-    Further sessions are those beyond the first of each mapping, which have room of their own.
+    Further sessions are those beyond the first of each mapping, which have room of their own. One-to-one hosts, and
+    protocols without ports (GRE, ESP), have no sessions: they count in the fast-path share and the drops only.
 
     With --json each measurement is an object on a line: time, interval_s, out and in (bytes_per_s, packets_per_s),
     fast_share (0 to 1; null without packets), sessions (total, tcp, udp, icmp), further_sessions (used, room),
