@@ -27,6 +27,21 @@ pytestmark = pytest.mark.xdist_group("dashboards")
 FOLDER = Path(__file__).parents[2] / "dashboards"
 RULES = FOLDER / "rules.yml"
 ALERT = re.compile(r"(?P<query>.+) (?:==|>) [\d.]+")
+CONFIG = f"""\
+[metrics]
+top_hosts = 5
+
+[ports]
+block_size = 512
+
+[log]
+file = "nat.json"
+
+[[forward]]
+protocol = "udp"
+ports = 8080
+to = "{HOSTS["b-box"]}:80"
+"""
 VARIABLES = {
     "$instance": "127.0.0.1:9477",
     "$host": HOSTS["a-box"],
@@ -61,9 +76,7 @@ def rule_queries() -> Iterator[Any]:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has watched some seconds of traffic."""
     config = tmp_path_factory.mktemp("dashboards") / "masq.toml"
-    config.write_text(
-        f'[metrics]\ntop_hosts = 5\n[log]\nfile = "nat.json"\n[[forward]]\nprotocol = "udp"\nports = 8080\nto = "{HOSTS["b-box"]}:80"\n'
-    )
+    config.write_text(CONFIG)
     with Gateway.in_new_lab("xdp", attach=False) as gateway, bpf.counting_runs():
         EchoServer(gateway.lab)
         gateway.attach("--config", str(config))
