@@ -15,7 +15,6 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Any, Literal, get_args
 
 from xdpmasq import forwards, redirects, triggers
-from xdpmasq.abi import HOST_BLOCKS
 from xdpmasq.algs import Use, default
 from xdpmasq.errors import ConfigError, UsageError
 from xdpmasq.externals import Externals
@@ -32,6 +31,7 @@ FACILITIES = ("", "daemon", "user", "auth", "authpriv", *(f"local{nth}" for nth 
 REFUSALS = ("prohibited", "host-unreachable")
 OTHERS = ("address-only", "drop")
 WANS_MOST = 4
+HOST_BLOCKS = 8  # that of bpf/types.h; abi.py has numpy with it, and --help is to be quick
 BLOCK_PORTS_LEAST = 256  # a packet that needs another block may look at each
 BLOCK_PORTS_MOST = 4096  # of all blocks of a host: a packet that opens a mapping may look at each
 

@@ -496,7 +496,7 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     assert list(found) == [
         *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "wans"),
         *("lans", "mode", "interfaces", "punt", "pcp", "metrics", "sessions", "further_sessions", "ports"),
-        *("packets", "drops", "counters"),
+        *("port_blocks", "packets", "drops", "counters"),
     ]
     assert found["working"] is True
     assert found["wans"] == [{"name": "eth0", "external": "203.0.113.1"}]
