@@ -136,7 +136,8 @@ static __always_inline bool alg_shifts(const struct packet *p, const struct sess
 		__builtin_memset(&control->over, 0, sizeof(*control) - offsetof(struct control, over));
 	if (p->tcp_flags & TCP_ACK && (!p->alg || packet_has_text(p)))
 		control->acked[!direction] = bpf_ntohl(p->ack);
-	return control->shifts[OUTBOUND].count | control->shifts[INBOUND].count;
+	return control->shifts[OUTBOUND].count | control->shifts[INBOUND].count | control->shifts[OUTBOUND].before |
+	       control->shifts[INBOUND].before;
 }
 
 /* Once more by the same hook. */

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -291,7 +291,8 @@ class SessionsOpenings:
     """What one control session may have: :class:`xdpmasq.alg.api.Openings`.
 
     Attributes:
-        most: how many at once.
+        most: how many at once; also of :attr:`followed`.
+        followed: ports.
     """
 
     pinholes: Pinholes
@@ -301,6 +302,7 @@ class SessionsOpenings:
     control: Control
     most: int
     alg: str
+    followed: set[int] = field(default_factory=set)
 
     def open(
         self,
@@ -369,8 +371,24 @@ class SessionsOpenings:
         if endpoint.address not in (host, self.control.remote.address):
             raise Refused(f"{endpoint} is neither of the host nor of its remote")
         assert isinstance(host, IPv4Address)
-        hz = int(self.tables.settings["hz"])
-        switches.follow(self.tables, self.alg, host, endpoint.port, LASTS_S * hz)
+        still = {port for port in self.followed if switches.is_followed(self.tables, host, port)}
+        self.followed.intersection_update(still)
+        if endpoint.port not in still and len(still) >= self.most:
+            raise Refused(f"{self.most} others are followed")
+        self.followed.add(endpoint.port)
+        switches.follow(self.tables, self.alg, host, endpoint.port, self._lasts)
+
+    def follow_on(self, port: int) -> None:
+        """If sessions with that port are read because another one has had them followed: for longer."""
+        host = self.control.internal.address
+        assert isinstance(host, IPv4Address)
+        if switches.is_followed(self.tables, host, port):
+            switches.follow(self.tables, self.alg, host, port, self._lasts)
+
+    @property
+    def _lasts(self) -> int:
+        """Jiffies."""
+        return LASTS_S * int(self.tables.settings["hz"])
 
     def _has(self, wish: Wish) -> bool:
         slot = self.pinholes.ports(self.wan).mapped(wish.endpoints[0])

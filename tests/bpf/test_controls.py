@@ -243,6 +243,18 @@ def test_the_agents_own_sequence_numbers_are_right_already(gateway: Gateway) -> 
     assert (times, got[TCP].seq, got[TCP].ack) == (3, 101, 501)
 
 
+def test_numbers_are_shifted_far_behind_the_last_edit(gateway: Gateway) -> None:
+    """Which is folded then: what lies 2 GiB behind cannot be told from what is ahead."""
+    port = control_session(gateway)
+    shift(gateway, port, OUT, Shifts(9))
+    seq = 101 + 2**31 + 100
+    verdict, frame, _ = passes(gateway, tcp(HOST, 5000, SERVER, 21, ACK, seq=seq, ack=501), OUT)
+    assert (verdict, IP(frame[14:])[TCP].seq) == ("pass", seq + 9)
+    verdict, frame, _ = passes(gateway, tcp(SERVER, 21, GATEWAY, port, ACK, seq=501, ack=seq + 9), IN)
+    assert (verdict, IP(frame[14:])[TCP].ack) == ("pass", seq)
+    assert_sums(frame)
+
+
 def test_a_new_connection_is_not_shifted(gateway: Gateway) -> None:
     """Over the same endpoints, after the earlier one was closed."""
     port = control_session(gateway)

@@ -278,6 +278,27 @@ def test_a_host_has_a_bound(gateway: Gateway, openings: SessionsOpenings, beyond
         calls_.delete((abi.addr(REMOTE), number, 0))
 
 
+def test_what_is_followed_has_a_bound_and_lasts(gateway: Gateway, all_: Pinholes) -> None:
+    """What is forgotten counts no more; what a session of its own goes on with is not forgotten."""
+    openings, table = of_session(gateway, all_, most=2), gateway.tables.maps["algs"]
+    for port in (6000, 6001, 6000):
+        openings.follow(Endpoint(REMOTE, port))
+    with pytest.raises(Refused, match="2 others"):
+        openings.follow(Endpoint(REMOTE, 6002))
+    keys = [(switches.ALG_ANY + 32, 0, int(np.uint16(port).byteswap()), abi.addr(HERE)) for port in (6000, 6001)]
+    for key in keys:
+        record = table.get(key)
+        record["expires"] = (bpf.jiffies() - 1) % 2**32
+        table.set(key, record)
+    openings.follow_on(6001)
+    openings.follow_on(21)
+    switches.forget(gateway.tables)
+    assert [switches.is_followed(gateway.tables, HERE, port) for port in (6000, 6001, 21)] == [False, True, False]
+    openings.follow(Endpoint(REMOTE, 6002))
+    for port in (6001, 6002):
+        table.delete((switches.ALG_ANY + 32, 0, int(np.uint16(port).byteswap()), abi.addr(HERE)))
+
+
 def test_a_pair_that_the_table_has_no_room_for(
     gateway: Gateway, all_: Pinholes, openings: SessionsOpenings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

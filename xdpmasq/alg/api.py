@@ -113,7 +113,10 @@ class Openings(Protocol):
 
         Args:
             endpoint: of the session's own remote, or, as inside, of its host, where a pinhole is open. It is
-                forgotten when 300 s have passed, or the session ends.
+                forgotten 300 s later, but not while a session to it goes on.
+
+        Raises:
+            Refused: as many as :attr:`Alg.pinholes` are followed already.
         """
 
 

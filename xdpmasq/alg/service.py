@@ -140,6 +140,8 @@ class Service:
         """What is not read any more need not come by here: as soon as nothing is held."""
         if session.control.memory.get("over") and not session.over and all(each.settled for each in session.streams):
             session.over = True
+            for each in session.streams:
+                each.fold()
             self._write(session)
 
     def _handshake(self, session: _Session, direction: int, parsed: Packet) -> None:
@@ -339,7 +341,10 @@ class Service:
         return {name: dict(counts) for name, counts in sorted(self.counts.items())}
 
     def tick(self) -> None:
-        """Forgets sessions that have ended, reads no more in those whose ALG was switched off; ends pinholes."""
+        """Forgets sessions that have ended, reads no more in those whose ALG was switched off; ends pinholes.
+
+        What another session has had followed is, as long as it lives.
+        """
         for name, session in list(self._sessions.items()):
             record, control = self._controls.get(session.openings.owner), session.control
             if record is None or int(record["opened_at"]) != session.opened_at:
@@ -348,6 +353,12 @@ class Service:
             port = control.internal.port if control.from_outside else control.remote.port
             if self._alg_of(control.protocol, port, control.internal) is not session.alg:
                 control.memory["over"] = True
+            elif control.protocol == "tcp" and not session.over:
+                session.openings.follow_on(port)
+            for nth in range(2):
+                self._acknowledges(session, nth, int(record["acked"][nth]))
+            if any([stream.fold() for stream in session.streams]):
+                self._write(session)
         switches.forget(self._tables)
         self.pinholes.tick()
 

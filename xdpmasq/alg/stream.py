@@ -132,10 +132,22 @@ class Stream:
     @property
     def settled(self) -> bool:
         """Nothing is held, and nothing that was edited can be asked for again."""
-        if self._held or not self._regions:
+        edits = [each.end for each in self._regions] + [at for at, _ in self.shifts.steps]
+        if self._held or not edits:
             return not self._held
         delivered = self._delivered()
-        return delivered is not None and all(before(each.end, delivered) >= 0 for each in self._regions)
+        return delivered is not None and all(before(each, delivered) >= 0 for each in edits)
+
+    def fold(self) -> bool:
+        """Forgets where edits were, once settled: 2 GiB further on a place that is behind would seem to lie ahead.
+
+        Returns:
+            Whether :attr:`shifts` have changed.
+        """
+        if not self.settled or not self.shifts.steps:
+            return False
+        self.shifts.base, self.shifts.steps, self._regions = self.shifts.now, [], []
+        return True
 
     def begin(self, sequence: int) -> None:
         """A SYN with that number: a new connection."""

@@ -74,6 +74,12 @@ def follow(tables: Tables, name: str, host: IPv4Address, port: int, ticks: int) 
         tables.maps["algs"].set(key, _record(tables, name, (bpf.jiffies() + ticks) % 2**32))
 
 
+def is_followed(tables: Tables, host: IPv4Address, port: int) -> bool:
+    (key,) = _keys(Use("", (("tcp", port),), (IPv4Network(host),)))
+    there = tables.maps["algs"].get(key)
+    return there is not None and bool(there["passing"])
+
+
 def forget(tables: Tables) -> None:
     """Ends what :func:`follow` began, when its time is over."""
     table, now = tables.maps["algs"], bpf.jiffies()

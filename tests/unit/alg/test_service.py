@@ -22,6 +22,7 @@ from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.service import LATE_MOST, LONG_S, PAUSE_S, Service, _Session, _waited_s
+from xdpmasq.alg.stream import Shifts
 
 
 def forever() -> None:
@@ -247,6 +248,35 @@ def test_what_is_held_goes_on_when_nothing_is_read_any_more(service: Service, as
     inside, outside = asked.control.internal, asked.control.remote
     made = service._segment(asked, 0, segment(inside, outside, b"GET\nHo", flags=packets.ACK, seq=100, ack=1))
     assert [(direction, packet[40:]) for direction, packet in made] == [(0, b"GET\n"), (0, b"Ho")]
+
+
+@pytest.mark.parametrize("over", [True, False], ids=["over", "at the next tick"])
+def test_shifts_are_folded(service: Service, asked: _Session, monkeypatch: Any, over: bool) -> None:
+    """The other side has acknowledged all that was edited."""
+    written: list[_Session] = []
+    monkeypatch.setattr(service, "_write", written.append)
+    service._begin(asked, [Shifts(0, [(100, 3)]), Shifts()])
+    if over:
+        asked.control.memory["over"] = True
+        asked.acked[0] = 99
+        service._end_when_over(asked)
+        assert not asked.over
+        asked.acked[0] = 103
+        service._end_when_over(asked)
+        assert asked.over
+    else:
+        followed: list[int] = []
+        asked.openings = SimpleNamespace(owner=(), follow_on=followed.append)  # type: ignore[assignment]
+        service._sessions[b""] = asked
+        service._controls = {(): {"opened_at": 0, "acked": [103, 0]}}  # type: ignore[assignment]
+        service.pinholes = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
+        monkeypatch.setattr(service, "_alg_of", lambda *_: asked.alg)
+        monkeypatch.setattr("xdpmasq.alg.switches.forget", lambda _: None)
+        service.tick()
+        service.tick()
+        assert followed == [21, 21], "what another session has had read is read on"
+    assert written == [asked]
+    assert asked.streams[0].shifts == Shifts(3)
 
 
 def test_behind_a_gap_nothing_is_read(service: Service, asked: _Session) -> None:

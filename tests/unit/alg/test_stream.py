@@ -185,3 +185,28 @@ def test_an_acknowledgement_is_of_nothing_more(steps: list[tuple[int, int]], fir
     edited = {(at - back) % ROUND for at, _ in shifts.steps for back in range(1, 21)}
     for sequence in {each % ROUND for each in range(first, first + 700)} - edited:
         assert shifts.acked(shifts.seen(sequence)) == sequence
+
+
+def test_far_behind_an_edit_numbers_stay_shifted() -> None:
+    """2 GiB further on it would seem to lie ahead, if it were still remembered."""
+    made = stream(1000)
+    delivered = 1000
+    made._delivered = lambda: delivered
+    made.segment(1000, b"PORT ab\n")
+    ((end, more),) = made.shifts.steps
+    assert not made.fold(), "it may be asked for again"
+    delivered = end
+    assert made.fold()
+    assert (made.shifts.steps, made.settled) == ([], True)
+    far = (end + 2**31 + 100) % ROUND
+    assert made.shifts.seen(far) == far + more
+    assert made.shifts.acked(far + more) == far
+    assert made.segment(1000, b"PORT ab\n").pieces == (Piece(1000 + more, b"PORT ab\n"),), "all of it is behind"
+
+
+def test_shifts_of_an_earlier_agent_are_settled_when_they_have_arrived() -> None:
+    delivered = 1099
+    made = Stream(ready, edit, LONGEST, lambda: delivered, Shifts(0, [(1100, 5)]))
+    assert not made.settled
+    delivered = 1100
+    assert made.settled
