@@ -9,6 +9,7 @@ be read.
 from __future__ import annotations
 
 import re
+from collections import deque
 from ipaddress import IPv4Address
 from typing import ClassVar
 
@@ -20,10 +21,11 @@ _SIX = rb"(\d{1,3}(?:,\d{1,3}){5})"
 _PORT = re.compile(rb"(PORT +)" + _SIX + rb"( *\r?\n)", re.IGNORECASE)
 _EPRT = re.compile(rb"(EPRT +)(([!-/:-~])1\3(" + words.DOTTED + rb")\3(\d{1,5})\3)( *\r?\n)", re.IGNORECASE)
 _ASKS = re.compile(rb"(PASV|EPSV(?! +ALL)|AUTH)(?: [^\r\n]*)?\r?\n", re.IGNORECASE)
+_ASKED_MOST = 64  # commands before their answers; most clients send one at a time
 _REPLY = re.compile(rb"(\d{3})([ -])[^\n]*\n")
 # RFC 1123 section 4.1.2.6: the text around the numbers is anybody's, brackets may be missing.
-_227 = re.compile(rb"(227 [^\d\r\n]*)" + _SIX + rb"(?![,\d])([^\r\n]*\r?\n)")
-_229 = re.compile(rb"(229 [^(\r\n]*\(([!-/:-~])\2\2)(\d{1,5})(\2\)[^\r\n]*\r?\n)")
+_227 = re.compile(rb"(227[ -][^\d\r\n]*)" + _SIX + rb"(?![,\d])([^\r\n]*\r?\n)")
+_229 = re.compile(rb"(229[ -][^(\r\n]*\(([!-/:-~])\2\2)(\d{1,5})(\2\)[^\r\n]*\r?\n)")
 _ANSWERS = {b"227": b"PASV", b"229": b"EPSV", b"234": b"AUTH"}
 
 
@@ -36,8 +38,9 @@ class Ftp(CommandAlg):
 
     def translate_line(self, line: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         if side is control.client:
-            if asks := _ASKS.fullmatch(line):
-                control.memory["asked"] = asks[1].upper()
+            asks = _ASKS.fullmatch(line)
+            asked = control.memory.setdefault("asked", deque(maxlen=_ASKED_MOST))
+            asked.append(asks[1].upper() if asks else None)
             return _command(line, control, openings) if side is Side.INSIDE else line
         answers = _answer_to(line, control)
         if answers == b"AUTH":
@@ -63,23 +66,26 @@ def _command(line: bytes, control: Control, openings: Openings) -> bytes:
 def _answer_to(line: bytes, control: Control) -> bytes | None:
     """Which command of :data:`_ANSWERS` has been answered with yes.
 
-    Lines between "123-" and "123 " are a text that may quote anything, such as the name of a file.
+    Lines between "123-" and "123 " are a text that may quote anything, such as the name of a file. Answers come in the
+    order of the commands (RFC 959 section 5.4), but not every server answers each, and some of an earlier agent's time
+    are not known: so a question is asked until it is answered with its own code, or refused when it is the next.
     """
     memory, reply = control.memory, _REPLY.fullmatch(line)
     begun = memory.get("reply")
-    if begun is not None:
-        if reply and reply[2] == b" " and reply[1] == begun:
-            memory["reply"] = None
+    if begun is not None and not (reply and reply[2] == b" " and reply[1] == begun):
         return None
     if not reply:
         return None
-    if reply[2] == b"-":
-        memory["reply"] = reply[1]
-        return None
-    asked: bytes | None = memory.get("asked")
-    if asked and (_ANSWERS.get(reply[1]) == asked or reply[1][:1] in b"45"):
-        memory["asked"] = None
-        return asked if reply[1][:1] == b"2" else None
+    memory["reply"] = reply[1] if reply[2] == b"-" else None
+    asked: deque[bytes | None] = memory.setdefault("asked", deque(maxlen=_ASKED_MOST))
+    answered = _ANSWERS.get(reply[1])
+    if answered and answered in asked:
+        if reply[2] == b" ":
+            while asked.popleft() != answered:
+                pass
+        return answered
+    if reply[2] == b" " and asked and (asked[0] is None or reply[1][:1] in b"45") and reply[1][:1] != b"1":
+        asked.popleft()
     return None
 
 

@@ -269,7 +269,7 @@ def _open(medium: _Medium, lines: list[bytes], control: Control, openings: Openi
     """
     carries_rtp = "RTP/" in medium.protocol
     if medium.protocol.startswith("TCP/") or not (carries_rtp or medium.protocol.startswith(("UDP", "DTLS/"))):
-        raise Unparsed(f"a medium over {medium.protocol}")
+        return None  # it stays as it is, and keeps no other from being heard
     if medium.rtcp_host not in {None, medium.host}:
         raise Unparsed("RTCP is another host's")
     remote, host = control.remote.address, control.internal.address

@@ -142,6 +142,44 @@ CONVERSATIONS = [
         "within an answer of several lines",
         [outside(b"PASV\r\n"), inside(b"211-files:\r\n227 (192,168,1,10,200,21)\r\n211 end\r\n")],
     ),
+    Server(
+        "several commands at once: each answer is its own's",
+        [
+            outside(b"CWD x\r\nRETR a\r\nPASV\r\nNOOP\r\nPASV\r\n"),
+            inside(b"550 no\r\n150 here\r\n426 broken\r\n"),
+            inside(b"227 (192,168,1,10,200,21)\r\n", b"227 (203,0,113,1,156,64)\r\n"),
+            inside(b"200-so\r\n227 (192,168,1,10,200,21)\r\n200 ok\r\n"),
+            inside(b"227 (192,168,1,10,200,21)\r\n", b"227 (203,0,113,1,156,64)\r\n"),
+            inside(b"227 (192,168,1,10,200,21)\r\n"),
+        ],
+        OPENED,
+    ),
+    Server(
+        "the first of two is refused",
+        [
+            outside(b"EPSV\r\nPASV\r\n"),
+            inside(b"502 no\r\n227 (192,168,1,10,200,21)\r\n", b"502 no\r\n227 (203,0,113,1,156,64)\r\n"),
+        ],
+        OPENED,
+    ),
+    Server(
+        "an answer of several lines",
+        [
+            outside(b"PASV\r\n"),
+            inside(b"227-Entering\r\n 227 (192,168,1,10,200,22)\r\n"),
+            inside(b"227 (192,168,1,10,200,21)\r\n", b"227 (203,0,113,1,156,64)\r\n"),
+        ],
+        OPENED,
+    ),
+    Server(
+        "an answer of several lines, with the endpoint in the first",
+        [
+            outside(b"PASV\r\n"),
+            inside(b"227-(192,168,1,10,200,21)\r\n", b"227-(203,0,113,1,156,64)\r\n"),
+            inside(b"227 go on\r\n227 (192,168,1,10,200,21)\r\n"),
+        ],
+        OPENED,
+    ),
     Server("another host", [outside(b"PASV\r\n"), inside(b"227 (192,168,1,11,200,21)\r\n")]),
     Server("below 1024", [outside(b"PASV\r\n"), inside(b"227 (192,168,1,10,0,22)\r\n")]),
     Server("a remote's PORT", [outside(b"PORT 192,168,1,10,200,21\r\n"), outside(b"PORT 198,51,100,7,200,21\r\n")]),

@@ -365,9 +365,18 @@ CONVERSATIONS = [
             "forty digits": SDP.replace("5004", "5" * 40),
             "RTCP of another host": SDP + "a=rtcp:5999 IN IP4 192.168.1.11\n",
             "several pairs": SDP.replace("5004", "5004/2"),
-            "over TCP": SDP.replace("RTP/AVP", "TCP/MSRP"),
             "NUL": SDP.replace("0 8", "0 \0"),
         }.items()
+    ),
+    Phone(
+        "a medium over TCP stays, audio beside it does not",
+        [
+            says(
+                SDP + "m=message 2855 TCP/MSRP *\na=accept-types:text/plain\n",
+                SDP_OUTSIDE + "m=message 2855 TCP/MSRP *\na=accept-types:text/plain\n",
+            )
+        ],
+        AUDIO,
     ),
     Phone("not SDP", [inside(sip(REQUEST, SDP, kind="text/plain"), sip(REQUEST_OUTSIDE, SDP, kind="text/plain"))]),
     Phone(
