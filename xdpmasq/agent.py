@@ -73,7 +73,7 @@ class Agent:
         programs: over new tables, or over the ``adopted`` ones.
         adopted: the tables that an earlier agent left, to go on with.
         recorder: logs what happens, if anything is to be logged.
-        algs: the earlier one's, in this process: what they hold goes on.
+        algs, port: the earlier one's, in this process: what they hold goes on.
     """
 
     def __init__(
@@ -82,7 +82,9 @@ class Agent:
         programs: Programs,
         adopted: Tables | None = None,
         recorder: Recorder | None = None,
+        *,
         algs: Service | None = None,
+        port: Punt | None = None,
     ) -> None:
         self.config, self.programs, self.recorder = config, programs, recorder
         programs.load(functions(config))
@@ -101,7 +103,7 @@ class Agent:
         self._rules_are_put = False
         self._redirects = adopted is not None  # the LANs may bring redirected connections' answers back
         self._forwards = forwarding.Upkeep(tables)
-        self.algs, self.punting = self._with_algs(algs)
+        self.algs, self.punting = self._with_algs(algs, port)
         asked = self.manifest.get("pcp", {})
         self._asking = Asking(config, tables, self._reaper, self._hz, selector=self._selector, before=asked)
         self._settings()
@@ -128,22 +130,32 @@ class Agent:
         self._blocks = blocks.Upkeep(tables, self._reaper, self._forwards.slots)
         self._blocks.run()  # before there are packets
 
-    def _with_algs(self, before: Service | None) -> tuple[Service, Punting]:
+    def _with_algs(self, before: Service | None, port: Punt | None) -> tuple[Service, Punting]:
         """The ALGs, and the port by which they get packets."""
         tables, config = self.tables, self.config
         pinholes = Pinholes(tables, self._reaper, config.ports, self._hz)
         algs = before or Service(tables, pinholes, registry.find)
         algs.pinholes = pinholes
+        if port:
+            port.set(config.timeouts.fragment_s, config.limits.refusal)
         return algs, Punting(
             tables,
             self.programs,
             self._selector,
             lambda: Punt.open(tables, config.timeouts.fragment_s, config.limits.refusal, algs.take),
+            port,
         )
 
     def _settings(self) -> None:
         fields = settings.fields(self.config, self._hz, self.tables.further)
-        self.tables.set_settings(**fields, disarmed_at=bpf.jiffies(), heartbeat=bpf.jiffies(), punt=0, last=False)
+        port = self.punting.port
+        self.tables.set_settings(
+            **fields,
+            disarmed_at=bpf.jiffies(),
+            heartbeat=bpf.jiffies(),
+            punt=port.ifindex if port else 0,
+            last=False,
+        )
         self.tables.set_exempts(self.config.external.exempt)
 
     # --- beginning
@@ -385,11 +397,17 @@ class Agent:
         self.manifest["reload"] = {"count": count, "error": error.as_dict() if error else None}
         self.manifest.save()
 
-    def give_way(self, wanted: Config) -> None:
-        """To an agent of another configuration in this process: rules that it no longer has are taken out."""
+    def give_way(self, wanted: Config) -> Punt | None:
+        """To an agent of another configuration in this process: rules that it no longer has are taken out.
+
+        Returns:
+            The punt port, which is that one's now.
+        """
+        port = self.punting.hand_over()
         self._let_go()
         self._selector.close()
         rules.take(self.tables, self._reaper, [rule for rule in self.config.rules if rule not in wanted.rules])
+        return port
 
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""

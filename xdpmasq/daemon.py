@@ -14,6 +14,7 @@ from xdpmasq.alg.service import Service
 from xdpmasq.config import Config
 from xdpmasq.errors import DatapathError, MasqError
 from xdpmasq.programs import Programs
+from xdpmasq.punt import Punt
 from xdpmasq.recorder import recording
 from xdpmasq.signals import Signals
 from xdpmasq.tables import Tables
@@ -21,6 +22,7 @@ from xdpmasq.tables import Tables
 log = logging.getLogger("xdpmasq")
 
 Begun = tuple[Agent, contextlib.ExitStack]  # and what is to be closed after it
+Left = tuple[Programs | None, Service | None, Punt | None]  # and the punt port, which goes on
 
 
 def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifest: None) -> None:
@@ -44,9 +46,9 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
                     if wanted is None:
                         agent.stop()
                         return
-                    agent.give_way(wanted)
+                    port = agent.give_way(wanted)
             with presence.changing():
-                begun = _go_on(config, wanted, agent.programs, agent.algs, signals)
+                begun = _go_on(config, wanted, (agent.programs, agent.algs, port), signals)
             config = begun[0].config if begun else config
             del agent
             gc.collect()  # it refers to itself in many ways, and has a large table mapped
@@ -55,24 +57,26 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
 def _begin(
     config: Config,
     signals: Signals,
-    programs: Programs | None = None,
-    algs: Service | None = None,
+    left: Left = (None, None, None),
     *,
     anyhow: bool = False,
 ) -> Begun | None:
     """An agent at work; None: it was stopped before it had begun.
 
     Args:
-        programs, algs: of the agent before, in this process.
+        left: what the agent before has left in this process.
         anyhow: what cannot be attached to is tried again later.
     """
     if not anyhow:
         checks.check_interfaces(config)
+    programs, algs, port = left
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(_showing(config))
         recorder = stack.enter_context(recording(config.log))
         adopted: Tables | None = programs.tables if programs else datapath.find_of(config.wans)
-        agent = Agent(config, programs or adoption.programs_for(config, adopted), adopted, recorder, algs)
+        agent = Agent(
+            config, programs or adoption.programs_for(config, adopted), adopted, recorder, algs=algs, port=port
+        )
         if signals.stop:
             return None
         agent.start(anyhow=anyhow)
@@ -80,17 +84,21 @@ def _begin(
         return agent, stack.pop_all()
 
 
-def _go_on(config: Config, wanted: Config, programs: Programs, algs: Service, signals: Signals) -> Begun | None:
+def _go_on(
+    config: Config, wanted: Config, left: tuple[Programs, Service, Punt | None], signals: Signals
+) -> Begun | None:
     """With another configuration, or where that fails with the one that there was."""
+    programs, algs, port = left
     before = {*rules.placed(programs.tables), *config.rules}
     failed: MasqError | None = None
     try:
-        begun = _begin(wanted, signals, programs, algs)
+        begun = _begin(wanted, signals, left)
     except Exception as error:
         failed = error if isinstance(error, MasqError) else DatapathError("the agent failed", repr(error))
         log.warning("going on as before: %s", failed)
         rules.take(programs.tables, programs["masq_reap"], [rule for rule in wanted.rules if rule not in before])
-        begun = _begin(config, signals, programs, algs, anyhow=True)
+        left = programs, algs, port if port and port.is_open else None
+        begun = _begin(config, signals, left, anyhow=True)
     if begun:
         begun[0].note_reload(failed)
     return begun

@@ -121,7 +121,7 @@ class Orphans:
     """
 
     def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._all = _Share(*ROOM)
         self._sources: dict[bytes, _Share] = {}
         self._schedule: list[tuple[float, int, Key, _Datagram]] = []
@@ -171,7 +171,7 @@ class Orphans:
         while self._next() <= now:
             _, _, key, datagram = heapq.heappop(self._schedule)
             waited = now - datagram.since
-            left = self._patience_s - waited
+            left = self.patience_s - waited
             if left < POLL_S:
                 self.counts["expired"] += self._remove(key)
                 continue

@@ -80,7 +80,7 @@ class Punt:
         self._tap, self._known, self._icmp = tap, known, icmp
         self._orphans, self._algs = Orphans(patience_s), algs
         self._ways: OrderedDict[tuple[int, bytes], bytes] = OrderedDict()
-        self._messages = {REFUSED: refusal.REFUSALS[refusal_], TTL: refusal.TIME_EXCEEDED}
+        self.set(patience_s, refusal_)
         self._allowance = Allowance(refusal.TO_EACH, refusal.TO_ALL)
         self.counts = self._orphans.counts
         self.counts |= {"told": 0, "untold": 0}
@@ -100,8 +100,17 @@ class Punt:
             raise HostError("cannot open a raw ICMP socket", error.strerror or "", "run it as root") from error
         return cls(tap, lambda keys: known_firsts(tables, keys), icmp, patience_s, refusal_, algs=algs)
 
+    def set(self, patience_s: float, refusal_: Refusal) -> None:
+        """As another configuration has it; what is held stays."""
+        self._orphans.patience_s = patience_s
+        self._messages = {REFUSED: refusal.REFUSALS[refusal_], TTL: refusal.TIME_EXCEEDED}
+
     def fileno(self) -> int:
         return self._tap.fd
+
+    @property
+    def is_open(self) -> bool:
+        return self._icmp.fileno() >= 0
 
     @property
     def held(self) -> int:

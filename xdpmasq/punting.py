@@ -26,6 +26,7 @@ class Punting:
 
     Args:
         make: opens one; raises MasqError where there can be none.
+        port: one to go on with.
 
     Attributes:
         due_at: when :meth:`serve` is needed next if nothing comes before; monotonic seconds.
@@ -39,16 +40,22 @@ class Punting:
         programs: Programs,
         selector: selectors.BaseSelector,
         make: Callable[[], Punt],
+        port: Punt | None = None,
     ) -> None:
         self._tables, self._programs, self._selector, self._make = tables, programs, selector, make
         self._retry_at = 0.0
-        self.due_at = float("inf")
-        self.port: Punt | None = None
+        self.due_at = 0.0 if port else float("inf")
+        self.port = port
+        if port:
+            selector.register(port, selectors.EVENT_READ)
         self.report: dict[str, Any] = {"name": None, "why_not": ""}
 
     def keep(self) -> None:
         """Makes a port, at the start and when somebody has changed ours; says once why there is none."""
-        if self._is_whole() or time.monotonic() < self._retry_at:
+        if self.port and self._is_whole():
+            self.report = {"name": self.port.name, "why_not": ""}
+            return
+        if time.monotonic() < self._retry_at:
             return
         self.drop()
         before = self.report["why_not"]
@@ -77,6 +84,13 @@ class Punting:
             return
         pause = self.port.tick(now)
         self.due_at = float("inf") if pause is None else now + pause
+
+    def hand_over(self) -> Punt | None:
+        """The port, for somebody else to serve: what comes meanwhile waits in it."""
+        port, self.port = self.port, None
+        if port:
+            self._selector.unregister(port)
+        return port
 
     def drop(self) -> None:
         """Has none any more."""

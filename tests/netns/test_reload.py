@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,24 @@ def test_pinholes_outlive_it(of_file: Reloaded) -> None:
         assert end.recv(100) == b"here"
         near.sendall(b"PORT 192,168,0,2,156,65\r\n")
         assert far.recv(100).startswith(b"PORT 203,0,113,1,")
+
+
+def test_no_text_passes_unread_meanwhile(of_file: Reloaded) -> None:
+    """One agent hands the punt port over to the next: what comes in between waits there."""
+    gateway = of_file.gateway
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(gateway.listen("internet", 21, INTERNET))
+        near = stack.enter_context(gateway.tcp("a-box", (INTERNET, 21)))
+        far = stack.enter_context(listener.accept()[0]).makefile("rb")
+        others = iter(range(400, 1000))
+        reloading = stack.enter_context(ThreadPoolExecutor(1))
+        for _ in range(3):
+            done = reloading.submit(of_file.reload, f"[timeouts]\nudp_s = {next(others)}\n")
+            while not done.done():
+                near.sendall(b"PORT 192,168,0,2,156,66\r\n")
+                assert far.readline().startswith(b"PORT 203,0,113,1,")
+            assert done.result() == IN_FORCE
+    assert gateway.tables.counters()["alg_bypassed"] == 0
 
 
 def test_thirty_times_leak_nothing(of_file: Reloaded) -> None:
