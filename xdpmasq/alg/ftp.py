@@ -66,9 +66,9 @@ def _command(line: bytes, control: Control, openings: Openings) -> bytes:
 def _answer_to(line: bytes, control: Control) -> bytes | None:
     """Which command of :data:`_ANSWERS` has been answered with yes.
 
-    Lines between "123-" and "123 " are a text that may quote anything, such as the name of a file. Answers come in the
-    order of the commands (RFC 959 section 5.4), but not every server answers each, and some of an earlier agent's time
-    are not known: so a question is asked until it is answered with its own code, or refused when it is the next.
+    Lines between "123-" and "123 " are a text that may quote anything, such as the name of a file. Answers come in
+    the order of the commands (RFC 959 section 5.4), but not every server answers each, and some of an earlier agent's
+    time are not known: so a question is asked until it is answered with its own code, or refused when it is the next.
     """
     memory, reply = control.memory, _REPLY.fullmatch(line)
     begun = memory.get("reply")
