@@ -317,6 +317,7 @@ BOUNCES = {
 }
 
 
+@pytest.mark.req("attacks-bounce")
 @pytest.mark.parametrize("command", BOUNCES.values(), ids=BOUNCES)
 def test_a_bounce_opens_nothing(gateway: Gateway, talk: Talk, command: bytes) -> None:
     """RFC 2577 section 3."""

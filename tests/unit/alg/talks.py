@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 from fakes import GATEWAY, HOST, FakeOpenings, Pinhole, session
 
 from xdpmasq.alg.api import Alg, Control, Endpoint, Side, Unparsed
@@ -107,6 +109,12 @@ class Line:
         """Which an ALG knows how to replace without asking."""
         known = (self.control.internal.address, self.control.external.address)
         return any(address.packed in data or str(address).encode() in data for address in known)
+
+
+def cases(talks: Iterable[Talk]) -> list[Any]:
+    """To parametrize with. After a browser's request nothing may be read: that is what slipstreaming begins with."""
+    slipstream = pytest.mark.req("attacks-slipstream")
+    return [pytest.param(talk, id=talk.id, marks=[slipstream] if "browser" in talk.id else []) for talk in talks]
 
 
 def check(alg: Alg, talk: Talk) -> None:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 from fakes import HOST, REMOTE, FakeOpenings, session
-from talks import Talk, check, inside, outside
+from talks import Talk, cases, check, inside, outside
 
 from xdpmasq.alg.api import Endpoint, Refused, Side
 from xdpmasq.alg.ftp import Ftp
@@ -186,7 +186,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize("talk", CONVERSATIONS, ids=lambda talk: talk.id)
+@pytest.mark.parametrize("talk", cases(CONVERSATIONS))
 def test_what_is_heard_and_opened(talk: Talk) -> None:
     check(Ftp(), talk)
 

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from talks import Talk, check, inside, outside
+from talks import Talk, cases, check, inside, outside
 
 from xdpmasq.alg.rtsp import Rtsp
 
@@ -148,6 +148,6 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize("talk", CONVERSATIONS, ids=lambda talk: talk.id)
+@pytest.mark.parametrize("talk", cases(CONVERSATIONS))
 def test_what_is_heard_and_opened(talk: Talk) -> None:
     check(Rtsp(), talk)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 from fakes import FakeOpenings, session
-from talks import Said, Talk, check, inside, outside
+from talks import Said, Talk, cases, check, inside, outside
 
 from xdpmasq.alg.api import Refused, Side
 from xdpmasq.alg.sip import Sip
@@ -424,7 +424,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize("talk", CONVERSATIONS, ids=lambda talk: talk.id)
+@pytest.mark.parametrize("talk", cases(CONVERSATIONS))
 def test_what_is_heard_and_opened(talk: Talk) -> None:
     check(Sip(), talk)
 
