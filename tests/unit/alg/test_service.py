@@ -141,6 +141,7 @@ def test_a_late_message_ends_the_reading_of_its_own_session_only(
         assert service._ready(asked, Side.INSIDE, b"said") == 4
     service._end_when_over(asked)
     assert asked.over, "the kernel is told"
+    monkeypatch.setattr("xdpmasq.alg.service.LONG_S", LONG_S)
     other = _Session(asked.alg, session(21), None, 0)  # type: ignore[arg-type]
     asked.alg.does = lambda: b"edited"  # type: ignore[attr-defined]
     assert service._edited(asked, Side.INSIDE, b"said") == b"said"
