@@ -39,8 +39,6 @@ static __always_inline enum verdict basic_translate_quote(const struct packet *p
 	if (!quote_parse(p, &q))
 		return outbound ? drop(COUNT_drop_icmp_error_leak) : CONTINUE;
 	old = packet_addr(&q.inner, side);
-	if (outbound && prefix_role(q.inner.src) == PREFIX_INTERNAL)
-		return drop(COUNT_drop_icmp_error_leak);
 	if (outbound ? counterpart_outside(old, &twin) : counterpart_of(old, &twin))
 		return quote_rewrite(p, &q, side, twin, packet_port(&q.inner, side)) ? drop(COUNT_drop_rewrite) : CONTINUE;
 	return outbound && prefix_role(old) >= PREFIX_INTERNAL ? drop(COUNT_drop_icmp_error_leak) : CONTINUE;

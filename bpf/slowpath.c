@@ -222,8 +222,6 @@ static __always_inline enum verdict other_outbound(const struct settings *cfg, s
 
 	if (error && (role == PREFIX_OWN || role == PREFIX_INTERNAL))
 		return icmp_error_outbound(cfg, p, role == PREFIX_OWN);
-	if (error && role == PREFIX_FOREIGN && icmp_error_leaks(p))
-		return drop(COUNT_drop_icmp_error_leak);
 	verdict = source_policy(p);
 	if (verdict != CONTINUE)
 		return verdict;
