@@ -112,7 +112,7 @@ def test_the_sender_is_told(gateway: Gateway, settings: dict[str, object], ended
     gateway.attend()
     result = gateway.outbound(packet)
     assert (result.verdict, result.ended, result.punted) == ("redirect", ended, PUNT_REFUSED)
-    gateway.tables.set_settings(heartbeat=ago(4))
+    gateway.tables.set_settings(heartbeat=ago(11))
     assert gateway.outbound(packet).verdict == "drop"
     gateway.assert_tables_agree()
 
