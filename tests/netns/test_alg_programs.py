@@ -265,7 +265,7 @@ def test_a_connection_outlives_the_agent(gateway: Gateway) -> None:
             gateway.kill_agent()
             data_connection(gateway, listener, opened_by(line))
         tables = gateway.tables
-        tables.set_settings(heartbeat=(bpf.jiffies() - 10 * int(tables.settings["hz"])) % 2**32)
+        tables.set_settings(heartbeat=(bpf.jiffies() - 20 * int(tables.settings["hz"])) % 2**32)
         for size in (3, 2000):
             text = b"SITE " + b"x" * size + b"\r\n"
             assert talk.says(text) == text
