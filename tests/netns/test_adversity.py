@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from netkit import GATE, PATIENCE_S, Gateway, new_prefix, soon, who
-from test_pcp import ask
+from pcpclient import ask
 
 from xdpmasq import presence
 from xdpmasq.lab.servers import EchoServer

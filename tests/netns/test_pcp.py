@@ -15,12 +15,13 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
 from netkit import MEET, Gateway, soon, who
+from pcpclient import INSIDE, INSIDE_TOO, NUMBERS, Answer, ask, exchange, message
 
 from xdpmasq import forwarding
 from xdpmasq.config import Pcp
@@ -29,9 +30,6 @@ from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import FAR, HOSTS, INTERNET, PUBLIC
 
 pytestmark = [pytest.mark.xdist_group("pcp"), pytest.mark.req("6888-9")]
-INSIDE, INSIDE_TOO = ("192.168.0.1", 5351), ("192.168.1.1", 5351)
-NONCE = b"abcdefghijkl"
-NUMBERS = {"tcp": 6, "udp": 17}
 both = pytest.mark.parametrize("protocol", list(NUMBERS))
 
 
@@ -53,50 +51,6 @@ def gateway(_shared: Gateway) -> Iterator[Gateway]:
 
 
 # --- asking ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answer:
-    result: int
-    lifetime: int
-    epoch: int
-    port: int = 0
-    address: str = ""
-
-
-def message(
-    host: str, protocol: str, port: int, suggested: int = 0, lifetime: int = 600, *, nonce: bytes = NONCE
-) -> bytes:
-    """A MAP request (RFC 6887 section 11.1)."""
-    client = bytes(10) + b"\xff\xff" + IPv4Address(host).packed
-    body = nonce + struct.pack("!B3xHH", NUMBERS[protocol], port, suggested) + bytes(10) + b"\xff\xff" + bytes(4)
-    return struct.pack("!BBHI", 2, 1, 0, lifetime) + client + body
-
-
-def exchange(
-    client: socket.socket, text: bytes, server: tuple[str, int] = INSIDE, patience_s: float = 1
-) -> bytes | None:
-    """The answer, or None; asks again, as clients do."""
-    client.settimeout(patience_s / 2)
-    for _ in range(2):
-        client.sendto(text, server)
-        with contextlib.suppress(TimeoutError):
-            answer, sender = client.recvfrom(2000)
-            assert sender == server
-            return answer
-    return None
-
-
-def ask(gateway: Gateway, box: str, protocol: str, port: int, suggested: int = 0, **fields: Any) -> Answer:
-    """PCP: a mapping is asked for from a box, of the gateway's address in its LAN."""
-    server = INSIDE_TOO if box == "d-box" else INSIDE
-    with gateway.udp(box) as client:
-        text = exchange(client, message(HOSTS[box], protocol, port, suggested, **fields), server, 10)
-    assert text
-    _, opcode, _, result, lifetime, epoch = struct.unpack_from("!BBBBII", text)
-    assert opcode == 0x81
-    assigned, address = struct.unpack_from("!H16s", text, 42)
-    return Answer(result, lifetime, epoch, assigned, str(IPv4Address(address[12:])))
 
 
 def natpmpc(gateway: Gateway, box: str, *words: str) -> str:
