@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
@@ -227,8 +226,8 @@ def test_another_address_of_the_gateway(gateway: Gateway, all_: Pinholes, openin
     assert pinholes.listed(gateway.tables) == []
 
 
-def test_ten_thousand_take_no_time(gateway: Gateway, all_: Pinholes, openings: SessionsOpenings) -> None:
-    """Neither a tick nor another pinhole; when all are over at once, they go within some ticks."""
+def test_ten_thousand_end_within_some_ticks(gateway: Gateway, all_: Pinholes, openings: SessionsOpenings) -> None:
+    """When all are over at once; before, they are in nobody's way."""
     table = gateway.tables.maps["pinholes"]
     value = np.zeros((), table.value)
     value["expires"] = (bpf.jiffies() + 100 * TICKS) % 2**32
@@ -237,17 +236,13 @@ def test_ten_thousand_take_no_time(gateway: Gateway, all_: Pinholes, openings: S
     for nth, slot in enumerate(slots):
         value["internal"]["word"] = nth // 100
         table.set((slot, abi.addr(REMOTE)), value)
-    began = time.process_time()
     all_.tick()
     openings.open("tcp", at(40000), remote=REMOTE)
-    assert time.process_time() - began < 0.3
     assert len(all_.records()[0]) == len(slots) + 1
     gateway.tables.sessions["out"]["new_addr"][slots] = 0
     left = []
     while len(all_.records()[0]) > 1:
-        began = time.process_time()
         all_.tick()
-        assert time.process_time() - began < 0.3
         left.append(len(all_.records()[0]) - 1)
     assert left == [*range(len(slots) - 1024, 0, -1024), 0]
 
