@@ -39,6 +39,8 @@ static __always_inline enum verdict basic_translate_quote(const struct packet *p
 	if (!quote_parse(p, &q))
 		return outbound ? drop(COUNT_drop_icmp_error_leak) : CONTINUE;
 	old = packet_addr(&q.inner, side);
+	if (outbound && prefix_role(q.inner.src) == PREFIX_INTERNAL)
+		return drop(COUNT_drop_icmp_error_leak);
 	if (outbound ? counterpart_outside(old, &twin) : counterpart_of(old, &twin))
 		return quote_rewrite(p, &q, side, twin, packet_port(&q.inner, side)) ? drop(COUNT_drop_rewrite) : CONTINUE;
 	return outbound && prefix_role(old) >= PREFIX_INTERNAL ? drop(COUNT_drop_icmp_error_leak) : CONTINUE;
@@ -50,6 +52,8 @@ static __always_inline enum verdict basic_translate(const struct packet *p, enum
 	enum side quoted = side == SOURCE ? DESTINATION : SOURCE;
 	enum verdict verdict = CONTINUE;
 
+	if (side == SOURCE && packet_is_redirect(p) && !packet_is_later_fragment(p))
+		return drop(COUNT_drop_icmp_type);
 	if (packet_is_icmp_error(p) && !packet_is_later_fragment(p))
 		verdict = basic_translate_quote(p, quoted);
 	if (verdict != CONTINUE)

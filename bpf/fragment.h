@@ -88,6 +88,8 @@ static __always_inline enum verdict fragment_begin(const struct settings *cfg, c
 	struct fragment *known = fragment_recall(cfg, p), *first = fragment_blank(p);
 
 	if (known) {
+		/* Another datagram's, perhaps, with the same identification, and a redirect of the other address. */
+		known->new_addr[side == SOURCE ? DESTINATION : SOURCE] = (addr_t){};
 		known->new_addr[side] = new_addr;
 		known->wan = p->wan;
 		if (!fragment_fits(known, p))
@@ -123,7 +125,7 @@ static __always_inline bool fragment_is_own(const struct fragment *first)
 	return addr_is_unset(first->new_addr[SOURCE]) && addr_is_unset(first->new_addr[DESTINATION]);
 }
 
-/* Translates a later fragment as its first was: one address, or in a hairpin both. */
+/* Translates a later fragment as its first was. */
 static __always_inline enum verdict fragment_rewrite(const struct packet *p, struct fragment *first, enum counter done)
 {
 	struct fragment_key key = fragment_key_of(p);

@@ -61,6 +61,21 @@ static __always_inline enum verdict portless_error_outbound(const struct setting
 	return translated(p, COUNT_slow_icmp_error_outbound);
 }
 
+/* Would it tell the outside of a host inside, as the receiver of the quoted packet or as its sender? */
+static __always_inline bool quote_leaks(const struct quote *q)
+{
+	return prefix_role(q->inner.dst) >= PREFIX_INTERNAL || prefix_role(q->inner.src) == PREFIX_INTERNAL;
+}
+
+/* Of somebody for whom the gateway only routes: not ours to translate. */
+static __always_inline bool icmp_error_leaks(const struct packet *p)
+{
+	struct quote q = {};
+
+	quote_parse(p, &q);
+	return quote_leaks(&q) && !is_exempt(p, p->dst, 0);
+}
+
 static __always_inline enum verdict icmp_error_outbound(const struct settings *cfg, struct packet *p, bool own)
 {
 	struct quote q = {};
@@ -87,8 +102,7 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 				       pass(COUNT_slow_icmp_error_outbound);
 		if (!own)
 			return drop(COUNT_drop_icmp_error_no_session);
-		return prefix_role(q.inner.dst) >= PREFIX_INTERNAL ? drop(COUNT_drop_icmp_error_leak) :
-								      pass(COUNT_own_outbound);
+		return quote_leaks(&q) ? drop(COUNT_drop_icmp_error_leak) : pass(COUNT_own_outbound);
 	}
 	if (!own && choose_wan(p, s->internal.wan, s->out.new_addr) != CONTINUE)
 		return ELSEWHERE;

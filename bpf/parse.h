@@ -67,6 +67,12 @@ static __always_inline bool packet_is_icmp_error(const struct packet *p)
 	return p->proto == IPPROTO_ICMP && icmp_is_error(p->icmp_type);
 }
 
+/* It quotes a packet too. */
+static __always_inline bool packet_is_redirect(const struct packet *p)
+{
+	return p->proto == IPPROTO_ICMP && p->icmp_type == ICMP_REDIRECT;
+}
+
 static __always_inline bool packet_is_later_fragment(const struct packet *p)
 {
 	return p->fragment_offset > 0;

@@ -2,8 +2,8 @@
  * that leaves or enters the WAN through the stack: all of them in TC mode, what XDP passed up in XDP mode.
  */
 
-/* Whose packet is it? CONTINUE: an internal host's, to be translated. */
-static __always_inline enum verdict source_policy(const struct packet *p)
+/* Whose packet is it? CONTINUE: an internal host's, to be translated. @leaks: it quotes a packet of such a host. */
+static __always_inline enum verdict source_policy(const struct packet *p, bool leaks)
 {
 	struct interface *from = interface_at(p->skb->ingress_ifindex);
 	bool local = !p->skb->ingress_ifindex;
@@ -26,7 +26,7 @@ static __always_inline enum verdict source_policy(const struct packet *p)
 	/* Translated on its way in, but its LAN is gone and the default route leads back out. */
 	if (from && from->role == ROLE_WAN && prefix_role(p->dst) >= PREFIX_INTERNAL)
 		return drop(COUNT_drop_turned_round);
-	return pass(COUNT_own_outbound);
+	return leaks ? drop(COUNT_drop_icmp_error_leak) : pass(COUNT_own_outbound);
 }
 
 /* A socket of the gateway's own may have taken an external port that is mapped, towards the same remote: then its
@@ -95,7 +95,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	e->remote = p->dst;
 	e->internal_port = p->src_port;
 	e->remote_port = p->dst_port;
-	*verdict = p->own ? CONTINUE : source_policy(p);
+	*verdict = p->own ? CONTINUE : source_policy(p, false);
 	if (*verdict == CONTINUE)
 		*verdict = may_open(p);
 	if (*verdict != CONTINUE)
@@ -201,7 +201,7 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 		return ELSEWHERE;
 	if (first)
 		return fragment_rewrite(p, first, COUNT_slow_fragment_outbound);
-	verdict = source_policy(p);
+	verdict = source_policy(p, false);
 	if (verdict != CONTINUE)
 		return verdict;
 	if (!p->hairpin && punt(cfg, p, PUNT_FRAGMENT_OUT)) {
@@ -215,14 +215,13 @@ static __always_inline enum verdict fragment_outbound(const struct settings *cfg
 static __always_inline enum verdict other_outbound(const struct settings *cfg, struct packet *p)
 {
 	u32 role = prefix_role(p->src);
-	/* Redirects quote a packet too; of those only the gateway's own may leave. */
-	bool error = packet_is_icmp_error(p) ||
-		     (role == PREFIX_OWN && p->proto == IPPROTO_ICMP && p->icmp_type == ICMP_REDIRECT);
+	/* A redirect quotes a packet as errors do, but no host's leaves. */
+	bool error = packet_is_icmp_error(p) || (role != PREFIX_INTERNAL && packet_is_redirect(p));
 	enum verdict verdict;
 
 	if (error && (role == PREFIX_OWN || role == PREFIX_INTERNAL))
 		return icmp_error_outbound(cfg, p, role == PREFIX_OWN);
-	verdict = source_policy(p);
+	verdict = source_policy(p, error && icmp_error_leaks(p));
 	if (verdict != CONTINUE)
 		return verdict;
 	if (p->proto == IPPROTO_ICMP)

@@ -349,12 +349,36 @@ def test_own_error_about_a_translated_packet(
         pytest.param(IP(src=SERVER, dst=HOST, proto=17, frag=3) / Raw(bytes(64)), id="later fragment"),
         pytest.param(IP(src=SERVER, dst=HOST) / ICMP(type=13) / Raw(bytes(12)), id="ICMP timestamp"),
         pytest.param(udp(SERVER, 53, "10.1.2.3", 5001), id="private, not of our LAN"),
+        pytest.param(udp(HOST, 5001, SERVER, 53), id="from a host inside"),
     ],
 )
 def test_own_error_that_would_quote_an_internal_address(gateway: Gateway, quoted: Packet | bytes) -> None:
     gateway.open(udp(HOST, 5000, SERVER, 53))
     error = icmp_error(GATEWAY, SERVER, quoted, (3, 13))
     assert gateway.outbound(error, local=True).ended == "drop_icmp_error_leak"
+
+
+@pytest.mark.req("attacks-leak")
+@pytest.mark.parametrize("local", [False, True], ids=["routed", "the gateway's"])
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        pytest.param(udp(SERVER, 53, HOST, 5001), id="receiver inside"),
+        pytest.param(udp(HOST, 5001, SERVER, 53), id="sender inside"),
+        pytest.param(cut(udp(SERVER, 53, HOST, 5001), 0), id="nothing but the IP header"),
+        pytest.param(IP(src=SERVER, dst=HOST, proto=17, frag=3) / Raw(bytes(64)), id="later fragment"),
+    ],
+)
+def test_an_error_of_another_source_does_not_quote_an_internal_address(
+    gateway: Gateway, quoted: Packet | bytes, local: bool
+) -> None:
+    """From a router behind an interface that is neither LAN nor WAN, or from an external address not on the WAN."""
+    context = {"local": True} if local else {"ingress_ifindex": gateway.bench.punt.index}
+    for kind in ((11, 0), (5, 1)):
+        error = icmp_error(ROUTER, SERVER, quoted, kind)
+        assert gateway.outbound(error, **context).ended == "drop_icmp_error_leak"
+        of_others = icmp_error(ROUTER, SERVER, udp(SERVER, 53, OTHER_SERVER, 5001), kind)
+        assert gateway.outbound(of_others, **context).ended == "own_outbound"
 
 
 def test_own_errors_about_its_own_packets(gateway: Gateway) -> None:
@@ -482,5 +506,9 @@ def test_a_host_with_an_address_of_its_own_quotes_nobody_else(gateway: Gateway) 
         assert (ping.ended, IP(ping.bytes[28:])[ICMP].id) == ("slow_basic_outbound", 77)
         for about in (udp(SERVER, 53, OTHER_HOST, 5000), udp(SERVER, 53, "10.9.9.9", 5000)):
             assert gateway.outbound(icmp_error(HOST, SERVER, about)).ended == "drop_icmp_error_leak"
+        from_inside = icmp_error(HOST, SERVER, udp(OTHER_HOST, 53, HOST, 5000))
+        assert gateway.outbound(from_inside).ended == "drop_icmp_error_leak"
+        redirect = icmp_error(HOST, SERVER, udp(SERVER, 53, HOST, 5000), (5, 1))
+        assert gateway.outbound(redirect).ended == "drop_icmp_type"
     finally:
         gateway.tables.set_counterparts([])

@@ -302,6 +302,17 @@ def test_a_fragment_that_overtakes_its_first(gateway: Gateway) -> None:
     assert gateway.outbound(second).ended == "drop_fragment_orphan"
 
 
+def test_an_identification_that_comes_again(gateway: Gateway) -> None:
+    """A redirected datagram's, then one's that goes out: its pieces do not go to where the redirect led."""
+    redirect(gateway, "udp", "80", "3128", "lan")
+    redirected, _ = fragment(udp(HOST, 5000, SERVER, 80, bytes(2000), id=9), fragsize=1400)
+    first, second = fragment(udp(HOST, 5000, SERVER, 53, bytes(2000), id=9), fragsize=1400)
+    assert gateway.lan_in(redirected).ended == "slow_redirected"
+    assert gateway.outbound(first).ended == "slow_outbound"
+    result = gateway.outbound(second)
+    assert (result.ended, result.ip.src, result.ip.dst) == ("slow_fragment_outbound", GATEWAY, SERVER)
+
+
 def unreachable(src: str, dst: str, quoted: Packet) -> Packet:
     return IP(src=src, dst=dst) / ICMP(type=3, code=3) / Raw(wire(quoted)[:64])
 
