@@ -6,7 +6,9 @@
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
 # make fuzz      every ALG is told a million spoilt talks: an hour of one CPU, and more
-# make soak      reload, restart and kill the agent a thousand times under load: what is lost? ten minutes
+# make fuzz-packets   a hundred million mutated packets through every program: up to an hour; PACKETS=1000000 for fewer
+# make soak      reload, restart and kill the agent a thousand times under load: what is lost? ten minutes; MINUTES=60
+#                goes round for an hour, with files by FTP and another WAN address each time
 # make deb     build a Debian package into build/
 # make test-fresh   the commands above and the package, in a Debian 12 of their own: minutes
 # make conformance   write docs/conformance.md anew from the tests' marks, and docs/metrics.md from the list of metrics
@@ -14,7 +16,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-programs test-vm fuzz soak bench dashboards check conformance deb test-fresh clean
+.PHONY: setup demo test test-programs test-vm fuzz fuzz-packets soak bench dashboards check conformance deb test-fresh clean
 
 setup: $(VENV)/ready
 
@@ -60,8 +62,13 @@ INPUTS := 1000000
 fuzz: setup
 	XDPMASQ_ALG_INPUTS=$(INPUTS) $(PYTHON) -m pytest -v --durations=0 -k '($(FUZZ)) and no_wrong_pinhole' tests/unit/alg/test_alg_fuzz.py
 
+PACKETS := 100000000
+fuzz-packets: setup
+	$(PYTHON) tests/bpf/fuzzing.py --packets $(PACKETS)
+
+MINUTES := 0
 soak: setup
-	$(PYTHON) tools/soak.py
+	$(PYTHON) tools/soak.py --minutes $(MINUTES)
 
 conformance: setup
 	$(PYTHON) tools/conformance.py

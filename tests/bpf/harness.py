@@ -199,11 +199,14 @@ class Bench:
     Args:
         addresses: of each WAN, the external one.
         blocks: ports are given out in blocks.
+        programs: a class of them.
     """
 
-    def __init__(self, addresses: Sequence[str] = (GATEWAY,), *, blocks: bool = False) -> None:
+    def __init__(
+        self, addresses: Sequence[str] = (GATEWAY,), *, blocks: bool = False, programs: type[Programs] = Programs
+    ) -> None:
         self._places = [Place(IPv4Address(each), number) for number, each in enumerate(addresses)]
-        self.programs = Programs(
+        self.programs = programs(
             *(FURTHER, None, len(addresses), len(addresses)),
             blocks=blocks,
             sizes={"redirects": 256, "answers": 256},
