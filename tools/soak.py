@@ -39,7 +39,6 @@ from test_algs import FtpServer
 from xdpmasq.lab.servers import IPERF_PORT, EchoServer, IperfServer
 from xdpmasq.lab.topology import HOSTS, INTERNET, PUBLIC
 
-RATE = 20_000  # datagrams a second
 LENGTH = 64
 CONFIG = '[interfaces]\nwan = "wan0"\nlan = ["lan0"]\nmode = "{mode}"\n[timeouts]\nudp_s = {udp_s}\n'
 ADDRESSES = (PUBLIC, "203.0.113.5")
@@ -152,10 +151,10 @@ def digest(text: bytes) -> str:
 
 
 @contextlib.contextmanager
-def datagrams(gateway: Gateway) -> Iterator[None]:
+def datagrams(gateway: Gateway, rate: int) -> Iterator[None]:
     """What has been lost of them, iperf3's server knows: see :func:`server_report`."""
     command = ["iperf3", "-c", INTERNET, "-p", str(IPERF_PORT), "-u", "-l", str(LENGTH), "-t", "86400"]
-    process = gateway.lab.popen("a-box", [*command, "-b", str(RATE * LENGTH * 8)])
+    process = gateway.lab.popen("a-box", [*command, "-b", str(rate * LENGTH * 8)])
     time.sleep(1)
     yield
     process.send_signal(signal.SIGINT)
@@ -170,6 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=int, default=0, help="go round for so long, with a tenth of these each time"
     )
+    parser.add_argument("--rate", type=int, default=20_000, help="datagrams a second")
     parser.add_argument("--connections", type=int, default=200)
     parser.add_argument("--mode", choices=("tc", "xdp"), default="tc")
     wanted = parser.parse_args()
@@ -226,7 +226,7 @@ def soak(gateway: Gateway, wanted: argparse.Namespace) -> bool:
                 name=name,
                 times=times // 10 if wanted.minutes else times,
                 act=act,
-                connections=wanted.connections,
+                wanted=wanted,
             )
         if time.monotonic() > deadline:
             break
@@ -238,12 +238,12 @@ def soak(gateway: Gateway, wanted: argparse.Namespace) -> bool:
 
 
 def phase(
-    gateway: Gateway, server: FtpServer, *, name: str, times: int, act: Callable[[], None], connections: int
+    gateway: Gateway, server: FtpServer, *, name: str, times: int, act: Callable[[], None], wanted: argparse.Namespace
 ) -> bool:
-    talkers, churn, transfers = Talkers(gateway, connections), Churn(gateway), Transfers(gateway, server)
+    talkers, churn, transfers = Talkers(gateway, wanted.connections), Churn(gateway), Transfers(gateway, server)
     overrun, behind, leaked = overruns(gateway), backlog(), leaks(gateway)
     started = time.monotonic()
-    with datagrams(gateway):
+    with datagrams(gateway, wanted.rate):
         for _ in range(times):
             act()
         time.sleep(1)
@@ -253,18 +253,35 @@ def phase(
     report = server_report(gateway)
     overrun, behind, leaked = overruns(gateway) - overrun, backlog() - behind, leaks(gateway) - leaked
     lost = report["lost"] - overrun
-    gateway.masq("sessions", "flush", "--all")
-    left = len(gateway.sessions()) + len(gateway.mappings())
+    left = flushed(gateway)
     row = (
         *(name, times, f"{seconds:.0f}", report["packets"], lost, overrun, behind, talkers.broken, talkers.said),
-        *(churn.opened, churn.failed, transfers.done, transfers.again, leaked, left),
+        *(churn.opened, churn.failed, transfers.done, transfers.again, leaked, len(left)),
         *(own_bytes(gateway.agent_pid or 0) // 1024, tables_kb(gateway)),
     )
     print(" ".join(f"{each:>9}" for each in row), flush=True)
+    for each in left:
+        print("left:", each, flush=True)
     for why, count in transfers.whys.items():
         print(f"{count} transfers: {why}", flush=True)
-    broken = max(lost - behind, 0) + talkers.broken + churn.failed + leaked + left
+    broken = max(lost - behind, 0) + talkers.broken + churn.failed + leaked + len(left)
     return report["packets"] > 0 and not broken
+
+
+def flushed(gateway: Gateway) -> list[str]:
+    """What is left of sessions and mappings after all have been ended, and nobody has sent for a while.
+
+    Connections that were being closed may send until then, and what they send is of new sessions.
+    """
+    soon(lambda: not talking(gateway), "all connections are closed", 90)
+    gateway.masq("sessions", "flush", "--all")
+    return [*map(str, gateway.sessions()), *map(str, gateway.mappings().items())]
+
+
+def talking(gateway: Gateway) -> bool:
+    """Whether a box or a server has a TCP connection that is not over."""
+    listed = ("ss", "-Htn", "state", "connected", "exclude", "time-wait")
+    return any(gateway.lab.exec(role, [*listed]).stdout.strip() for role in ("a-box", "b-box", "c-box", "internet"))
 
 
 def seen(gateway: Gateway) -> str:
