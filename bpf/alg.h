@@ -20,26 +20,27 @@ static __always_inline u8 alg_marks(const struct __sk_buff *skb)
 	return (skb->mark & ALG_MARKED) == ALG_MARK ? skb->mark & ~ALG_MARKED : 0;
 }
 
-/* Is `at`, counted from 0, one of the shifts, and @sequence there or beyond? */
-static __always_inline u32 shift_applies(const struct shifts *shifts, u32 i, u32 at, u32 sequence)
+/* Is an edit that ends at @end, the @i-th one, counted from 0, and is @sequence there or beyond? */
+static __always_inline u32 shift_applies(const struct shifts *shifts, u32 i, u32 end, u32 sequence)
 {
-	return is_below(i, shifts->count) & (((sequence - at) >> 31) ^ 1);
+	return is_below(i, shifts->count) & (((sequence - end) >> 31) ^ 1);
 }
 
-/* A sequence number as the other side sees it; or @back, an acknowledgement by the other side as the sender sees it: of
- * nothing that follows an edit while that is not whole. Without jumps, see bits.h.
+/* A sequence number as the other side sees it; or @back, what the other side has said of one as the sender sees it. Of an
+ * edited text the sender is told nothing before all of it has arrived: what lies within stands for its beginning, or, where
+ * a block of SACK @begins, for its end. Without jumps, see bits.h.
  */
-static __always_inline u32 sequence_change(const struct shifts *shifts, u32 sequence, u32 back)
+static __always_inline u32 sequence_change(const struct shifts *shifts, u32 sequence, u32 back, u32 begins)
 {
 	u32 found = sequence + choose(back, -shifts->before, shifts->before);
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < SHIFTS; i++) {
-		u32 at = shifts->shift[i].at, by = shifts->shift[i].by;
-		u32 beyond = shift_applies(shifts, i, at + (by & -back), sequence);
-		u32 within = is_below(i, shifts->count) & back & (beyond ^ 1) & (at - found) >> 31;
+		u32 start = shifts->shift[i].start, end = shifts->shift[i].end, by = shifts->shift[i].by;
+		u32 beyond = shift_applies(shifts, i, end + (by & -back), sequence);
+		u32 within = is_below(i, shifts->count) & back & (beyond ^ 1) & (start - found) >> 31;
 
-		found = choose(beyond, sequence + choose(back, -by, by), choose(within, at, found));
+		found = choose(beyond, sequence + choose(back, -by, by), choose(within, choose(begins, end, start), found));
 	}
 	return found;
 }
@@ -63,7 +64,8 @@ static __always_inline long sequences_change(const struct packet *p, const struc
 		if (!place)
 			return -1;
 		old.word[0] = *place;
-		new.word[0] = bpf_htonl(sequence_change(&control->shifts[(direction ^ is_any(i)) & 1], bpf_ntohl(*place), is_any(i)));
+		new.word[0] = bpf_htonl(sequence_change(&control->shifts[(direction ^ is_any(i)) & 1], bpf_ntohl(*place), is_any(i),
+						      is_any(i >> 1) & ~i));
 		*place = new.word[0];
 		delta = csum_delta_addr(old, new);
 		if ((at - p->l4) & 1) /* the bytes stand in three words of the sum */

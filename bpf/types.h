@@ -331,8 +331,8 @@ struct control_key { /* of an ALG's control session */
 	u16 pad;
 };
 
-/* By how much sequence numbers of one direction differ for the other side: from `at` on, in the sender's own, by `by`;
- * before the oldest that is known by `before`. The agent writes them, oldest first.
+/* By how much sequence numbers of one direction differ for the other side: from the end of an edit on, in the sender's own,
+ * by `by`; before the oldest that is known by `before`. The agent writes them, oldest first.
  */
 #define SHIFTS 8
 
@@ -340,7 +340,8 @@ struct shifts {
 	u32 count;
 	u32 before;
 	struct {
-		u32 at;
+		u32 start; /* of what was edited */
+		u32 end;
 		u32 by;
 	} shift[SHIFTS];
 };

@@ -36,7 +36,7 @@ from scapy.packet import Packet
 
 from xdpmasq import abi, algs, bpf, calls
 from xdpmasq.alg import switches
-from xdpmasq.alg.stream import ROUND, Shifts
+from xdpmasq.alg.stream import ROUND, Shifts, Step
 
 FTP = algs.Use("ftp", (("tcp", 21), ("udp", 69)), (IPv4Network("192.168.0.2/32"),))
 ALG_MARK = 0x4D600000
@@ -77,6 +77,10 @@ def edges(packet: Packet) -> list[int]:
     return [each for name, value in packet[TCP].options if name == "SAck" for each in value]
 
 
+def sacked(shifts: Shifts, blocks: tuple[int, ...]) -> list[int]:
+    return [shifts.acked(each, begins=nth % 2 == 0) for nth, each in enumerate(blocks)]
+
+
 def control(gateway: Gateway, port: int) -> tuple[tuple[Any, ...], Any]:
     key = (port, abi.addr(IPv4Address(SERVER)), int(np.uint16(21).byteswap()), 0)
     return key, gateway.tables.maps["controls"].get(key)
@@ -86,8 +90,8 @@ def shift(gateway: Gateway, port: int, direction: int, shifts: Shifts) -> None:
     key, record = control(gateway, port)
     record["shifts"]["before"][direction] = shifts.base
     record["shifts"]["count"][direction] = len(shifts.steps)
-    for nth, (at, by) in enumerate(shifts.steps):
-        record["shifts"]["shift"]["at"][direction, nth], record["shifts"]["shift"]["by"][direction, nth] = at, by
+    for nth, step in enumerate(shifts.steps):
+        record["shifts"]["shift"][direction, nth] = tuple(step)
     gateway.tables.maps["controls"].set(key, record, bpf.UPDATE_EXIST)
 
 
@@ -187,7 +191,7 @@ def test_its_packets_keep_their_mark(gateway: Gateway) -> None:
     packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501, payload=b"PORT 1\r\n")
     assert passes(gateway, packet, OUT, 77)[0] == "redirect"
     assert gateway.outbound(packet, mark=ALG_MARK | READ).mark == 77
-    shift(gateway, port, OUT, Shifts(0, [(101, 3)]))
+    shift(gateway, port, OUT, Shifts(0, [Step(95, 101, 3)]))
     assert gateway.outbound(packet, mark=ALG_MARK | READ | SHIFTED).mark == 77
     bare = tcp(HOST, 5000, SERVER, 21, ACK, seq=109, ack=501)
     first = gateway.bench.programs["masq_wan_out"].test_run(
@@ -207,8 +211,9 @@ def test_numbers_are_shifted(gateway: Gateway, options: int, odd: bool, first: i
     chance = random.Random(options)
     mine, theirs = Shifts(), Shifts()
     for nth in range(8):
-        mine.add((first + 20 * nth) % ROUND, chance.randint(-7, 7))
-        theirs.add((first + 500 + 20 * nth) % ROUND, chance.randint(-7, 7))
+        for shifts, begin in ((mine, first), (theirs, first + 500)):
+            start = begin + 20 * nth + chance.randint(0, 12)
+            shifts.add(start % ROUND, (start + 8) % ROUND, chance.randint(-7, 17))
     shift(gateway, port, OUT, mine)
     shift(gateway, port, IN, theirs)
     for _ in range(60):
@@ -221,7 +226,7 @@ def test_numbers_are_shifted(gateway: Gateway, options: int, odd: bool, first: i
         got = IP(frame[14:])
         assert (verdict, times) == ("pass", 3)
         assert (got[TCP].seq, got[TCP].ack) == (mine.seen(seq), theirs.acked(ack))
-        assert edges(got) == [*map(theirs.acked, blocks)]
+        assert edges(got) == sacked(theirs, blocks)
         assert_sums(frame)
         packet = tcp(SERVER, 21, GATEWAY, port, ACK, seq=ack, ack=seq)
         packet[TCP].options = sack
@@ -229,14 +234,14 @@ def test_numbers_are_shifted(gateway: Gateway, options: int, odd: bool, first: i
         got = IP(frame[14:])
         assert (verdict, times, got.dst) == ("pass", 2, HOST)
         assert (got[TCP].seq, got[TCP].ack) == (theirs.seen(ack), mine.acked(seq))
-        assert edges(got) == [*map(mine.acked, blocks)]
+        assert edges(got) == sacked(mine, blocks)
         assert_sums(frame)
 
 
 def test_the_agents_own_sequence_numbers_are_right_already(gateway: Gateway) -> None:
     port = control_session(gateway)
     shift(gateway, port, OUT, Shifts(5))
-    shift(gateway, port, IN, Shifts(0, [(400, 9)]))
+    shift(gateway, port, IN, Shifts(0, [Step(390, 400, 9)]))
     packet = tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101, ack=501 + 9, payload=b"text")
     _, frame, times = passes(gateway, packet, OUT, ALG_MARK | READ)
     got = IP(frame[14:])
@@ -258,7 +263,7 @@ def test_numbers_are_shifted_far_behind_the_last_edit(gateway: Gateway) -> None:
 def test_a_new_connection_is_not_shifted(gateway: Gateway) -> None:
     """Over the same endpoints, after the earlier one was closed."""
     port = control_session(gateway)
-    shift(gateway, port, OUT, Shifts(0, [(50, 9)]))
+    shift(gateway, port, OUT, Shifts(0, [Step(40, 50, 9)]))
     session = gateway.session(HOST, 5000, "tcp", SERVER, 21)
     session["out"]["tcp_seen"] = session["in"]["tcp_seen"] = FIN | ACK | SYN
     _, frame, _ = passes(gateway, tcp(HOST, 5000, SERVER, 21, SYN, seq=900), OUT)

@@ -240,6 +240,34 @@ def test_segments_are_lost(gateway: Gateway) -> None:
             assert talk.is_told(answer) == answer
 
 
+FIRST_SHORT_TEXT = """\
+table ip losses {
+    chain input {
+        type filter hook input priority 0;
+        tcp dport 21 meta length 53-60 limit rate 1/hour burst 1 packets counter drop;
+    };
+}
+"""
+
+
+def test_a_part_of_an_edit_is_lost(gateway: Gateway, talk: Talk) -> None:
+    """Its text has grown beyond a packet, and the rest does not arrive: the sender is to send all of it again."""
+    for port in range(1024, 1034):  # "4,0" to "4,9"
+        line = talk.says(port_command(port))
+        if len(line) - len(port_command(port)) > len(b"\r\n"):
+            break
+    segment = talk.near.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+    site = b"SITE " + b"x" * (segment - len(port_command(port)) - 7) + b"\r\n"
+    gateway.lab.exec("internet", ["nft", "-f", "-"], input=FIRST_SHORT_TEXT)
+    try:
+        talk.near.sendall(site + port_command(port))
+        assert [talk.lines.readline() for _ in range(2)] == [site, line]
+        assert "packets 1 " in gateway.lab.exec("internet", ["nft", "list", "table", "ip", "losses"]).stdout
+    finally:
+        gateway.lab.exec("internet", ["nft", "delete", "table", "ip", "losses"])
+    assert talk.says(b"QUIT\r\n") == b"QUIT\r\n"
+
+
 @pytest.mark.parametrize("role", ["internet", "a-box"])
 def test_a_stray_syn_begins_nothing(gateway: Gateway, talk: Talk, role: str) -> None:
     """RFC 5961 section 4: the connection goes on, and so do its shifts."""

@@ -33,7 +33,7 @@ from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, PORTS
 from xdpmasq.alg import packets, switches
 from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
-from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Stream, before
+from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Step, Stream, before
 from xdpmasq.errors import ConfigError
 from xdpmasq.pinholes import Pinholes, SessionsOpenings
 from xdpmasq.tables import Tables
@@ -273,8 +273,8 @@ class Service:
         for direction, stream in enumerate(session.streams):
             shifts, steps = record["shifts"][direction], stream.shifts.steps
             shifts["before"], shifts["count"] = stream.shifts.base, len(steps)
-            for nth, (at, by) in enumerate(steps):
-                shifts["shift"]["at"][nth], shifts["shift"]["by"][nth] = at, by
+            for nth, step in enumerate(steps):
+                shifts["shift"][nth] = tuple(step)
         with contextlib.suppress(FileNotFoundError):  # it has just ended
             self._controls.set(session.openings.owner, record, bpf.UPDATE_EXIST)
 
@@ -365,7 +365,7 @@ class Service:
 
 def _shifts(record: Any) -> Shifts:
     steps = record["shift"][: int(record["count"])]
-    return Shifts(int(record["before"]), [(int(each["at"]), int(each["by"])) for each in steps])
+    return Shifts(int(record["before"]), [Step(*map(int, each)) for each in steps])
 
 
 def _length(found: Any, most: int) -> int:

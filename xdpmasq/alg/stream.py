@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 ROUND = 1 << 32
 REGIONS = 32  # edits that are remembered
@@ -29,40 +30,52 @@ def before(one: int, other: int) -> int:
     return (other - one + ROUND // 2) % ROUND - ROUND // 2
 
 
+class Step(NamedTuple):
+    """What stood from ``start`` to ``end``, by the sender's numbers, was edited: behind it they differ by ``by``."""
+
+    start: int
+    end: int
+    by: int
+
+
 @dataclass
 class Shifts:
-    """Of one direction: from each ``at``, in the sender's numbers, they differ by ``by``; before that by ``base``."""
+    """Of one direction; before the first step numbers differ by ``base``. As ``sequence_change`` of bpf/alg.h."""
 
     base: int = 0
-    steps: list[tuple[int, int]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
-    def add(self, at: int, more: int) -> None:
-        """From ``at`` on numbers differ by ``more`` more. Said again, nothing happens."""
-        if any(known == at for known, _ in self.steps):
+    def add(self, start: int, end: int, more: int) -> None:
+        """From ``end`` on numbers differ by ``more`` more. Said again, nothing happens."""
+        if any(known.end == end for known in self.steps):
             return
-        self.steps.append((at, (self.now + more) % ROUND))
+        self.steps.append(Step(start, end, (self.now + more) % ROUND))
         if len(self.steps) > SHIFTS:
-            self.base = self.steps.pop(0)[1]
+            self.base = self.steps.pop(0).by
 
     @property
     def now(self) -> int:
-        return self.steps[-1][1] if self.steps else self.base
+        return self.steps[-1].by if self.steps else self.base
 
     def seen(self, sequence: int) -> int:
-        """A sequence number as the other side sees it; ``sequence_change`` of bpf/alg.h."""
+        """A sequence number as the other side sees it."""
         by = self.base
-        for at, shift in self.steps:
-            by = shift if before(at, sequence) >= 0 else by
+        for step in self.steps:
+            by = step.by if before(step.end, sequence) >= 0 else by
         return (sequence + by) % ROUND
 
-    def acked(self, sequence: int) -> int:
-        """An acknowledgement by the other side as the sender sees it: nothing behind an edit that is not whole."""
+    def acked(self, sequence: int, *, begins: bool = False) -> int:
+        """What the other side has said of a number, as the sender sees it.
+
+        Of an edited text the sender is told nothing before all of it has arrived: whatever lies within stands for its
+        beginning, or, where a block of SACK ``begins``, for its end.
+        """
         found = (sequence - self.base) % ROUND
-        for at, by in self.steps:
-            if before((at + by) % ROUND, sequence) >= 0:
+        for start, end, by in self.steps:
+            if before((end + by) % ROUND, sequence) >= 0:
                 found = (sequence - by) % ROUND
-            elif before(at, found) > 0:
-                found = at
+            elif before(start, found) > 0:
+                found = end if begins else start
         return found
 
 
@@ -109,7 +122,6 @@ class Stream:
         shifts: those that the kernel has already, of the same connection.
 
     Attributes:
-        unexpected: segments that were dropped because an earlier one was missing, so far.
         jumped: some text was never here: what begins behind it need not be the beginning of a message.
     """
 
@@ -122,7 +134,6 @@ class Stream:
         self._held, self._held_at = b"", 0
         self._regions: list[Region] = []
         self._told: int | None = None  # what is before is not the sender's any more
-        self.unexpected = 0
         self.jumped = False
 
     @property
@@ -132,7 +143,7 @@ class Stream:
     @property
     def settled(self) -> bool:
         """Nothing is held, and nothing that was edited can be asked for again."""
-        edits = [each.end for each in self._regions] + [at for at, _ in self.shifts.steps]
+        edits = [each.end for each in self._regions] + [step.end for step in self.shifts.steps]
         if self._held or not edits:
             return not self._held
         delivered = self._delivered()
@@ -167,7 +178,17 @@ class Stream:
             return self._too_early(sequence, text, last)
         if late >= len(text) > 0:
             return self._again(sequence, text)
+        if text and self._is_full:
+            return Outcome()  # it will be sent again
         return self._fresh(sequence, text, late, last)
+
+    @property
+    def _is_full(self) -> bool:
+        """With one edit more the oldest would be forgotten, and it may still be asked for again."""
+        edits = [self._regions[0].end] if len(self._regions) == REGIONS else []
+        edits += [self.shifts.steps[0].end] if len(self.shifts.steps) == SHIFTS else []
+        delivered = self._delivered() if edits else None
+        return bool(edits) and (delivered is None or any(before(each, delivered) < 0 for each in edits))
 
     def release(self) -> tuple[Piece, ...]:
         """What is held goes on, as nothing is read any more."""
@@ -177,7 +198,6 @@ class Stream:
 
     def _too_early(self, sequence: int, text: bytes, last: bool) -> Outcome:
         """Something is missing, and will be sent again; unless it went another way, while nobody attended here."""
-        self.unexpected += 1
         assert self._next is not None
         delivered = self._delivered()
         if delivered is None or before(self._next, delivered) <= 0:
@@ -234,7 +254,7 @@ class Stream:
         self._keep(Region((at + head) % ROUND, end, changed[head : len(changed) - tail]))
         more = len(changed) - len(message)
         if more:
-            self.shifts.add(end, more)
+            self.shifts.add((at + head) % ROUND, end, more)
         return bool(more)
 
     def _keep(self, region: Region) -> None:

@@ -22,7 +22,7 @@ from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.service import LATE_MOST, LONG_S, PAUSE_S, Service, _Session, _waited_s
-from xdpmasq.alg.stream import Shifts
+from xdpmasq.alg.stream import Shifts, Step
 
 
 def forever() -> None:
@@ -256,7 +256,7 @@ def test_shifts_are_folded(service: Service, asked: _Session, monkeypatch: Any, 
     """The other side has acknowledged all that was edited."""
     written: list[_Session] = []
     monkeypatch.setattr(service, "_write", written.append)
-    service._begin(asked, [Shifts(0, [(100, 3)]), Shifts()])
+    service._begin(asked, [Shifts(0, [Step(90, 100, 3)]), Shifts()])
     if over:
         asked.control.memory["over"] = True
         asked.acked[0] = 99

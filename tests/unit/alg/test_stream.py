@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdpmasq.alg.stream import ROUND, SHIFTS, Outcome, Piece, Shifts, Stream, before
+from xdpmasq.alg.stream import ROUND, SHIFTS, Outcome, Piece, Shifts, Step, Stream, before
 
 LINE = re.compile(rb"PORT (\w+)\n")
 LONGEST = 64
@@ -56,6 +56,13 @@ class Receiver:
                 self.waiting.remove(each)
 
 
+def cut(piece: Piece, chance: random.Random) -> list[Piece]:
+    """As packets do that have no room for all of it."""
+    places = sorted({0, *(chance.randrange(len(piece.text) + 1) for _ in range(chance.choice([0, 0, 1, 3])))})
+    ends = [*places[1:], len(piece.text)]
+    return [Piece((piece.sequence + at) % ROUND, piece.text[at:to]) for at, to in zip(places, ends, strict=True)]
+
+
 @pytest.mark.req("attacks-alg_fuzz")
 @given(
     st.lists(
@@ -63,17 +70,21 @@ class Receiver:
     ),
     st.integers(0, 2**32),
     st.sampled_from([0, 1000, ROUND - 20]),
+    st.sampled_from([1.0, 0.5, 0.05]),
 )
 @settings(max_examples=600, deadline=None)
-def test_whatever_the_segments(lines: list[bytes], seed: int, first: int) -> None:
-    """Segments of any size are lost and repeated, with other boundaries, before us and behind."""
+def test_whatever_the_segments(lines: list[bytes], seed: int, first: int, often: float) -> None:
+    """Segments of any size are lost and repeated, with other boundaries, before us and behind; answers, too."""
     chance, text, far = random.Random(seed), b"".join(lines), Receiver(first)
-    made = Stream(ready, edit, LONGEST, lambda: made.shifts.acked(far.next))
+    said = first  # by the other side, as far as it has come to us
+    made = Stream(ready, edit, LONGEST, lambda: made.shifts.acked(said))
     made.begin((first - 1) % ROUND)
     acked = sent = 0
-    for _ in range(2000):
+    for _ in range(4000):
         if acked == len(text):
             break
+        if chance.random() < often:
+            said = far.next
         start = chance.choice([acked, acked, sent])
         end = min(len(text), start + chance.randint(1, 12))
         sent = max(sent, end)
@@ -81,9 +92,10 @@ def test_whatever_the_segments(lines: list[bytes], seed: int, first: int) -> Non
             continue
         outcome = made.segment((first + start) % ROUND, text[start:end])
         for piece in outcome.pieces:
-            if chance.random() < 0.8:
-                far.take(piece)
-        known = before(first, made.shifts.acked(far.next))
+            for part in cut(piece, chance):
+                if chance.random() < 0.8:
+                    far.take(part)
+        known = before(first, made.shifts.acked(said))
         assert known <= sent, "an acknowledgement of what was never sent"
         told = before(first, outcome.acked) if outcome.acked is not None else 0
         acked = max(acked, known, told)
@@ -168,23 +180,48 @@ def test_after_a_restart_of_the_agent() -> None:
 def test_more_shifts_than_are_kept() -> None:
     shifts = Shifts()
     for nth in range(SHIFTS + 3):
-        shifts.add(100 * nth, 1)
+        shifts.add(100 * nth - 10, 100 * nth, 1)
     assert (shifts.base, len(shifts.steps), shifts.now) == (3, SHIFTS, SHIFTS + 3)
     assert [shifts.seen(at) - at for at in (0, 299, 300, 5000)] == [3, 3, 4, 11]
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 50), st.integers(-20, 20)), max_size=SHIFTS), st.sampled_from([0, ROUND - 60])
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.integers(0, 20)), max_size=SHIFTS),
+    st.sampled_from([0, ROUND - 60]),
 )
-def test_an_acknowledgement_is_of_nothing_more(steps: list[tuple[int, int]], first: int) -> None:
-    """And the other side's acknowledgement of everything is one of everything."""
-    shifts, at = Shifts(), first
-    for further, more in steps:
-        at = (at + 20 + further) % ROUND
-        shifts.add(at, more)
-    edited = {(at - back) % ROUND for at, _ in shifts.steps for back in range(1, 21)}
-    for sequence in {each % ROUND for each in range(first, first + 700)} - edited:
-        assert shifts.acked(shifts.seen(sequence)) == sequence
+def test_of_what_was_edited_all_has_arrived_or_nothing(edits: list[tuple[int, int, int]], first: int) -> None:
+    """Whatever the other side acknowledges: plain text, so many bytes edited, into so many, plain text, …"""
+    shifts, begins, ends = Shifts(), {}, {}  # to what each number of the other side's has to be translated
+    sent = seen = first
+    for plain, before_, after in [*edits, (50, 0, 0)]:
+        for nth in range(plain + 1):
+            begins[seen + nth] = ends[seen + nth] = sent + nth
+        sent, seen = sent + plain, seen + plain
+        if before_ == after:
+            continue  # nothing to be said of it
+        for nth in range(1, after):
+            begins[seen + nth], ends[seen + nth] = sent + before_, sent
+        shifts.add(sent % ROUND, (sent + before_) % ROUND, after - before_)
+        sent, seen = sent + before_, seen + after
+        begins[seen] = ends[seen] = sent
+    assert [each for each, to in ends.items() if shifts.acked(each % ROUND) != to % ROUND] == []
+    assert [each for each, to in begins.items() if shifts.acked(each % ROUND, begins=True) != to % ROUND] == []
+
+
+def test_more_edits_on_their_way_than_are_remembered() -> None:
+    """The next one waits, as the oldest could not be repeated."""
+    said = 0
+    made = Stream(ready, edit, LONGEST, lambda: made.shifts.acked(said))
+    made.begin(ROUND - 1)
+    line, edited = b"PORT ab\n", b"PORT baba\n"
+    for nth in range(SHIFTS):
+        assert made.segment(8 * nth, line).pieces == (Piece(10 * nth, edited),)
+    assert made.segment(8 * SHIFTS, line) == Outcome()
+    assert made.segment(0, line).pieces == (Piece(0, edited),), "again"
+    said = 8
+    assert made.segment(8 * SHIFTS, line) == Outcome(), "not all of the first one has arrived"
+    said = 9
+    assert made.segment(8 * SHIFTS, line).pieces == (Piece(10 * SHIFTS, edited),)
 
 
 def test_far_behind_an_edit_numbers_stay_shifted() -> None:
@@ -193,7 +230,7 @@ def test_far_behind_an_edit_numbers_stay_shifted() -> None:
     delivered = 1000
     made._delivered = lambda: delivered
     made.segment(1000, b"PORT ab\n")
-    ((end, more),) = made.shifts.steps
+    ((_, end, more),) = made.shifts.steps
     assert not made.fold(), "it may be asked for again"
     delivered = end
     assert made.fold()
@@ -206,7 +243,7 @@ def test_far_behind_an_edit_numbers_stay_shifted() -> None:
 
 def test_shifts_of_an_earlier_agent_are_settled_when_they_have_arrived() -> None:
     delivered = 1099
-    made = Stream(ready, edit, LONGEST, lambda: delivered, Shifts(0, [(1100, 5)]))
+    made = Stream(ready, edit, LONGEST, lambda: delivered, Shifts(0, [Step(1090, 1100, 5)]))
     assert not made.settled
     delivered = 1100
     assert made.settled
