@@ -31,6 +31,7 @@ MOST_OF_A_HOST = 256  # pinholes, and calls
 MOST_OF_A_TICK = 1024  # that are ended; to packets they are over anyway
 CLI_S = 0.2  # that a message may wait for a command at work
 OVERTAKEN_MOST = 3
+MOST_OF_A_MESSAGE = 64  # calls of SessionsOpenings.open, which take a millisecond each
 ANYBODY = IPv4Address(0)
 
 Owner = tuple[Any, ...]  # ``struct control_key``
@@ -186,7 +187,7 @@ class Pinholes:
         )
 
     def keep_latest(self, owner: Owner, most: int) -> None:
-        """Of what a control session has, the oldest go."""
+        """Of the ports that a control session has open, the oldest go."""
         now, mine = bpf.jiffies(), np.array(owner, self._tables.maps["controls"].key)
 
         def oldest(keys: bpf.Array, values: bpf.Array) -> npt.NDArray[np.bool_]:
@@ -286,13 +287,14 @@ class Pinholes:
         self._tables.reap(self._reaper, np.setdiff1d(np.asarray(slots, np.uint32), kept), REAP_YIELD)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SessionsOpenings:
     """What one control session may have: :class:`xdpmasq.alg.api.Openings`.
 
     Attributes:
-        most: how many at once; also of :attr:`followed`.
+        most: ports that are open at once; also of :attr:`followed`.
         followed: ports.
+        asked: calls of :meth:`open` for the message that is being read.
     """
 
     pinholes: Pinholes
@@ -303,6 +305,7 @@ class SessionsOpenings:
     most: int
     alg: str
     followed: set[int] = field(default_factory=set)
+    asked: int = 0
 
     def open(
         self,
@@ -315,6 +318,9 @@ class SessionsOpenings:
         sessions: int = 1,
         pair: bool = False,
     ) -> Endpoint:
+        self.asked += 1
+        if self.asked > MOST_OF_A_MESSAGE:
+            raise Refused(f"one message asks for more than {MOST_OF_A_MESSAGE}")
         if internal.address != self.control.internal.address:
             raise Refused(f"{internal} is not of the host that says so")
         if self.pinholes.count(internal.address) >= MOST_OF_A_HOST:
@@ -331,7 +337,7 @@ class SessionsOpenings:
             protocol, internal.address, internal.port, remote, remote_port or 0, lasts_s, sessions=sessions, pair=pair
         )
         if not self._has(wish):
-            self.pinholes.keep_latest(self.owner, (self.most - 1) * (1 + pair))
+            self.pinholes.keep_latest(self.owner, self.most - len(wish.endpoints))
         try:
             with presence.changing(CLI_S):  # commands take ports, too
                 return self.pinholes.open(self.owner, self.wan, wish)

@@ -17,7 +17,7 @@ from xdpmasq.alg import switches
 from xdpmasq.alg.api import Control, Endpoint, Refused
 from xdpmasq.alg.ftp import Ftp
 from xdpmasq.alg.irc import Irc
-from xdpmasq.pinholes import Pinholes, SessionsOpenings
+from xdpmasq.pinholes import MOST_OF_A_MESSAGE, Pinholes, SessionsOpenings
 from xdpmasq.ports import Ports
 
 REMOTE, HERE = IPv4Address(SERVER), IPv4Address(HOST)
@@ -48,6 +48,11 @@ def of_session(gateway: Gateway, all_: Pinholes, *, most: int) -> SessionsOpenin
 
 def at(port: int) -> Endpoint:
     return Endpoint(HERE, port)
+
+
+def held(all_: Pinholes) -> set[int]:
+    """External ports with a pinhole."""
+    return {int(slot) % abi.PORTS for slot in all_.records()[0]["mapping"]}
 
 
 def comes_in(gateway: Gateway, port: int, remote: str = SERVER, sport: int = 20) -> str | None:
@@ -111,6 +116,28 @@ def test_how_many_a_session_may_have(gateway: Gateway, all_: Pinholes, alg: type
     assert [each.internal.port for each in pinholes.listed(gateway.tables)] == [
         40000 + nth for nth in range(2, most + 2)
     ]
+
+
+def test_a_pair_counts_as_two(gateway: Gateway, all_: Pinholes) -> None:
+    """Whatever is opened beside it: the bound is one of ports, and the oldest go."""
+    openings = of_session(gateway, all_, most=4)
+    first = openings.open("udp", at(40000), remote=REMOTE, lasts_s=100, pair=True).port
+    one, two = (openings.open("udp", at(41001 + nth), remote=REMOTE, lasts_s=101 + nth).port for nth in range(2))
+    assert held(all_) == {first, first + 1, one, two}
+    second = openings.open("udp", at(42000), remote=REMOTE, lasts_s=110, pair=True).port
+    assert held(all_) == {one, two, second, second + 1}
+    three = openings.open("udp", at(43001), remote=REMOTE, lasts_s=111).port
+    assert held(all_) == {two, second, second + 1, three}
+
+
+def test_one_message_has_a_bound(openings: SessionsOpenings) -> None:
+    """Of time, too: each opening takes some."""
+    for nth in range(MOST_OF_A_MESSAGE):
+        openings.open("tcp", at(40000 + nth % 2), remote=REMOTE)
+    with pytest.raises(Refused, match="one message"):
+        openings.open("tcp", at(40000), remote=REMOTE)
+    openings.asked = 0
+    assert openings.open("tcp", at(40000), remote=REMOTE)
 
 
 def test_the_same_again_is_the_same(gateway: Gateway, openings: SessionsOpenings) -> None:

@@ -99,7 +99,7 @@ class Openings(Protocol):
                 and RTCP.
 
         Raises:
-            Refused: not that one.
+            Refused: not that one, or one message has asked for too many.
         """
 
     def external(self, protocol: str, internal: Endpoint) -> Endpoint | None:
@@ -127,7 +127,7 @@ class Alg:
         name: as users write it.
         ports: of the servers, by protocol; users may name others.
         longest: bytes of one side that are held while a message is not complete (TCP).
-        pinholes: that a session may have open at once.
+        pinholes: ports that a session may have open at once; a pair has two.
     """
 
     name: ClassVar[str]

@@ -30,7 +30,7 @@ class H323(FramedAlg):
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"tcp": (1720,)}
     head = 4
     longest = 8192  # reading takes up to 20 µs a byte
-    pinholes = 8
+    pinholes = 16
 
     def length(self, head: bytes) -> int:
         """Of a TPKT (RFC 1006 section 6): 3, 0, the length of all."""

@@ -35,7 +35,7 @@ class Rtsp(Alg):
     name = "rtsp"
     ports: ClassVar = {"tcp": (554,)}  # 7070, where RealServer listens, too, is PNA's
     longest = _FORM.longest
-    pinholes = 8
+    pinholes = 16
 
     def ready(self, data: bytes, side: Side) -> int:
         return _FORM.ready(data)

@@ -292,6 +292,7 @@ class Service:
         if session.control.memory.get("over"):
             return data
         counts["messages"] += 1
+        session.openings.asked = 0
         found = self._trusted(session, lambda: _text(alg.translate(data, side, session.control, session.openings)))
         if found is None:
             return data

@@ -48,13 +48,14 @@ _RPORT = re.compile(rb"(;\s*rport\s*=\s*)(\d{1,5})(?=[\s;]|\Z)", re.IGNORECASE)
 _DEFAULT = 5060
 _SIGNALLING_S = 300.0  # pinholes last no longer; the host registers again, or the session lives
 _MEDIA_S = 300.0  # while it rings
+_MEDIA_MOST = 16  # of a host, in one body: each may need two ports
 
 
 class Sip(Alg):
     name = "sip"
     ports: ClassVar = {"udp": (5060,), "tcp": (5060,)}
     longest = _FORM.longest
-    pinholes = 16
+    pinholes = 32
 
     def ready(self, data: bytes, side: Side) -> int:
         return _FORM.ready(data)
@@ -222,9 +223,14 @@ def _sdp(body: bytes, control: Control, openings: Openings) -> bytes:
     """
     lines = _SDP_LINES.findall(body)
     added: dict[int, bytes] = {}
-    for medium in _media(lines):
-        if medium.host != control.internal.address or medium.port in {0, 9}:  # 9: this side will connect
-            continue
+    media = [
+        each
+        for each in _media(lines)
+        if each.host == control.internal.address and each.port not in {0, 9}  # 9: this side will connect
+    ]
+    if len(media) > _MEDIA_MOST:
+        raise Unparsed(f"more than {_MEDIA_MOST} media")
+    for medium in media:
         if number := _open(medium, lines, control, openings):
             line = b"a=rtcp:%d" % number
             added[medium.last] = line + CRLF if lines[medium.last].endswith(b"\n") else CRLF + line

@@ -78,8 +78,8 @@ class FakeOpenings:
         for pinhole in self.opened:
             if (pinhole.protocol, pinhole.internal) == (protocol, internal):
                 return pinhole.external
-        if len(self.opened) >= self.limit:
-            raise Refused(f"{self.limit} pinholes are open")
+        if sum(1 + each.pair for each in self.opened) + 1 + pair > self.limit:
+            raise Refused(f"{self.limit} ports are open")
         external = known or self._fresh(pair)
         self.opened.append(Pinhole(protocol, internal, external, remote, remote_port, lasts_s, sessions, pair))
         self.mappings[protocol, internal] = external

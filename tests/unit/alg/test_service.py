@@ -58,7 +58,7 @@ def service() -> Service:
 
 @pytest.fixture
 def asked() -> _Session:
-    return _Session(Given(), session(21), None, 0)  # type: ignore[arg-type]
+    return _Session(Given(), session(21), SimpleNamespace(), 0)  # type: ignore[arg-type]
 
 
 DEEDS = {
@@ -142,7 +142,7 @@ def test_a_late_message_ends_the_reading_of_its_own_session_only(
     service._end_when_over(asked)
     assert asked.over, "the kernel is told"
     monkeypatch.setattr("xdpmasq.alg.service.LONG_S", LONG_S)
-    other = _Session(asked.alg, session(21), None, 0)  # type: ignore[arg-type]
+    other = _Session(asked.alg, session(21), SimpleNamespace(), 0)  # type: ignore[arg-type]
     asked.alg.does = lambda: b"edited"  # type: ignore[attr-defined]
     assert service._edited(asked, Side.INSIDE, b"said") == b"said"
     assert service._edited(other, Side.INSIDE, b"said") == b"edited"

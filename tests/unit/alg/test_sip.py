@@ -348,6 +348,11 @@ CONVERSATIONS = [
         ["udp 5005 at 40000 for 198.51.100.7"],
     ),
     Phone(
+        "hundreds of media, most of which are over",
+        [says(SDP + "m=audio 0 RTP/AVP 0\n" * 300, SDP_OUTSIDE + "m=audio 0 RTP/AVP 0\n" * 300)],
+        AUDIO,
+    ),
+    Phone(
         "on hold",
         [
             says(
@@ -364,6 +369,7 @@ CONVERSATIONS = [
             "port 65536": SDP.replace("5004", "65536"),
             "forty digits": SDP.replace("5004", "5" * 40),
             "RTCP of another host": SDP + "a=rtcp:5999 IN IP4 192.168.1.11\n",
+            "more media than there may be": SDP + "m=audio 6000 RTP/AVP 0\n" * 16,
             "several pairs": SDP.replace("5004", "5004/2"),
             "NUL": SDP.replace("0 8", "0 \0"),
         }.items()
