@@ -842,13 +842,13 @@ class Sleeping(Alg):
 
 class Looping(Alg):
     name, ports = "looping", {"tcp": (2003,)}
-    def ready(self, data, side):
+    def ready(self, data, side, control):
         while True:
             pass
 
 class Lying(Alg):
     name, ports = "lying", {"tcp": (2004,)}
-    def ready(self, data, side):
+    def ready(self, data, side, control):
         return -len(data)
     def translate(self, data, side, control, openings):
         return "no bytes"

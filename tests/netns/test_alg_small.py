@@ -178,7 +178,9 @@ def sane(on: Stage) -> Came:
         assert read(client, len(answer)) == answer
     client.sendall(struct.pack("!II", 7, 9))  # SANE_NET_START
     assert read(server, 8) == struct.pack("!II", 7, 9)
-    server.sendall(struct.pack("!IIII", 0, door.getsockname()[1], 0x1234, 0))
+    reply = struct.pack("!IIII", 0, door.getsockname()[1], 0x1234, 0)
+    for piece in (reply[:6], reply[6:]):
+        server.sendall(piece)
     status, port, order, resource = struct.unpack("!IIII", read(client, 16))
     assert (status, order, resource) == (0, 0x1234, 0)
     try:

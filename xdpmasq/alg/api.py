@@ -135,11 +135,12 @@ class Alg:
     longest: ClassVar[int] = 4096
     pinholes: ClassVar[int] = 1
 
-    def ready(self, data: bytes, side: Side) -> int:
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
         """How many bytes at the beginning of ``data`` can be translated now; the rest waits for more (TCP only).
 
         ``data`` begins where a message does. Bytes that will never matter need not wait: the sender may wait for an
-        answer to them. What is held longer than :attr:`longest` passes unchanged.
+        answer to them. What is held longer than :attr:`longest` passes unchanged. ``control.memory`` is only read here:
+        the same bytes are asked for again with more behind them.
         """
         return len(data)
 

@@ -38,7 +38,7 @@ class CommandAlg(Alg):
         """
         raise NotImplementedError
 
-    def ready(self, data: bytes, side: Side) -> int:
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
         whole = data.rfind(b"\n") + 1
         if len(data) - whole > LONGEST_LINE or data[whole : whole + 1] in _TLS or self.binary.search(data, whole):
             return len(data)

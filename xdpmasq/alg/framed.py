@@ -31,7 +31,7 @@ class FramedAlg(Alg):
     def translate_message(self, message: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         raise NotImplementedError
 
-    def ready(self, data: bytes, side: Side) -> int:
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
         ends, lost = self._ends(data)
         return len(data) if lost else ends[-1]
 

@@ -22,7 +22,7 @@ class Pna(Alg):
     name = "pna"
     ports: ClassVar = {"tcp": (7070,)}
 
-    def ready(self, data: bytes, side: Side) -> int:
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
         # Whether the beginning is over is not known here: after it nothing begins like a chunk.
         if side is Side.OUTSIDE or not (data[:1] == b"\0" or data.startswith(_BEGINNING[: len(data)])):
             return len(data)

@@ -37,7 +37,7 @@ class Rtsp(Alg):
     longest = _FORM.longest
     pinholes = 16
 
-    def ready(self, data: bytes, side: Side) -> int:
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
         return _FORM.ready(data)
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:

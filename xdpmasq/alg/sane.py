@@ -14,9 +14,8 @@ from xdpmasq.alg.api import Alg, Control, Openings, Side, Unparsed
 from xdpmasq.alg.checks import own
 
 _START = struct.Struct("!II")  # the call, a handle
-_CALL = 7
-_REPLY = struct.Struct("!IIII")  # status, port, byte order, length of a resource's name
-_GOOD = 0
+_CALL_WORD = b"\0\0\0\x07"
+_REPLY = struct.Struct("!IIII")  # status (0: good), port, byte order, length of a resource's name
 _BYTE_ORDERS = (0x1234, 0x4321)
 
 
@@ -24,12 +23,21 @@ class Sane(Alg):
     """What nf_conntrack_sane does, and the translation that it leaves out.
 
     Calls have no common frame, but a client waits for each one's answer: what it sends first after the server has
-    sent something begins a call, and what the server sends first after that answers it. Nothing is held: a reply in
-    pieces, which no server sends, passes unchanged.
+    sent something begins a call, and what the server sends first after that answers it.
     """
 
     name = "sane"
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"tcp": (6566,)}
+
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
+        memory = control.memory
+        if control.server is not Side.INSIDE:
+            whole = True
+        elif side is Side.OUTSIDE:
+            whole = memory.get("last") is side or len(data) >= _START.size or not _CALL_WORD.startswith(data[:4])
+        else:
+            whole = not memory.get("starts") or len(data) >= _REPLY.size or any(data[:4])
+        return len(data) if whole else 0
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:
         if control.server is not Side.INSIDE or not data:
@@ -38,17 +46,17 @@ class Sane(Alg):
         if side is Side.OUTSIDE:
             begins = memory.get("last") is not side
             memory["last"] = side
-            memory["starts"] = begins and len(data) == _START.size and _START.unpack(data)[0] == _CALL
+            memory["starts"] = begins and len(data) == _START.size and data.startswith(_CALL_WORD)
             return data
         starts, memory["last"], memory["starts"] = memory.get("starts", False), side, False
-        if not starts:
+        if not starts or any(data[:4]):  # not asked, or not successful
             return data
         if len(data) < _REPLY.size:
-            raise Unparsed("a piece of a reply")
-        status, port, order, resource = _REPLY.unpack_from(data)
-        if status != _GOOD or resource:  # a resource that wants a password: there is no port yet
+            raise Unparsed("a reply that was cut off")
+        _, port, order, resource = _REPLY.unpack_from(data)
+        if resource:  # that wants a password: there is no port yet
             return data
-        if order not in _BYTE_ORDERS or len(data) != _REPLY.size:
+        if order not in _BYTE_ORDERS:
             raise Unparsed("no reply to SANE_NET_START")
         outside = openings.open("tcp", own(control, port), remote=control.remote.address)
         return data[:4] + outside.port.to_bytes(4, "big") + data[8:]

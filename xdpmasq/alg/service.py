@@ -284,7 +284,7 @@ class Service:
         alg = session.alg
         if session.control.memory.get("over"):
             return len(data)
-        found = self._trusted(session, lambda: _length(alg.ready(data, side), len(data)))
+        found = self._trusted(session, lambda: _length(alg.ready(data, side, session.control), len(data)))
         return len(data) if found is None else found
 
     def _edited(self, session: _Session, side: Side, data: bytes) -> bytes:

@@ -57,7 +57,7 @@ class Sip(Alg):
     longest = _FORM.longest
     pinholes = 32
 
-    def ready(self, data: bytes, side: Side) -> int:
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
         return _FORM.ready(data)
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:

@@ -28,7 +28,7 @@ class Vdolive(Alg):
     ports: ClassVar[Mapping[str, tuple[int, ...]]] = {"tcp": (7000,)}
     longest = _PORT.stop
 
-    def ready(self, data: bytes, side: Side) -> int:
+    def ready(self, data: bytes, side: Side, control: Control) -> int:
         return 0 if side is Side.INSIDE and len(data) < _PORT.stop and _is_announcement(data) else len(data)
 
     def translate(self, data: bytes, side: Side, control: Control, openings: Openings) -> bytes:

@@ -28,7 +28,7 @@ def carry(alg: Alg, control: Control, *messages: tuple[Side, bytes]) -> tuple[li
 def harmless(alg: Alg, control: Control, *messages: tuple[Side, bytes]) -> None:
     """Hostile messages: no other exception than Unparsed, no pinhole but the host's own, no byte without a reason."""
     for side, message in messages:
-        assert 0 <= alg.ready(message, side) <= len(message)
+        assert 0 <= alg.ready(message, side, control) <= len(message)
     done, opened = carry(alg, control, *messages)
     assert len(opened) <= alg.pinholes
     for pinhole in opened:

@@ -85,7 +85,7 @@ class Line:
         heard = b""
         for piece in cut(data):
             held = self.held[side] + piece
-            ready = len(held) if self.control.memory.get("over") else self.alg.ready(held, side)
+            ready = len(held) if self.control.memory.get("over") else self.alg.ready(held, side, self.control)
             assert 0 <= ready <= len(held)
             heard += self._translated(held[:ready], side) if ready else b""
             self.held[side] = held[ready:]

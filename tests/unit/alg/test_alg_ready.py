@@ -55,11 +55,11 @@ CASES = {
 
 @pytest.mark.parametrize(("alg", "data", "ready"), CASES.values(), ids=CASES)
 def test_how_much_is_ready(alg: Alg, data: bytes, ready: int) -> None:
-    assert alg.ready(data, Side.INSIDE) == ready
+    assert alg.ready(data, Side.INSIDE, session(21)) == ready
 
 
 def test_what_a_server_of_pna_says_is_never_held() -> None:
-    assert Pna().ready(b"PNA\0\x0a\0\x14", Side.OUTSIDE) == 7
+    assert Pna().ready(b"PNA\0\x0a\0\x14", Side.OUTSIDE, session(21)) == 7
 
 
 SIP, RTSP = b"OPTIONS sip:a SIP/2.0\r\n", b"OPTIONS * RTSP/1.0\r\n"
@@ -81,7 +81,7 @@ def test_a_long_text_takes_no_more_than_its_length(alg: Alg, text: Callable[[int
         control = session(5060)
         began = time.process_time()
         try:
-            alg.ready(data, Side.INSIDE)
+            alg.ready(data, Side.INSIDE, session(21))
             alg.translate(data, Side.INSIDE, control, FakeOpenings(control, 16))
         except Unparsed:
             pass

@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
+from fakes import session
 
 from xdpmasq.alg import registry
 from xdpmasq.alg.api import Alg, Side
@@ -41,7 +42,7 @@ def test_the_ports_of_the_house_s_own_do_not_collide() -> None:
 def test_others_are_found_by_their_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "talk")
     assert "talk" in registry.names()
-    assert registry.find("talk").ready(b"abc", Side.INSIDE) == 3
+    assert registry.find("talk").ready(b"abc", Side.INSIDE, session(21)) == 3
     assert registry.by_port({"ftp": None, "talk": {"tcp": [2121]}})["tcp", 2121].name == "talk"
 
 

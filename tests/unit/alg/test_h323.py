@@ -36,7 +36,7 @@ CAPTURED = bytes.fromhex(
 def opened(control: Control, side: Side, text: bytes) -> tuple[bytes, FakeOpenings]:
     control = fresh(control)
     openings = FakeOpenings(control, H323.pinholes)
-    assert H323.ready(text, side) == len(text)
+    assert H323.ready(text, side, session(21)) == len(text)
     return H323.translate(text, side, control, openings), openings
 
 
@@ -198,7 +198,7 @@ def test_pinholes_are_bounded() -> None:
 def test_after_something_else_nothing_is_believed(text: bytes) -> None:
     control = fresh(CALLER)
     openings = FakeOpenings(control, H323.pinholes)
-    assert H323.ready(text, IN) == len(text)
+    assert H323.ready(text, IN, session(21)) == len(text)
     for data in (text, FAST):
         with pytest.raises(Unparsed):
             H323.translate(data, IN, control, openings)
@@ -208,7 +208,7 @@ def test_after_something_else_nothing_is_believed(text: bytes) -> None:
 def test_ready_waits_for_whole_messages() -> None:
     stream = tpkt(b"") + FAST
     for cut in range(len(stream) + 1):
-        assert H323.ready(stream[:cut], IN) == (0 if cut < 4 else 4 if cut < len(stream) else cut)
+        assert H323.ready(stream[:cut], IN, session(21)) == (0 if cut < 4 else 4 if cut < len(stream) else cut)
 
 
 IPV6 = (

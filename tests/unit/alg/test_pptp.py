@@ -148,7 +148,7 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
 def test_after_something_else_nothing_is_believed(text: bytes) -> None:
     control, openings = fresh(CLIENTS)
-    assert PPTP.ready(text, Side.INSIDE) == len(text)
+    assert PPTP.ready(text, Side.INSIDE, session(21)) == len(text)
     for data in (text, message(7, (12, 5))):
         with pytest.raises(Unparsed):
             PPTP.translate(data, Side.INSIDE, control, openings)
@@ -159,7 +159,7 @@ def test_ready_waits_for_whole_messages() -> None:
     stream = message(1) + message(7, (12, 5))
     for cut in range(len(stream) + 1):
         whole = 0 if cut < 156 else 156 if cut < 324 else 324
-        assert PPTP.ready(stream[:cut], Side.INSIDE) == whole
+        assert PPTP.ready(stream[:cut], Side.INSIDE, session(21)) == whole
 
 
 @pytest.mark.req("attacks-alg_fuzz")
@@ -181,7 +181,7 @@ def test_ready_waits_for_whole_messages() -> None:
 def test_anything(parts: list[bytes], side: Side, cut: int) -> None:
     control, openings = fresh(CLIENTS)
     data = b"".join(parts)[: max(cut, 40)]
-    whole = PPTP.ready(data, side)
+    whole = PPTP.ready(data, side, session(21))
     assert 0 <= whole <= len(data)
     try:
         done = PPTP.translate(data[:whole], side, control, openings)

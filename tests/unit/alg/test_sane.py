@@ -1,13 +1,14 @@
 """SANE: the port of the picture of a scanner inside."""
 
 import struct
+from typing import Any
 
 import pytest
-from carried import carry, harmless
+from carried import carry, fresh, harmless
 from fakes import HOST, REMOTE, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from talks import Talk, said
+from talks import Said, Talk, check, said
 
 from xdpmasq.alg.api import Control, Endpoint, Side
 from xdpmasq.alg.sane import Sane
@@ -40,7 +41,7 @@ LEFT: dict[str, tuple[Control, Steps]] = {
     "system port": (SERVER, [(OUT, START), (IN, reply(1023))]),
     "no such port": (SERVER, [(OUT, START), (IN, reply(0x18084))]),
     "byte order": (SERVER, [(OUT, START), (IN, reply(32900, order=1))]),
-    "in pieces": (SERVER, [(OUT, START), (IN, reply(32900)[:7]), (IN, reply(32900)[7:])]),
+    "interrupted": (SERVER, [(OUT, START), (IN, reply(32900)[:7]), (OUT, CANCEL), (IN, reply(32900)[7:])]),
     "client inside": (CLIENT, [(IN, START), (OUT, reply(32900))]),
 }
 
@@ -52,6 +53,32 @@ def test_port_is_opened(steps: Steps) -> None:
     assert done[-1] == steps[-1][1].replace(struct.pack("!I", 32900), struct.pack("!I", 40000))
     (hole,) = opened
     assert (hole.protocol, hole.internal, hole.remote, hole.sessions) == ("tcp", Endpoint(HOST, 32900), REMOTE, 1)
+
+
+@pytest.mark.parametrize("steps", OPENED.values(), ids=OPENED)
+def test_port_is_opened_in_pieces(steps: Steps) -> None:
+    outside = struct.pack("!I", 40000)
+    talk = [Said(side, text, text.replace(struct.pack("!I", 32900), outside)) for side, text in steps]
+    check(SANE, Talk("", talk, [f"tcp 32900 at 40000 for {REMOTE}"], port=6566, from_outside=True))
+
+
+@pytest.mark.parametrize(
+    ("side", "memory", "data", "held"),
+    [
+        pytest.param(OUT, {}, START[:7], True, id="most of the call"),
+        pytest.param(OUT, {}, START[:3], True, id="what may become it"),
+        pytest.param(OUT, {}, b"\0\0\0\1", False, id="another call, which has no more"),
+        pytest.param(OUT, {"last": OUT}, START[:7], False, id="not at a call's beginning"),
+        pytest.param(IN, {"starts": True}, reply(32900)[:15], True, id="most of the reply"),
+        pytest.param(IN, {"starts": True}, reply(0, status=3)[:4], False, id="no success"),
+        pytest.param(IN, {}, reply(32900)[:15], False, id="nobody has asked"),
+    ],
+)
+def test_what_is_held(side: Side, memory: dict[str, Any], data: bytes, held: bool) -> None:
+    """Nothing that the other side may wait for."""
+    control = fresh(SERVER)
+    control.memory.update(memory)
+    assert SANE.ready(data, side, control) == (0 if held else len(data))
 
 
 @pytest.mark.req("attacks-slipstream")

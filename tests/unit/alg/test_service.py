@@ -244,7 +244,7 @@ def test_what_is_held_goes_on_when_nothing_is_read_any_more(service: Service, as
         asked.control.memory["over"] = True
         return b"GET\n"
 
-    asked.alg.ready = lambda data, _: 4  # type: ignore[method-assign]
+    asked.alg.ready = lambda *_: 4  # type: ignore[method-assign]
     asked.alg.does = ends  # type: ignore[attr-defined]
     inside, outside = asked.control.internal, asked.control.remote
     made = service._segment(asked, 0, segment(inside, outside, b"GET\nHo", flags=packets.ACK, seq=100, ack=1))

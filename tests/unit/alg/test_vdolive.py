@@ -28,9 +28,11 @@ def test_the_port_is_opened() -> None:
 
 
 def test_ready_waits_for_the_port() -> None:
-    assert [VDOLIVE.ready(first(4000)[:cut], Side.INSIDE) for cut in range(41)] == [0] * 36 + list(range(36, 41))
-    assert VDOLIVE.ready(b"GET / HTTP/1.0", Side.INSIDE) == 14
-    assert VDOLIVE.ready(first(4000)[:5], Side.OUTSIDE) == 5
+    assert [VDOLIVE.ready(first(4000)[:cut], Side.INSIDE, session(21)) for cut in range(41)] == [0] * 36 + list(
+        range(36, 41)
+    )
+    assert VDOLIVE.ready(b"GET / HTTP/1.0", Side.INSIDE, session(21)) == 14
+    assert VDOLIVE.ready(first(4000)[:5], Side.OUTSIDE, session(21)) == 5
 
 
 LEFT = {
