@@ -268,6 +268,44 @@ def test_a_part_of_an_edit_is_lost(gateway: Gateway, talk: Talk) -> None:
     assert talk.says(b"QUIT\r\n") == b"QUIT\r\n"
 
 
+@pytest.mark.parametrize(
+    ("early", "rest"),
+    [
+        (b"NOOP\r\n", b""),
+        (port_command(5000), b""),  # nobody is told of a pinhole
+        (port_command(5000)[:9], port_command(5000)[9:]),  # what a line ends with is no command
+    ],
+    ids=["a line", "a command", "a part of one"],
+)
+def test_text_in_a_syn(gateway: Gateway, early: bytes, rest: bytes) -> None:
+    """TCP Fast Open (RFC 7413), without its cookies. What follows is read, and arrives."""
+    for role in ("a-box", "internet"):
+        gateway.lab.exec(role, ["sysctl", "-q", "-w", "net.ipv4.tcp_fastopen=0x607"])
+    before = pinholes(gateway)
+    with (
+        gateway.lab.socket("internet", socket.SOCK_STREAM) as door,
+        gateway.lab.socket("a-box", socket.SOCK_STREAM) as near,
+    ):
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.setsockopt(socket.SOL_TCP, socket.TCP_FASTOPEN, 5)
+        door.bind((INTERNET_TOO, 21))
+        door.listen()
+        door.settimeout(5)
+        near.settimeout(5)
+        near.sendto(early, socket.MSG_FASTOPEN, (INTERNET_TOO, 21))
+        far, _ = door.accept()
+        assert far.getsockopt(socket.SOL_TCP, socket.TCP_INFO, 104)[5] & 32, "its text was in the SYN"
+        with far, far.makefile("rb") as lines, gateway.listen("a-box") as listener:
+            far.settimeout(5)
+            near.sendall(rest)
+            assert lines.readline() == early + rest
+            assert not pinholes(gateway) - before
+            near.sendall(port_command(listener.getsockname()[1]))
+            data_connection(gateway, listener, opened_by(lines.readline()))
+            far.sendall(b"200 so be it\r\n")
+            assert read(near, 14) == b"200 so be it\r\n"
+
+
 @pytest.mark.parametrize("role", ["internet", "a-box"])
 def test_a_stray_syn_begins_nothing(gateway: Gateway, talk: Talk, role: str) -> None:
     """RFC 5961 section 4: the connection goes on, and so do its shifts."""

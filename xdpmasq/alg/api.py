@@ -139,8 +139,8 @@ class Alg:
         """How many bytes at the beginning of ``data`` can be translated now; the rest waits for more (TCP only).
 
         ``data`` begins where a message does. Bytes that will never matter need not wait: the sender may wait for an
-        answer to them. What is held longer than :attr:`longest` passes unchanged. ``control.memory`` is only read here:
-        the same bytes are asked for again with more behind them.
+        answer to them. What is held longer than :attr:`longest` passes unchanged. The session's
+        memory is only to be read here: the same bytes come again with more behind them.
         """
         return len(data)
 

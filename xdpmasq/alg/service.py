@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -54,6 +54,11 @@ class _TooLongError(BaseException):
     """Not to be caught by an ALG."""
 
 
+class _Syn(NamedTuple):
+    sequence: int
+    text: bytes
+
+
 @dataclass
 class _Session:
     alg: Alg
@@ -64,8 +69,22 @@ class _Session:
     streams: list[Stream] = field(default_factory=list)  # by direction
     window: list[int] = field(default_factory=lambda: [WINDOW, WINDOW])
     acked: list[int] = field(default_factory=lambda: [0, 0])
-    asked: list[int | None] = field(default_factory=lambda: [None, None])  # numbers of SYNs
-    begun: list[int | None] = field(default_factory=list)  # those of the connection
+    asked: list[_Syn | None] = field(default_factory=lambda: [None, None])
+    begun: list[int] = field(default_factory=list)  # numbers of the SYNs of the connection
+
+
+class _NothingOpens:
+    """:class:`xdpmasq.alg.api.Openings` for what cannot be changed any more."""
+
+    def open(self, *_: Any, **__: Any) -> NoReturn:
+        raise Refused("nobody would be told of it")
+
+    follow = open
+
+    def external(self, *_: Any) -> None:
+        return None
+
+    internal = external
 
 
 class Service:
@@ -145,18 +164,37 @@ class Service:
             self._write(session)
 
     def _handshake(self, session: _Session, direction: int, parsed: Packet) -> None:
-        """A connection begins when a SYN has been answered by another; one alone may be anybody's (RFC 5961)."""
-        session.asked[direction], asked = parsed.sequence, session.asked[1 - direction]
-        if not parsed.flags & packets.ACK or asked is None or parsed.ack != (asked + 1) % ROUND:
+        """A connection begins when a SYN has been answered by another; one alone may be anybody's (RFC 5961).
+
+        Its text (RFC 7413) goes on as it came: only the answer tells whether the other side takes any of it.
+        """
+        answer, question = _Syn(parsed.sequence, parsed.text), session.asked[1 - direction]
+        known = session.asked[direction]
+        if known and known.sequence == answer.sequence and len(known.text) > len(answer.text):
+            answer = known  # sent again, without the text
+        session.asked[direction] = answer
+        if not parsed.flags & packets.ACK or question is None:
             return
-        if session.asked == session.begun:  # said again
+        taken = before((question.sequence + 1) % ROUND, parsed.ack)
+        begun = [question.sequence, answer.sequence]
+        if not 0 <= taken <= len(question.text) or begun == session.begun:  # said again
             return
-        session.begun = list(session.asked)
+        session.begun = begun
         session.asked = [None, None]  # another answer is none without another question
         self._begin(session)
         self._acknowledges(session, 1 - direction, parsed.ack)
-        session.streams[direction].begin(parsed.sequence)
-        session.streams[1 - direction].begin(asked)
+        for way, syn, text in ((1 - direction, question, question.text[:taken]), (direction, answer, answer.text)):
+            session.streams[way].begin(syn.sequence, len(text))
+            if text:
+                self._gone(session, SIDES[way], text)
+
+    def _gone(self, session: _Session, side: Side, text: bytes) -> None:
+        """It has gone on as it was, and its ALG has only to know where what follows begins."""
+        counts = self.counts[session.alg.name]
+        counts["messages"] += 1
+        found = self._trusted(session, lambda: session.alg.translate(text, side, session.control, _NothingOpens()))
+        if found not in (None, text):
+            counts["unparsed"] += 1
 
     def _acknowledged(
         self, session: _Session, direction: int, parsed: Packet, outcome: Outcome

@@ -160,10 +160,10 @@ class Stream:
         self.shifts.base, self.shifts.steps, self._regions = self.shifts.now, [], []
         return True
 
-    def begin(self, sequence: int) -> None:
-        """A SYN with that number: a new connection."""
+    def begin(self, sequence: int, taken: int = 0) -> None:
+        """A SYN with that number: a new connection. ``taken``: bytes that came with it, and have gone on."""
         self.__init__(self._ready, self._edit, self._longest, self._delivered)  # type: ignore[misc]
-        self._next = (sequence + 1) % ROUND
+        self._next = (sequence + 1 + taken) % ROUND
 
     def segment(self, sequence: int, text: bytes, *, last: bool = False) -> Outcome:
         """Takes a segment with text.

@@ -234,6 +234,58 @@ def test_another_answer_does_not_begin_anew(service: Service, asked: _Session) -
     assert asked.control.memory["over"]
 
 
+TAKEN = {"nothing": 0, "a part": 7, "all": 10}
+
+
+@pytest.mark.parametrize("taken", TAKEN.values(), ids=TAKEN)
+def test_text_in_a_syn(service: Service, asked: _Session, taken: int) -> None:
+    """It goes on as it is; of it an ALG reads what the other side has taken, and in what follows the rest."""
+    read: list[bytes] = []
+
+    def edited(data: bytes, *_: Any) -> bytes:
+        read.append(data)
+        return data.upper() + b"!"
+
+    asked.alg.translate = edited  # type: ignore[method-assign]
+    asked.alg.ready = lambda data, *_: len(data)  # type: ignore[method-assign]
+    service._write = lambda _: None  # type: ignore[method-assign]
+    service._begin(asked)
+    inside, outside, text = asked.control.internal, asked.control.remote, b"user a\nprt"
+    for packet in (
+        segment(inside, outside, text, flags=packets.SYN, seq=100),
+        segment(inside, outside, flags=packets.SYN, seq=100),  # again
+    ):
+        ((_, made),) = service._segment(asked, 0, packet)
+        assert packets.parse(made).text == packet.text  # type: ignore[union-attr]
+    answer = segment(outside, inside, flags=packets.SYN | packets.ACK, seq=500, ack=101 + taken)
+    service._segment(asked, 1, answer)
+    assert read == ([text[:taken]] if taken else [])
+    assert service.report.get("given", {}).get("unparsed", 0) == bool(taken)
+    rest = segment(inside, outside, text[taken:] + b" 1\n", flags=packets.ACK, seq=101 + taken, ack=501)
+    ((_, made),) = service._segment(asked, 0, rest)
+    found = packets.parse(made)
+    assert found
+    assert (found.sequence, found.text) == (101 + taken, rest.text.upper() + b"!")
+    assert b"".join(read) == text + b" 1\n"
+
+
+def test_an_answer_to_more_than_was_sent_begins_nothing(service: Service, asked: _Session) -> None:
+    service._begin(asked)
+    inside, outside = asked.control.internal, asked.control.remote
+    service._segment(asked, 0, segment(inside, outside, b"text", flags=packets.SYN, seq=100))
+    for ack in (100, 106):
+        answer = segment(outside, inside, flags=packets.SYN | packets.ACK, seq=500, ack=ack)
+        service._segment(asked, 1, answer)
+        assert not asked.begun
+
+
+def test_what_has_gone_in_a_syn_opens_nothing(service: Service, asked: _Session) -> None:
+    """Its port would be another's, of whom nobody was told."""
+    asked.alg.translate = lambda data, side, control, openings: openings.open("tcp", control.internal)  # type: ignore[method-assign]
+    service._gone(asked, Side.INSIDE, b"PORT 1\n")
+    assert service.report == {"given": {"messages": 1, "refused": 1}}
+
+
 def test_what_is_held_goes_on_when_nothing_is_read_any_more(service: Service, asked: _Session) -> None:
     """Its sender may wait for an answer to it."""
     service._begin(asked)
