@@ -30,8 +30,8 @@ demo: setup
 test: setup
 	@[ "$$(id -u)" = 0 ] || { echo "make test: most tests need root and would be skipped; run it as root" >&2; exit 1; }
 	$(PYTHON) -m ruff check xdpmasq tests tools
-	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -n $$(($$(nproc) + 1)) --dist loadgroup # one more than CPUs: tests wait, too
+	@# one worker more than CPUs: tests wait, too
+	$(PYTHON) -m mypy & types=$$!; $(PYTHON) -m pytest -n $$(($$(nproc) + 1)) --dist loadgroup && wait $$types
 
 bench: setup
 	$(RUN) bench

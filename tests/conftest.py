@@ -30,8 +30,11 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if not (target := session.config.getoption("--marks-to")):
-        return
+    if target := session.config.getoption("--marks-to"):
+        Path(target).write_text(json.dumps(marks_of(session)))
+
+
+def marks_of(session: pytest.Session) -> dict[str, list[list[str]]]:
     marked: dict[str, list[list[str]]] = {}
     for item in session.items:
         place = [item.path.relative_to(session.config.rootpath).as_posix(), item.name.partition("[")[0]]
@@ -40,4 +43,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
                 places = marked.setdefault(requirement, [])
                 if place not in places:  # parametrised: one entry for all its cases
                     places.append(place)
-    Path(target).write_text(json.dumps(marked))
+    return marked
+
+
+@pytest.fixture
+def marks_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    """What `--marks-to` would write; None in a run of a part of the tests."""
+    config = request.config
+    folders = [config.rootpath / each for each in config.getini("testpaths")]
+    files = {file for folder in folders for file in folder.rglob("test_*.py")}
+    chosen = any("::" in each for each in config.args) or config.option.keyword or config.option.markexpr
+    if chosen or files != {item.path for item in request.session.items}:
+        return None
+    file = tmp_path / "marks.json"
+    file.write_text(json.dumps(marks_of(request.session)))
+    return file

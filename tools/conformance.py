@@ -3,9 +3,10 @@
 
 Three sources: tests/requirements.toml lists what a masquerading router is to do; the tests' req() marks, as pytest
 itself collects them, say which test shows what; tests/deviations.toml says in words where we do otherwise or are not
-done. Nobody edits the result by hand. With --check nothing is written: exit status 1 when the file is stale.
+done. Nobody edits the result by hand.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -68,7 +69,11 @@ def collect_marks() -> Marks:
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             sys.exit(f"conformance: the tests cannot be collected:\n{done.stdout}{done.stderr}")
-        marks = json.loads(Path(file.name).read_text())
+        return read_marks(Path(file.name))
+
+
+def read_marks(file: Path) -> Marks:
+    marks = json.loads(file.read_text())
     return {id_: [(path, name) for path, name in tests] for id_, tests in marks.items()}
 
 
@@ -125,18 +130,22 @@ def _links(tests: Sequence[Test]) -> str:
     return ", ".join(f"[{Path(path).name}::{name}](../{path})" for path, name in sorted(tests))
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing: exit status 1 when the file is stale")
+    parser.add_argument("--marks", type=Path, metavar="FILE", help="what pytest's --marks-to has written already")
+    wanted = parser.parse_args()
     requirements = read_requirements((ROOT / "tests" / "requirements.toml").read_text())
     deviations = read_deviations((ROOT / "tests" / "deviations.toml").read_text())
-    marks = collect_marks()
+    marks = read_marks(wanted.marks) if wanted.marks else collect_marks()
     if wrong := list(complaints(requirements, marks, deviations)):
         sys.exit("conformance: " + "\nconformance: ".join(wrong))
     page = render(requirements, marks, deviations)
-    if "--check" not in argv:
+    if not wanted.check:
         TABLE.write_text(page)
     elif not TABLE.exists() or TABLE.read_text() != page:
         sys.exit("conformance: docs/conformance.md is stale: run `make conformance`")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

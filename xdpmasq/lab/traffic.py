@@ -172,9 +172,12 @@ def copy(scene: Scene) -> Outcome:
 
 
 def leave_the_gateway_alone(scene: Scene) -> Outcome:
-    """What masq-gate itself sends is not translated: nginx sees the very port that curl used."""
+    """What masq-gate itself sends is not translated: nginx sees the very port that curl used.
+
+    It is none that a host's kernel chooses by itself: what has taken the same may have made a translation necessary.
+    """
     uri = "/?masq-gate"
-    report = ["--output", "/dev/null", "--write-out", "%{local_ip}:%{local_port}"]
+    report = ["--local-port", "61000-62000", "--output", "/dev/null", "--write-out", "%{local_ip}:%{local_port}"]
     own = scene.lab.exec("masq-gate", [*_CURL, *report, f"http://{INTERNET}{uri}"]).stdout
     if (seen := _seen_as(scene.web, uri)) != own:
         raise LabError("masq-gate's own connection was translated", f"it used {own}, nginx saw {seen}")
