@@ -94,3 +94,5 @@
 
 #define COUNTER_ENUM(name, help) COUNT_##name,
 enum counter { COUNTERS(COUNTER_ENUM) COUNTER_MAX };
+
+#define KINDS_TRANSLATED (COUNT_slow_redirected_answer + 1) /* fast_ and slow_ come first */

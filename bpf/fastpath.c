@@ -215,7 +215,10 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, struct fast *f
 	if (f->tcp_acks)
 		flow->last_ack = f->ack;
 	flow_touch(s, direction, now, f->total);
-	count(direction == OUTBOUND ? COUNT_fast_outbound : COUNT_fast_inbound);
+	if (direction == OUTBOUND)
+		carry(COUNT_fast_outbound, WANS > 1 ? egress->wan : 0, f->total);
+	else
+		carry(COUNT_fast_inbound, WANS > 1 ? f->here->wan : 0, f->total);
 	return CONTINUE;
 }
 

@@ -99,7 +99,7 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 		if (own && cfg->basic && counterpart_outside(q.inner.dst, &twin) && q.inner.skb)
 			return quote_rewrite(p, &q, DESTINATION, twin, q.inner.dst_port) ?
 				       drop(COUNT_drop_rewrite) :
-				       pass(COUNT_slow_icmp_error_outbound);
+				       translated(p, COUNT_slow_icmp_error_outbound);
 		if (!own)
 			return drop(COUNT_drop_icmp_error_no_session);
 		return quote_leaks(&q) ? drop(COUNT_drop_icmp_error_leak) : pass(COUNT_own_outbound);

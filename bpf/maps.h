@@ -48,6 +48,7 @@ BPF_F_TABLE("array", u32, struct tracing, tracing, 1, BPF_F_MMAPABLE);
 BPF_TABLE("percpu_array", u32, struct sight, sights, 1);
 BPF_DEVMAP(transmitters, INTERFACES); /* interface index → device that takes its frames from XDP */
 BPF_TABLE("percpu_array", u32, u64, counters, COUNTER_MAX);
+BPF_TABLE("percpu_array", u32, struct traffic, translations, WANS * KINDS_TRANSLATED); /* by WAN and enum counter */
 BPF_TABLE("percpu_array", u32, struct scratch, scratches, 1);
 BPF_TABLE("array", u32, struct manifest, manifest, 1);
 

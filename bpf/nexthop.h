@@ -133,6 +133,13 @@ static __always_inline enum verdict hairpin_come_in(const struct settings *cfg, 
 	return hairpin_redirect(cfg, p, HAIRPIN_MARK | LOOPBACK, BPF_F_INGRESS);
 }
 
+static __always_inline enum verdict hairpin_done(const struct packet *p, enum counter kind)
+{
+	carry(kind, 0, packet_bytes(p));
+	count(kind);
+	return REDIRECT;
+}
+
 /* Forwards a hairpinned packet, translated by now, to its LAN: what the kernel does with all others. */
 static __always_inline enum verdict hairpin_send(const struct packet *p)
 {
@@ -156,8 +163,7 @@ static __always_inline enum verdict hairpin_send(const struct packet *p)
 	p->skb->mark = 0;
 	if (!ethernet_put(p) || redirect_neigh(ifindex, NULL, 0, 0) != TC_ACT_REDIRECT)
 		return drop(COUNT_drop_hairpin_route);
-	count(own ? COUNT_slow_hairpin_own : COUNT_slow_hairpin);
-	return REDIRECT;
+	return hairpin_done(p, own ? COUNT_slow_hairpin_own : COUNT_slow_hairpin);
 }
 
 /* Up the gateway's own stack, by the way on which its packet to itself came. */
@@ -168,8 +174,7 @@ static __always_inline enum verdict loopback_send(const struct packet *p)
 	if ((!p->l3 && bpf_skb_change_head(p->skb, sizeof(eth), 0)) || bpf_skb_store_bytes(p->skb, 0, &eth, sizeof(eth), 0) ||
 	    bpf_redirect(LOOPBACK, BPF_F_INGRESS) != TC_ACT_REDIRECT)
 		return drop(COUNT_drop_hairpin_route);
-	count(COUNT_slow_hairpin_own);
-	return REDIRECT;
+	return hairpin_done(p, COUNT_slow_hairpin_own);
 }
 
 /* At the WAN's egress hook, translated once. */

@@ -88,6 +88,12 @@ static __always_inline bool addr_is_martian(addr_t addr)
 	return !addr_is_unset(addr) && (first == 0 || first == 127 || first >= 224);
 }
 
+/* As the IP header says; a super-packet is one. */
+static __always_inline u32 packet_bytes(const struct packet *p)
+{
+	return p->l4 - p->l3 + p->l4_len;
+}
+
 /* A later fragment of something whose ports only the first one tells. */
 static __always_inline bool packet_follows_first(const struct packet *p)
 {

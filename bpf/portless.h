@@ -126,7 +126,7 @@ static __always_inline enum verdict portless_outbound(const struct settings *cfg
 			return refuse(COUNT_drop_portless_taken);
 		b->last_seen = p->now;
 		b->out_packets++;
-		b->out_bytes += p->l4 - p->l3 + p->l4_len;
+		b->out_bytes += packet_bytes(p);
 	}
 	if (p->more_fragments && (caller_last_seen(p) || p->proto == IPPROTO_SCTP) &&
 	    fragment_begin(cfg, p, SOURCE, external_addr) != CONTINUE)
@@ -160,7 +160,7 @@ static __always_inline enum verdict portless_inbound(const struct settings *cfg,
 		if (cfg->inbound_refresh)
 			b->last_seen = p->now;
 		b->in_packets++;
-		b->in_bytes += p->l4 - p->l3 + p->l4_len;
+		b->in_bytes += packet_bytes(p);
 		internal = b->internal;
 	}
 	if (p->more_fragments && (call || p->proto == IPPROTO_SCTP) &&

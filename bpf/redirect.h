@@ -244,7 +244,7 @@ static __always_inline enum verdict redirected_error(const struct packet *p, str
 		return drop(COUNT_drop_rewrite);
 	if (quote_rewrite(p, q, quoted, new, new_port) || rewrite_addr(p, side, new))
 		return drop(COUNT_drop_rewrite);
-	return pass(done);
+	return translated(p, done);
 }
 
 /* About an answer of ours: it quotes what the client got. */
@@ -310,7 +310,7 @@ static __always_inline enum verdict redirect(const struct settings *cfg, struct 
 		return drop(COUNT_drop_session_busy);
 	redirected_touch(r, p, FROM_CLIENT);
 	r->packets++;
-	r->bytes += p->l4 - p->l3 + p->l4_len;
+	r->bytes += packet_bytes(p);
 	if (p->more_fragments && fragment_begin(cfg, p, DESTINATION, r->local) != CONTINUE)
 		return DROP;
 	return redirected_rewrite(p, DESTINATION, r->local, r->local_port, r->client_port, COUNT_slow_redirected);

@@ -82,7 +82,12 @@ static __always_inline long rewrite_transport(const struct packet *p, enum side 
 /* In a hairpin the first translation is no end. */
 static __always_inline enum verdict translated(const struct packet *p, enum counter done)
 {
-	return p->hairpin ? PASS : pass(done);
+	struct interface *here = WANS > 1 ? interface_at(p->skb->ifindex) : NULL;
+
+	if (p->hairpin)
+		return PASS;
+	carry(done, here ? here->wan : 0, packet_bytes(p));
+	return pass(done);
 }
 
 /* A packet half rewritten must not go on, hence DROP. */

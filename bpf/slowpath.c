@@ -175,7 +175,7 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 		mss_clamp(p);
 	}
 	event_opened(s, p->now);
-	flow_touch(s, OUTBOUND, p->now, p->l4 - p->l3 + p->l4_len);
+	flow_touch(s, OUTBOUND, p->now, packet_bytes(p));
 	contact_remember(cfg, p, s->mapping);
 	if (s->out.marks & SESSION_TRIGGERS)
 		trigger_pull(p);
@@ -313,7 +313,7 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 		mss_clamp(p);
 	}
 	event_opened(s, p->now);
-	flow_touch(s, INBOUND, p->now, p->l4 - p->l3 + p->l4_len);
+	flow_touch(s, INBOUND, p->now, packet_bytes(p));
 	if (p->more_fragments && fragment_begin(cfg, p, DESTINATION, s->in.new_addr) != CONTINUE)
 		return DROP;
 	verdict = rewrite(p, DESTINATION, s->in.new_addr, s->in.new_port, COUNT_slow_inbound);

@@ -45,11 +45,17 @@ def _gauge(name: str, help: str, *labels: str, most: object = 1) -> Family:
 _COUNTERS = source.counters()
 _KINDS = Counter(name.partition("_")[0] for name in _COUNTERS)
 
+_TRANSLATED_BY = ("interface", "path", "direction", "kind")
+_MOST_TRANSLATED = f"{_KINDS['fast'] + _KINDS['slow']} × WANs"
 TRANSLATED = _counter(
     "translated_packets",
-    "Packets translated, fast by XDP or slow by TC. Hairpinned and redirected ones have other directions.",
-    *("path", "direction", "kind"),
-    most=_KINDS["fast"] + _KINDS["slow"],
+    "Packets translated, fast by XDP or slow by TC, by WAN. Hairpinned and redirected ones pass none and have another "
+    "direction. A super-packet (GRO, GSO) counts as one.",
+    *_TRANSLATED_BY,
+    most=_MOST_TRANSLATED,
+)
+TRANSLATED_BYTES = _counter(
+    "translated_bytes", "The same in bytes, by the length in the IP header.", *_TRANSLATED_BY, most=_MOST_TRANSLATED
 )
 # By the first word of a counter's name; the rest of it is the label.
 BY_REASON = {
@@ -151,7 +157,7 @@ def _hosts() -> Iterator[Family]:
 FAMILIES = {
     family.name: family
     for family in (
-        *(*_agent(), *_interfaces(), TRANSLATED, *BY_REASON.values(), *TURNS.values()),
+        *(*_agent(), *_interfaces(), TRANSLATED, TRANSLATED_BYTES, *BY_REASON.values(), *TURNS.values()),
         *(*_sessions(), *_kernel(), *_punts(), *_algs(), *_log(), *_hosts()),
     )
 }

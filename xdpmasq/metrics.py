@@ -31,8 +31,9 @@ from xdpmasq import __version__, blocks, census, forwarding, health, pinholes
 from xdpmasq import config as configuration
 from xdpmasq.abi import CLASSES, addr
 from xdpmasq.alg import switches
+from xdpmasq.datapath import wan_names
 from xdpmasq.exporter import Answer, Exporter
-from xdpmasq.families import BY_REASON, FAMILIES, PREFIX, TRANSLATED, TURNS, Family
+from xdpmasq.families import BY_REASON, FAMILIES, PREFIX, TRANSLATED, TRANSLATED_BYTES, TURNS, Family
 from xdpmasq.net import netdev
 from xdpmasq.programs import Programs
 from xdpmasq.pulse import Pulse
@@ -89,7 +90,7 @@ class Metrics(Collector):
         self._hosts = census.Hosts(len(subject.tables.sessions)) if top_hosts else None
         self._errors = 0
         self._parts: tuple[Callable[[Sheet], None], ...] = (
-            *(self._agent, self._interfaces, self._counters, self._sessions, self._blocks),
+            *(self._agent, self._interfaces, self._counters, self._translations, self._sessions, self._blocks),
             *(self._forwards, self._maps, self._programs, self._punts, self._algs, self._log),
         )
 
@@ -142,10 +143,18 @@ class Metrics(Collector):
             kind, _, rest = name.partition("_")
             if kind in BY_REASON:
                 sheet.put(BY_REASON[kind].name, count, rest)
-            elif kind in ("fast", "slow"):
-                sheet.put(TRANSLATED.name, count, kind, *_direction_and_kind(rest))
-            else:
+            elif name in TURNS:
                 sheet.put(TURNS[name].name, count)
+
+    def _translations(self, sheet: Sheet) -> None:
+        wans = wan_names(self._subject.manifest)
+        for (wan, name), (packets, octets) in self._subject.tables.translations().items():
+            path, _, rest = name.partition("_")
+            direction, kind = _direction_and_kind(rest)
+            if direction != "other" or wan == 0:
+                labels = (wans[wan] if direction != "other" else "", path, direction, kind)
+                sheet.put(TRANSLATED.name, packets, *labels)
+                sheet.put(TRANSLATED_BYTES.name, octets, *labels)
 
     def _sessions(self, sheet: Sheet) -> None:
         tables = self._subject.tables

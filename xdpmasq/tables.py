@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,7 +128,23 @@ class Tables:
     def counters(self) -> dict[str, int]:
         """Every counter by name, summed over CPUs."""
         table = self.maps["counters"]
-        return {name: int(table.get(i).sum()) for i, name in enumerate(self.counter_names)}
+        found = {name: int(table.get(i).sum()) for i, name in enumerate(self.counter_names)}
+        for (_, name), (packets, _) in self.translations().items():
+            if name.startswith("fast_"):  # XDP counts only there
+                found[name] += packets
+        return found
+
+    def translations(self) -> dict[tuple[int, str], tuple[int, int]]:
+        """Packets and IP bytes translated, by WAN and counter name; what passes no WAN is with the first one's."""
+        if (table := self.maps.get("translations")) is None:
+            return {}  # a running datapath of an earlier version
+        kinds = [name for name in self.counter_names if name.startswith(("fast_", "slow_"))]
+        places = itertools.product(range(self.wans), kinds)
+        sums = (table.get(place) for place in range(table.max_entries))
+        return {
+            place: (int(each["packets"].sum()), int(each["bytes"].sum()))
+            for place, each in zip(places, sums, strict=True)
+        }
 
     @cached_property
     def counter_names(self) -> list[str]:

@@ -218,7 +218,9 @@ class Bench:
         xdp.attach(self.wan.index, self.programs["masq_xdp"].fd, "native")
         self.counter_names = list(source.counters())
         self._counters = np.zeros((len(self.counter_names), bpf.possible_cpus()), np.uint64)
-        self._indices = np.zeros(len(self.counter_names), np.uint32)
+        self.kinds = [name for name in self.counter_names if name.startswith(("fast_", "slow_"))]
+        wans, sums = self.tables.wans, self.tables.maps["translations"].value
+        self._translations = np.zeros((wans, len(self.kinds), bpf.possible_cpus()), sums)
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def _clear_embryos(self) -> None:
@@ -230,16 +232,34 @@ class Bench:
         assert self._libc.syscall(bpf.SYSCALL["x86_64"], 26, attr, len(attr)) == 0
 
     def counters(self) -> np.ndarray[Any, Any]:
-        """All counters over CPUs, by one system call: it is done twice a packet."""
-        token = np.zeros(1, np.uint32)
-        map_fd = self.tables.maps["counters"].fd
-        attr = struct.pack(
-            "<QQQQIIQQ",
-            *(0, token.ctypes.data, self._indices.ctypes.data, self._counters.ctypes.data),
-            *(len(self._counters), map_fd, 0, 0),
+        """All counters over CPUs."""
+        self._read("counters", self._counters, len(self.counter_names))
+        counted = self._counters.sum(axis=1)
+        for number, name in enumerate(self.kinds):
+            if name.startswith("fast_"):  # XDP counts only there
+                counted[self.counter_names.index(name)] += self.translations()[:, number, 0].sum()
+        return counted
+
+    def translations(self) -> np.ndarray[Any, Any]:
+        """Packets and bytes by WAN and kind, over CPUs."""
+        self._read("translations", self._translations, self.tables.wans * len(self.kinds))
+        return np.stack([self._translations[each].sum(axis=2) for each in ("packets", "bytes")], axis=2)
+
+    def _read(self, name: str, values: np.ndarray[Any, Any], count: int) -> None:
+        """All of an array by one system call (BPF_MAP_LOOKUP_BATCH): it is done with every packet."""
+        token, indices = np.zeros(1, np.uint32), np.zeros(count, np.uint32)
+        fields = (
+            0,
+            token.ctypes.data,
+            indices.ctypes.data,
+            values.ctypes.data,
+            count,
+            self.tables.maps[name].fd,
+            0,
+            0,
         )
+        attr = struct.pack("<QQQQIIQQ", *fields)
         self._libc.syscall(bpf.SYSCALL["x86_64"], 24, attr, len(attr))
-        return self._counters.sum(axis=1)
 
     def clear(self) -> None:
         """Everything as after attaching."""
@@ -336,6 +356,8 @@ class Gateway:
         bench.clear()
         self.pool(tcp=POOL, udp=POOL, icmp=EVERY_IDENTIFIER)
         self._before = bench.counters()
+        self._translations = bench.translations()
+        self.translated_by = 0  # the WAN of the last packet that was translated
 
     # --- settings
 
@@ -474,6 +496,8 @@ class Gateway:
         changed = np.flatnonzero(now != self._before)
         counted = {self.bench.counter_names[i]: int(now[i] - self._before[i]) for i in changed}
         self._before = now
+        sums = self.bench.translations()
+        self._grown, self._translations = sums - self._translations, sums
         return counted
 
     def _tc(self, function: str, frame: bytes, context: dict[str, int]) -> Result:
@@ -531,6 +555,7 @@ class Gateway:
             turns = function == "masq_wan_in" and ended.startswith("slow_hairpin")
             old, new = (before, after) if kind == "slow" else (untagged(before), untagged(after))
             _assert_translated(old[l3:], new[l3:], hops=int(kind == "fast" or turns))
+            self._assert_summed(ended, int.from_bytes(old[l3 + 2 : l3 + 4], "big") or len(old) - l3)
         leaves = ended == "fast_outbound" or (
             function == "masq_wan_out" and (verdict == "redirect" or kind in ("own", "slow"))
         )
@@ -538,6 +563,12 @@ class Gateway:
         if (leaves and punted is None) or ended.startswith("slow_hairpin"):
             _assert_nothing_internal(untagged(after) if kind == "fast" else after)
         return Result(verdict, after, ended, counted, punted=punted)
+
+    def _assert_summed(self, kind: str, length: int) -> None:
+        """One packet more of this kind, by whichever WAN, and as many bytes as its IP header says."""
+        ((wan, number),) = np.argwhere(self._grown.any(axis=2))
+        assert (self.bench.kinds[number], *self._grown[wan, number]) == (kind, 1, length)
+        self.translated_by = wan
 
     # --- the tables
 

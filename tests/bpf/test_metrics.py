@@ -80,8 +80,9 @@ def test_a_session(gateway: Gateway, shown: Shown) -> None:
     with shown.growing() as grown:
         port = gateway.outbound(udp(HOST, 5000, SERVER, 53, payload=bytes(72))).port
         gateway.inbound(udp(SERVER, 53, GATEWAY, port, payload=bytes(172)))
-    assert grown[("translated_packets_total", "outbound", "plain", "slow")] == 1
-    assert grown[("translated_packets_total", "inbound", "plain", "slow")] == 1
+    for direction, length in (("outbound", 100), ("inbound", 200)):
+        assert grown[("translated_packets_total", direction, "wan0", "plain", "slow")] == 1
+        assert grown[("translated_bytes_total", direction, "wan0", "plain", "slow")] == length
     assert grown[("session_opened_total",)] == grown[("mapping_opened_total",)] == 1
     assert grown[("sessions", "udp", "replied")] == 1
     assert grown[("carried_bytes", "outbound", "udp")] == 100
@@ -96,10 +97,20 @@ def test_the_fast_path(gateway: Gateway, shown: Shown) -> None:
     gateway.accelerate()
     gateway.outbound(udp(HOST, 5000, SERVER, 53))
     with shown.growing() as grown:
-        gateway.fast_outbound(udp(HOST, 5000, SERVER, 53))
+        gateway.fast_outbound(udp(HOST, 5000, SERVER, 53, payload=bytes(72)))
         gateway.fast_outbound(udp(HOST, 5001, SERVER, 53))
-    assert grown[("translated_packets_total", "outbound", "plain", "fast")] == 1
+    assert grown[("translated_packets_total", "outbound", "wan0", "plain", "fast")] == 1
+    assert grown[("translated_bytes_total", "outbound", "wan0", "plain", "fast")] == 100
     assert grown[("passed_up_packets_total", "no_flow")] == 1
+
+
+def test_a_hairpin_passes_no_wan(gateway: Gateway, shown: Shown) -> None:
+    gateway.forward("udp", 8080, (OTHER_HOST, 80))
+    with shown.growing() as grown:
+        assert gateway.hairpin(udp(HOST, 5000, GATEWAY, 8080, payload=bytes(72))).ended == "slow_hairpin"
+    assert grown[("translated_packets_total", "other", "", "hairpin", "slow")] == 1
+    assert grown[("translated_bytes_total", "other", "", "hairpin", "slow")] == 100
+    assert len([name for name in grown if name[0].startswith("translated")]) == 2
 
 
 def test_further_sessions(gateway: Gateway, shown: Shown) -> None:

@@ -22,6 +22,7 @@ from harness import (
     ROUTER,
     SERVER,
     SYN,
+    WAN_MAC,
     Bench,
     Gateway,
     Result,
@@ -42,9 +43,10 @@ from xdpmasq.net import netdev
 pytestmark = pytest.mark.xdist_group("two WANs")  # what they need is compiled once, while the others go on
 
 GATEWAY_TOO = "192.0.2.1"
+FAR_MAC = "02:00:00:00:02:01"
 PROVIDER = "192.0.2.254"
 SECOND = (
-    "link add far0 address 02:00:00:00:02:01 type veth peer name far1",
+    f"link add far0 address {FAR_MAC} type veth peer name far1",
     "link set far1 arp off",
     *(f"link set {name} up" for name in ("far0", "far1")),
     f"addr add {GATEWAY_TOO}/24 dev far0",
@@ -328,3 +330,22 @@ def test_xdp_learns_the_way_in_for_each(two: TwoWans) -> None:
         port = two.out(wan, udp(HOST, 5000, ROUTER, 9)).port
         two.learn(two.into(wan, udp(ROUTER, 9, address, port)).ip, came_by=two.links[wan].index)
         assert two.fast_inbound(udp(ROUTER, 9, address, port)).ip.dst == HOST
+
+
+# --- sums ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wan", [0, 1])
+def test_what_is_translated_counts_for_its_wan(two: TwoWans, wan: int) -> None:
+    two.accelerate()
+    packet = udp(HOST, 5000, SERVER, 53)
+    port = two.out(wan, packet).port
+    assert two.translated_by == wan
+    two.fast_outbound(packet)
+    assert two.translated_by == wan
+    answer = udp(SERVER, 53, (GATEWAY, GATEWAY_TOO)[wan], port)
+    two.learn(two.into(wan, answer).ip, came_by=two.links[wan].index)
+    assert two.translated_by == wan
+    mac = bytes.fromhex((WAN_MAC, FAR_MAC)[wan].replace(":", ""))
+    assert two.fast(mac + bytes(6) + b"\x08\0" + wire(answer), two.links[wan].index).ended == "fast_inbound"
+    assert two.translated_by == wan

@@ -124,6 +124,13 @@ class Running:
     def counters(self) -> dict[str, int]:
         return {"fast_outbound": 900, "slow_outbound": 90, "slow_inbound": 10, **self.dropped}
 
+    def translations(self) -> dict[tuple[int, str], tuple[int, int]]:
+        return {
+            (0, "fast_outbound"): (900, 3_000_000),
+            (0, "slow_outbound"): (90, 900_000),
+            (0, "slow_inbound"): (10, 100_000),
+        }
+
     def flush(self, slots: Any) -> int:
         self.flushed = slots.tolist()
         return len(slots)
@@ -424,6 +431,7 @@ def test_status(capsys: pytest.CaptureFixture[str], running: Running) -> None:
         "UDP 1 of 60,000 (0.0%) in use",
         "ICMP 0 of 60,000 (0.0%) in use",
         "packets XDP 900, TC 100, 90.0% on the fast path",
+        "bytes XDP 3.00 MB, TC 1.00 MB, 75.0% on the fast path",
         "drops 7 a protocol that is not to be translated, from inside (drop_protocol)",
     ]
 
@@ -496,7 +504,7 @@ def test_status_json(capsys: pytest.CaptureFixture[str], running: Running) -> No
     assert list(found) == [
         *("version", "working", "why_not", "attached_at", "uptime_s", "agent", "wan", "external", "wans"),
         *("lans", "mode", "interfaces", "punt", "pcp", "metrics", "sessions", "further_sessions", "ports"),
-        *("port_blocks", "packets", "drops", "counters"),
+        *("port_blocks", "packets", "bytes", "drops", "counters"),
     ]
     assert found["working"] is True
     assert found["wans"] == [{"name": "eth0", "external": "203.0.113.1"}]

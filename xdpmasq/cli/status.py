@@ -1,7 +1,7 @@
 """``xdpmasq status``: one screen that says whether it works, and what it does."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -78,9 +78,18 @@ def describe(attached: "Attached") -> dict[str, Any]:
         "ports": sessions.port_use(view, settings),
         "port_blocks": _port_blocks(attached) if blocks.size(attached) else None,
         "packets": {kind: _sum(counters, f"{kind}_") for kind in ("fast", "slow")},
+        "bytes": _bytes(attached),
         "drops": {name: count for name, count in counters.items() if name.startswith("drop_") and count},
         "counters": counters,
     }
+
+
+def _bytes(attached: "Attached") -> dict[str, int]:
+    """Of IP, translated on each path."""
+    found = {"fast": 0, "slow": 0}
+    for (_, name), (_, octets) in attached.translations().items():
+        found[name.partition("_")[0]] += octets
+    return found
 
 
 def _port_blocks(attached: "Attached") -> dict[str, int]:
@@ -135,7 +144,8 @@ def _screen(fields: Mapping[str, Any], helps: Mapping[str, str], measured: "Rate
     yield from _labelled("ports", list(_ports(fields["ports"])))
     if held := fields["port_blocks"]:
         yield _line("", f"{_of(held['used'], held['available'])} blocks of {held['size']:,} taken")
-    yield _line("packets", _packets(fields["packets"]))
+    yield _line("packets", _by_path(fields["packets"], "{:,}".format))
+    yield _line("bytes", _by_path(fields["bytes"], lambda octets: common.scaled(octets, "B")))
     yield from _labelled("drops", list(_drops(fields["drops"], helps, measured.drops)) or ["none"])
 
 
@@ -182,10 +192,10 @@ def _of(used: int, room: int) -> str:
     return f"{used:,} of {room:,}" + (f" ({used / room:.1%})" if room else "")
 
 
-def _packets(packets: Mapping[str, int]) -> str:
-    total = sum(packets.values())
-    share = f", {packets['fast'] / total:.1%} on the fast path" if total else ""
-    return f"XDP {packets['fast']:,}, TC {packets['slow']:,}{share}"
+def _by_path(sums: Mapping[str, int], told: Callable[[int], str]) -> str:
+    total = sum(sums.values())
+    share = f", {sums['fast'] / total:.1%} on the fast path" if total else ""
+    return f"XDP {told(sums['fast'])}, TC {told(sums['slow'])}{share}"
 
 
 def _drops(drops: Mapping[str, int], helps: Mapping[str, str], now: Mapping[str, float]) -> Iterator[str]:
