@@ -49,8 +49,8 @@ _TRANSLATED_BY = ("interface", "path", "direction", "kind")
 _MOST_TRANSLATED = f"{_KINDS['fast'] + _KINDS['slow']} × WANs"
 TRANSLATED = _counter(
     "translated_packets",
-    "Packets translated, fast by XDP or slow by TC, by WAN. Hairpinned and redirected ones pass none and have another "
-    "direction. A super-packet (GRO, GSO) counts as one.",
+    "Packets translated, fast by XDP or slow by TC, by WAN. Hairpinned and redirected ones pass none and have "
+    "another direction. A super-packet (GRO, GSO) counts as one.",
     *_TRANSLATED_BY,
     most=_MOST_TRANSLATED,
 )
