@@ -3,6 +3,7 @@
 # make bench   the benchmark table
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
+# make test-debian    the demo on Debian 12's own libraries, without a virtual environment
 # make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
 # make fuzz      every ALG is told a million spoilt talks: an hour of one CPU, and more
@@ -16,7 +17,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-programs test-vm fuzz fuzz-packets soak bench dashboards check conformance deb test-fresh clean
+.PHONY: setup demo test test-debian test-programs test-vm fuzz fuzz-packets soak bench dashboards check conformance deb test-fresh clean
 
 setup: $(VENV)/ready
 
@@ -32,6 +33,13 @@ test: setup
 	$(PYTHON) -m ruff check xdpmasq tests tools
 	@# one worker more than CPUs: tests wait, too
 	$(PYTHON) -m mypy & types=$$!; $(PYTHON) -m pytest -n $$(($$(nproc) + 1)) --dist loadgroup && wait $$types
+
+# not part of `make test`, but of CI: what the Debian package runs on, which is older than what the others run on
+DEBIAN := python3-bpfcc python3-numpy python3-prometheus-client python3-pyroute2 python3-rich python3-typer
+test-debian: setup
+	dpkg -s $(DEBIAN) >/dev/null 2>&1 || apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null
+	@/usr/bin/python3 -c 'from importlib.metadata import version; print(*(f"{n} {version(n)}" for n in ("numpy", "prometheus-client", "pyroute2", "rich", "typer")))'
+	/usr/bin/python3 -m xdpmasq lab demo --no-cpu
 
 bench: setup
 	$(RUN) bench

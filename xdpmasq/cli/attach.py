@@ -26,7 +26,8 @@ def attach(
     """
     common.require_root("attach")
     wanted = common.configuration(wan, lan, mode, config)
-    status = background.start(wanted)
+    with common.busy("starting; the first time the programs are compiled, up to a minute on a small machine"):
+        status = background.start(wanted)
     if json:
         common.print_json(status)
     else:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ MODE = typer.Option(
 CONFIG = typer.Option("", "--config", metavar="FILE", help="TOML file; options win over it.", show_default=False)
 JSON = typer.Option(False, "--json", help="Print JSON, for scripts.")
 WHICH = typer.Option("", "--wan", metavar="NAME", help="Which one, when several run here.", show_default=False)
+
+
+@contextmanager
+def busy(words: str) -> Iterator[None]:
+    """Says so on the terminal, if it is one, for as long as it takes."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console  # noqa: PLC0415  heavy
+
+    with Console(stderr=True).status(words):
+        yield
 
 
 def require_root(verb: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from xdpmasq.background import START_S
 from xdpmasq.lab import nft
 from xdpmasq.lab.lab import Lab
 
@@ -60,7 +61,7 @@ class Xdpmasq:
 
     def _run(self, *words: str) -> Reply:
         argv = [sys.executable, "-m", "xdpmasq", *words]
-        done = self._lab.exec("masq-gate", argv, env=self._environment)
+        done = self._lab.exec("masq-gate", argv, env=self._environment, timeout_s=START_S)
         return Reply(" ".join(["xdpmasq", *words]), done.stdout)
 
 
