@@ -31,7 +31,7 @@ import numpy as np
 from xdpmasq import abi, bpf
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, PORTS
 from xdpmasq.alg import packets, switches
-from xdpmasq.alg.api import Alg, Control, Endpoint, Refused, Side, Unparsed
+from xdpmasq.alg.api import Address, Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Step, Stream, before
 from xdpmasq.errors import ConfigError
@@ -384,22 +384,40 @@ class Service:
 
         What another session has had followed is, as long as it lives.
         """
-        for name, session in list(self._sessions.items()):
-            record, control = self._controls.get(session.openings.owner), session.control
-            if record is None or int(record["opened_at"]) != session.opened_at:
-                del self._sessions[name]
-                continue
-            port = control.internal.port if control.from_outside else control.remote.port
-            if self._alg_of(control.protocol, port, control.internal) is not session.alg:
-                control.memory["over"] = True
-            elif control.protocol == "tcp" and not session.over:
-                session.openings.follow_on(port)
-            for nth in range(2):
-                self._acknowledges(session, nth, int(record["acked"][nth]))
-            if any([stream.fold() for stream in session.streams]):
-                self._write(session)
+        if self._sessions:
+            self._look_after_sessions()
         switches.forget(self._tables)
         self.pinholes.tick()
+
+    def _look_after_sessions(self) -> None:
+        """The table is read as a whole, and each question asked once: there may be thousands of sessions."""
+        records: dict[bytes, tuple[int, list[int]]] = {}
+        for keys, values in self._controls.items(chunk=self._controls.max_entries):
+            names = (key.tobytes() for key in keys)
+            records |= zip(
+                names, zip(values["opened_at"].tolist(), values["acked"].tolist(), strict=True), strict=True
+            )
+        readers: dict[tuple[str, Address, int], Alg | None] = {}
+        followed: set[tuple[str, Address, int]] = set()
+        for name, session in list(self._sessions.items()):
+            opened_at, acked = records.get(name, (None, []))
+            if opened_at != session.opened_at:
+                del self._sessions[name]
+                continue
+            control = session.control
+            port = control.internal.port if control.from_outside else control.remote.port
+            about = control.protocol, control.internal.address, port
+            if about not in readers:
+                readers[about] = self._alg_of(control.protocol, port, control.internal)
+            if readers[about] is not session.alg:
+                control.memory["over"] = True
+            elif control.protocol == "tcp" and not session.over and about not in followed:
+                followed.add(about)
+                session.openings.follow_on(port)
+            for nth, ack in enumerate(acked):
+                self._acknowledges(session, nth, ack)
+            if any([stream.fold() for stream in session.streams]):
+                self._write(session)
 
 
 def _shifts(record: Any) -> Shifts:

@@ -155,7 +155,7 @@ class Stream:
         Returns:
             Whether :attr:`shifts` have changed.
         """
-        if not self.settled or not self.shifts.steps:
+        if not self.shifts.steps or not self.settled:
             return False
         self.shifts.base, self.shifts.steps, self._regions = self.shifts.now, [], []
         return True

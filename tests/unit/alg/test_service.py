@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import session
 from scapy.layers.inet import IP, TCP
@@ -303,6 +304,14 @@ def test_what_is_held_goes_on_when_nothing_is_read_any_more(service: Service, as
     assert [(direction, packet[40:]) for direction, packet in made] == [(0, b"GET\n"), (0, b"Ho")]
 
 
+def table(records: dict[int, tuple[int, int]]) -> Any:
+    """Of control sessions: what the outside has acknowledged of each, and when it was opened."""
+    keys = np.array([*records], np.uint8)
+    values = np.zeros(len(records), [("opened_at", np.uint32), ("acked", np.uint32, 2)])
+    values["opened_at"], values["acked"][:, 0] = np.array([*records.values()]).T
+    return SimpleNamespace(max_entries=9, items=lambda chunk: [(keys, values)])
+
+
 @pytest.mark.parametrize("over", [True, False], ids=["over", "at the next tick"])
 def test_shifts_are_folded(service: Service, asked: _Session, monkeypatch: Any, over: bool) -> None:
     """The other side has acknowledged all that was edited."""
@@ -320,14 +329,17 @@ def test_shifts_are_folded(service: Service, asked: _Session, monkeypatch: Any, 
     else:
         followed: list[int] = []
         asked.openings = SimpleNamespace(owner=(), follow_on=followed.append)  # type: ignore[assignment]
-        service._sessions[b""] = asked
-        service._controls = {(): {"opened_at": 0, "acked": [103, 0]}}  # type: ignore[assignment]
+        other = _Session(asked.alg, asked.control, asked.openings, 0)
+        ended = _Session(asked.alg, asked.control, asked.openings, 0)
+        service._sessions |= {b"\1": asked, b"\2": other, b"\3": ended, b"\4": ended}
+        service._controls = table({1: (0, 103), 2: (0, 5), 3: (7, 0)})
         service.pinholes = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
         monkeypatch.setattr(service, "_alg_of", lambda *_: asked.alg)
         monkeypatch.setattr("xdpmasq.alg.switches.forget", lambda _: None)
         service.tick()
         service.tick()
-        assert followed == [21, 21], "what another session has had read is read on"
+        assert followed == [21, 21], "what another session has had read is read on, by one look for all"
+        assert service._sessions == {b"\1": asked, b"\2": other}
     assert written == [asked]
     assert asked.streams[0].shifts == Shifts(3)
 
