@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from netkit import Gateway
 
 from xdpmasq.lab import Lab
 from xdpmasq.lab.servers import Server
-from xdpmasq.lab.topology import INTERNET, PUBLIC
+from xdpmasq.lab.topology import INTERNET, INTERNET_TOO, PUBLIC
 
 VSFTPD = """\
 listen=YES
@@ -31,6 +32,7 @@ anon_root={files}
 anon_upload_enable=YES
 write_enable=YES
 anon_mkdir_write_enable=YES
+anon_other_write_enable=YES
 no_anon_password=YES
 local_enable=NO
 seccomp_sandbox=NO
@@ -101,6 +103,33 @@ def test_ftp_client_inside(gateway: Gateway, ftp: FtpServer, way: str, tmp_path:
     assert fetched.read_bytes() == ftp.given
     gateway.lab.exec("a-box", ["curl", "-sS", *WAYS[way], "-T", fetched, f"ftp://{INTERNET}/in/taken-{way}"])
     assert digest(ftp.taken.with_name(f"taken-{way}")) == digest(fetched)
+
+
+def test_ftp_clients_at_once(gateway: Gateway, ftp: FtpServer, tmp_path: Path) -> None:
+    """Active ones, of two hosts."""
+
+    def fetch(number: int) -> bytes:
+        to, way = tmp_path / str(number), ("PORT", "EPRT")[number % 3 % 2]
+        gateway.lab.exec(
+            ("a-box", "b-box")[number % 2], ["curl", "-sS", *WAYS[way], "-o", to, f"ftp://{INTERNET}/given"]
+        )
+        return to.read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(fetch, range(16))) == {ftp.given}
+
+
+def test_ftp_resumes_and_appends(gateway: Gateway, ftp: FtpServer, tmp_path: Path) -> None:
+    """REST and APPE, active."""
+    fetched, put = tmp_path / "fetched", tmp_path / "put"
+    curl = ["curl", "-sS", *WAYS["PORT"]]
+    fetched.write_bytes(ftp.given[:1_000_000])
+    gateway.lab.exec("a-box", [*curl, "-C", "-", "-o", fetched, f"ftp://{INTERNET}/given"])
+    assert fetched.read_bytes() == ftp.given
+    put.write_bytes(os.urandom(500))
+    for _ in range(2):
+        gateway.lab.exec("a-box", [*curl, "--append", "-T", put, f"ftp://{INTERNET}/in/twice"])
+    assert ftp.taken.with_name("twice").read_bytes() == put.read_bytes() * 2
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +259,18 @@ def test_what_is_expected_is_shown(gateway: Gateway, ftp: FtpServer) -> None:
         assert (hole["remote"]["address"], hole["sessions_left"]) == (INTERNET, 1)
         (row,) = json.loads(gateway.masq("sessions", "--state", "expected", "--json").stdout)
         assert (row["external"], row["remote"]["address"]) == (hole["external"], INTERNET)
+
+
+def test_it_reads_what_hosts_of_its_prefix_say(gateway: Gateway) -> None:
+    """And nothing of others."""
+    gateway.masq("alg", "enable", "ftp", "--internal", "192.168.0.3")
+    try:
+        for role, host, is_edited in (("a-box", b"192,168,0,2", False), ("b-box", b"192,168,0,3", True)):
+            said = b"PORT " + host + b",200,21\r\n"
+            with gateway.listen("internet", 21, INTERNET_TOO) as door, gateway.tcp(role, (INTERNET_TOO, 21)) as near:
+                far, _ = door.accept()
+                with far:
+                    near.sendall(said)
+                    assert (far.recv(100) != said) == is_edited
+    finally:
+        gateway.masq("alg", "enable", "ftp")
