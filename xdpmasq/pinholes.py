@@ -7,6 +7,7 @@ gone, and lives on as long as its sessions.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,19 +97,31 @@ def listed(tables: Tables) -> list[Pinhole]:
 
 def expected(tables: Tables) -> Table:
     """The same as rows beside sessions."""
-    holes = listed(tables)
+    keys, values = records(tables)
+    return _rows(tables, keys, values)[~_are_over(values)]
 
-    def ends(all_: list[tuple[Address, int]]) -> sessions.Endpoints:
-        words = np.array([np.frombuffer(address.packed, np.uint32) for address, _ in all_], np.uint32)
-        return sessions.Endpoints(words.reshape(len(all_), 1), np.array([port for _, port in all_], np.uint16))
 
-    three = (
-        ends([(each.internal.address, each.internal.port) for each in holes]),
-        ends([(each.external.address, each.external.port) for each in holes]),
-        ends([(each.remote or ANYBODY, each.remote_port) for each in holes]),
+def flush(tables: Tables, choice: Callable[[Table], Table]) -> int:
+    """Has those be over that are chosen from their rows; returns how many. To be taken away by the agent."""
+    keys, values = records(tables)
+    rows = _rows(tables, keys, values)
+    chosen = choice(rows[~_are_over(values)]).slot
+    values["expires"][chosen] = (bpf.jiffies() - 1) % 2**32
+    for key, value in zip(keys[chosen], values[chosen], strict=True):
+        with contextlib.suppress(FileNotFoundError):
+            tables.maps["pinholes"].set(key, value, bpf.UPDATE_EXIST)
+    return len(chosen)
+
+
+def _rows(tables: Tables, keys: bpf.Array, values: bpf.Array) -> Table:
+    slots, settings = keys["mapping"], tables.settings
+    ends = (
+        sessions.endpoints(values["internal"], values["internal_port"]),
+        sessions.Endpoints(settings["external"]["word"][slots // EXTERNAL_SLOTS], (slots % PORTS).astype(np.uint16)),
+        sessions.endpoints(keys["remote"], values["remote_port"]),
     )
-    protocol = np.array([CLASSES.index(each.protocol) for each in holes], np.uint8)
-    return sessions.beside("EXPECTED", protocol, three, remaining_s=np.array([each.left_s for each in holes], float))
+    left = np.maximum(_left(bpf.jiffies(), values), 0) / int(settings["hz"])
+    return sessions.beside("EXPECTED", slots // PORTS % len(CLASSES), ends, remaining_s=left)
 
 
 @dataclass(frozen=True)

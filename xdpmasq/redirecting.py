@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv4Network
 from typing import Any
 
@@ -76,19 +76,31 @@ def forget(tables: Tables) -> None:
 
 def listed(tables: Tables, hz: int) -> Iterator[Table]:
     """Connections as rows beside sessions; the external endpoint is the gateway's own."""
-    for all_keys, all_values in _connections(tables):
-        running_ = ~_expired(tables, all_keys, all_values)
-        keys, values = all_keys[running_], all_values[running_]
-        idle = np.maximum(age(bpf.jiffies(), values["last_seen"]), 0)
-        seen = values["tcp_seen"]
-        limits = idle_limits(tables.settings, seen[:, 0], seen[:, 1], keys["class"] * abi.PORTS)
-        ends = (
-            sessions.endpoints(keys["client"], keys["client_port"]),
-            sessions.endpoints(values["local"], values["local_port"]),
-            sessions.endpoints(keys["server"], keys["server_port"]),
-        )
-        sent, left = (values["packets"], values["bytes"]), (limits - idle) / hz
-        yield sessions.beside("REDIRECTED", keys["class"], ends, sent=sent, idle_s=idle / hz, remaining_s=left)
+    for keys, values in _connections(tables):
+        yield _rows(tables, keys, values, hz)[~_expired(tables, keys, values)]
+
+
+def flush(tables: Tables, hz: int, choice: Callable[[Table], Table]) -> int:
+    """Ends the connections that are chosen from their rows; returns how many."""
+    ended = 0
+    for keys, values in _connections(tables):
+        rows = _rows(tables, keys, values, hz)
+        chosen = choice(rows[~_expired(tables, keys, values)]).slot
+        ended += _remove(tables, keys, values, np.isin(rows.slot, chosen))
+    return ended
+
+
+def _rows(tables: Tables, keys: Any, values: Any, hz: int) -> Table:
+    idle = np.maximum(age(bpf.jiffies(), values["last_seen"]), 0)
+    seen = values["tcp_seen"]
+    limits = idle_limits(tables.settings, seen[:, 0], seen[:, 1], keys["class"] * abi.PORTS)
+    ends = (
+        sessions.endpoints(keys["client"], keys["client_port"]),
+        sessions.endpoints(values["local"], values["local_port"]),
+        sessions.endpoints(keys["server"], keys["server_port"]),
+    )
+    sent, left = (values["packets"], values["bytes"]), (limits - idle) / hz
+    return sessions.beside("REDIRECTED", keys["class"], ends, sent=sent, idle_s=idle / hz, remaining_s=left)
 
 
 def any_running(tables: Tables) -> bool:

@@ -143,7 +143,7 @@ def beside(
     idle_s: Array | None = None,
     remaining_s: Array,
 ) -> Table:
-    """Rows that are no sessions.
+    """Rows that are no sessions; instead of a slot they have a number.
 
     Args:
         state: one of :data:`BESIDE`.
@@ -153,7 +153,7 @@ def beside(
     none = np.zeros(len(protocol), np.uint64)
     packets, octets = sent or (none, none)
     return Table(
-        slot=none.astype(np.uint32),
+        slot=np.arange(len(protocol), dtype=np.uint32),
         opened_at=none.astype(np.uint32),
         protocol=protocol.astype(np.uint8),
         state=np.full(len(protocol), _STATE[state], np.uint8),

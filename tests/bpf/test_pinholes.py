@@ -106,6 +106,18 @@ def test_its_time_is_over(gateway: Gateway, all_: Pinholes, openings: SessionsOp
     assert gateway.tables.rows(np.array([hole.port]))[0]["life"] & abi.LIFE_STATE == abi.LIFE_RESTING
 
 
+def test_some_are_flushed(gateway: Gateway, all_: Pinholes) -> None:
+    """Over to packets at once; the agent then gives the port back."""
+    ports = [of_session(gateway, all_, most=2).open("tcp", at(port), remote=REMOTE).port for port in (40001, 40000)]
+    assert pinholes.flush(gateway.tables, lambda rows: rows[rows.external.port == ports[0]]) == 1
+    assert comes_in(gateway, ports[0]) == "drop_filtered"
+    assert [each.external.port for each in pinholes.listed(gateway.tables)] == [ports[1]]
+    assert pinholes.expected(gateway.tables).external.port.tolist() == [ports[1]]
+    all_.tick()
+    assert len(all_.records()[0]) == 1
+    assert comes_in(gateway, ports[1]) is None
+
+
 @pytest.mark.req("attacks-pinholes")
 @pytest.mark.parametrize(("alg", "most"), [(Ftp, 1), (Irc, 8)])
 def test_how_many_a_session_may_have(gateway: Gateway, all_: Pinholes, alg: type[Ftp | Irc], most: int) -> None:

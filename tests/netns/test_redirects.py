@@ -97,6 +97,8 @@ def test_one_source_port_to_two_remotes(gateway: Gateway) -> None:
                 source.sendall(text)
                 assert read(sink, len(text)) == text
         assert listed(gateway, "redirect")["running"] == 2
+        assert gateway.masq("sessions", "flush", "--remote", f"{INTERNET_TOO}:80").stdout == "1 session ended\n"
+        assert listed(gateway, "redirect")["running"] == 1
 
 
 def test_all_dns_by_the_gateway(gateway: Gateway) -> None:

@@ -111,7 +111,7 @@ def flush(
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
-    """End sessions now. Their hosts get no notice; UDP and ICMP simply open new ones.
+    """End sessions now, and what is listed beside them. Their hosts get no notice; UDP and ICMP simply open new ones.
 
     \b
     Examples:
@@ -123,8 +123,11 @@ def flush(
     if selection.is_everything != every:
         what = "both --all and a filter are given" if every else "no filter is given"
         raise UsageError(what, "", "give either filters, or --all to end every session")
+    from xdpmasq import pinholes, redirecting  # noqa: PLC0415  heavy
+
     attached = find(wan)
     ended = attached.flush(selection(_read(attached)).slot)
+    ended += redirecting.flush(attached, attached.hz, selection) + pinholes.flush(attached, selection)
     if json:
         common.print_json({"flushed": ended})
     else:
