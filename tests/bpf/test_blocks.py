@@ -1,8 +1,12 @@
 """Port blocks (RFC 6888 REQ-14): a host's ports are in blocks of its own, taken when needed, given back when idle."""
 
+import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from harness import (
     OTHER_HOST,
     SERVER,
     SYN,
+    TICKS,
     Bench,
     Gateway,
     echo,
@@ -21,10 +26,11 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq import abi, blocks, forwarding, ports
+from xdpmasq import abi, blocks, bpf, forwarding, ports, records, targets
 from xdpmasq import config as configuration
 from xdpmasq.abi import REAP_FORCED, REAP_RESTED
 from xdpmasq.lab import netns
+from xdpmasq.net import netdev
 
 SIZE, MOST = 256, 3
 POOL = ((4096, 8 * SIZE), (0, 0))  # eight blocks
@@ -262,3 +268,85 @@ def test_hosts_without_blocks_are_forgotten(gateway: Gateway) -> None:
     assert len(gateway.entries("tenants")) == 2
     upkeep.forget()
     assert not gateway.entries("tenants")
+
+
+# --- in the log ------------------------------------------------------------------------------------
+
+
+def test_syslog_has_its_ports(gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the daemon gets it, a datagram for each: by whom, from when on, and until when."""
+    monkeypatch.setattr(targets, "DEV_LOG", str(tmp_path / "log"))
+    fields = {"settings": gateway.tables.settings, "maps": gateway.tables.maps, "hz": TICKS, "now": bpf.jiffies}
+    ledger = records.Ledger(SimpleNamespace(**fields))  # type: ignore[arg-type]
+    assert [*ledger.records()] == []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(str(tmp_path / "log"))
+        daemon.settimeout(5)
+        (target,) = targets.opened(configuration.Log(what="blocks", syslog="local3"))
+
+        def logged() -> dict[str, object]:
+            target.take([*ledger.records()])
+            target.flush()
+            head, _, body = daemon.recv(2000).decode().partition(": ")
+            assert head == f"<{19 * 8 + 6}>xdpmasq[{os.getpid()}]"
+            return dict(json.loads(body))
+
+        port = gateway.open(OPENING["udp"](HOST, 1))
+        opened = logged()
+        close_all(gateway)
+        tick(gateway)
+        tick(gateway)
+        closed = logged()
+        target.close()
+    first = number(port) * SIZE
+    for each, event in ((opened, "opened"), (closed, "closed")):
+        assert (each["record"], each["event"], each["internal"]) == ("block", event, {"address": HOST})
+        assert each["external"] == {"address": GATEWAY, "first": first, "last": first + SIZE - 1}
+    assert abs(float(str(closed["time"])) - float(str(opened["time"])) - float(str(closed["duration_s"]))) < 1
+
+
+# --- two external addresses ------------------------------------------------------------------------
+
+
+GATEWAY_TOO = "192.0.2.1"
+SECOND = (
+    "link add far0 type veth peer name far1",
+    "link set far0 up",
+    f"addr add {GATEWAY_TOO}/24 dev far0",
+)
+
+
+@pytest.fixture
+def two() -> Iterator[Gateway]:
+    """Two WANs with an address each."""
+    name = f"tk2-{os.getpid()}"
+    netns.ip_batch([f"netns add {name}"])
+    try:
+        netns.set_sysctls(name, {"net/ipv6/conf/default/disable_ipv6": 1, "net/ipv4/ip_forward": 1})
+        netns.ip_batch((*NETWORK, *SECOND), name)
+        with netns.entered(name):
+            gateway = Gateway(Bench([GATEWAY, GATEWAY_TOO], blocks=True))
+            gateway.tables.set_interface(netdev.link("far0"), "wan", xdp_from=True, xdp_to=True, wan=1)
+            gateway.tables.set_settings(block_bits=SIZE.bit_length() - 1, host_blocks=MOST)
+            gateway.pool(tcp=POOL, udp=POOL)
+            tick(gateway)
+            gateway.counted()
+            yield gateway
+    finally:
+        netns.delete([name])
+
+
+@pytest.mark.req("6888-14")
+def test_each_external_address_has_blocks_of_its_own(two: Gateway) -> None:
+    """A host that leaves by both WANs has one of each, whose ports are not the other's; and both are told of."""
+    far = netdev.link("far0").index
+    found = {}
+    for host in (HOST, OTHER_HOST):
+        for external, index in ((0, two.wan), (1, far)):
+            ports_ = {two.outbound(OPENING["udp"](host, nth), ifindex=index).port for nth in range(40)}
+            (found[host, external],) = {number(port) for port in ports_}
+    held = {(str(each.owner), each.external): number(each.first) for each in blocks.taken(two.tables)}
+    assert held == found
+    for external in (0, 1):
+        assert found[HOST, external] != found[OTHER_HOST, external]
+    assert blocks.use(two.tables)[:, 0].tolist() == [2, 2]

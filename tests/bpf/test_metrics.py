@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from harness import GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, SERVER, Gateway, echo, tcp, udp
+from harness import ACK, GATEWAY, HOST, OTHER_HOST, OTHER_SERVER, PSH, SERVER, Gateway, echo, tcp, udp
 from prometheus_client.parser import text_string_to_metric_families
+from scapy.layers.inet import IP, UDP
+from scapy.packet import Raw
 
 from xdpmasq import bpf, config, metrics
 from xdpmasq.alg import switches
@@ -140,6 +142,54 @@ def test_a_forward(gateway: Gateway, shown: Shown) -> None:
     assert before[("external_ports", GATEWAY, "tcp", "forwarded")] == 1
     gateway.inbound(tcp(OTHER_SERVER, 1000, GATEWAY, 8080, 0x02))
     assert shown.values()[("forward_sessions_total", "forward", "8080", "tcp", "wan", "198.51.100.0/24")] == 1
+
+
+def test_the_punt_port(gateway: Gateway, shown: Shown) -> None:
+    """What goes there, what comes back, and what it would have read."""
+    gateway.attend()
+    later = [IP(src=HOST, dst=SERVER, id=id_, frag=100) / UDP() / Raw(bytes(72)) for id_ in range(3)]
+    with shown.growing() as grown:
+        frames = [gateway.outbound(each).frame for each in later]
+        for frame in frames[:2]:
+            assert gateway.punt_in(frame).ended == "punt_return"
+    assert grown[("punted_packets_total", "fragment")] == 3
+    assert grown[("punted_packets_total", "return")] == 2
+
+
+def test_an_alg_without_its_agent(gateway: Gateway, shown: Shown) -> None:
+    switches.put(gateway.tables, Use.parse("ftp"))
+    try:
+        with shown.growing() as grown:
+            gateway.connect(HOST, 5000, SERVER, 21)
+            for nth in range(3):
+                gateway.outbound(tcp(HOST, 5000, SERVER, 21, ACK | PSH, seq=101 + nth, ack=501, payload=b"x"))
+    finally:
+        switches.take(gateway.tables, "ftp")
+    assert grown[("alg_bypassed_total",)] == 2 + 3  # both SYNs, and the texts
+
+
+def test_how_full_maps_are_and_how_often_programs_run(gateway: Gateway, shown: Shown) -> None:
+    with bpf.counting_runs():
+        gateway.outbound(udp(HOST, 5000, SERVER, 53))
+        with shown.growing() as grown:
+            for nth in range(3):
+                gateway.outbound(udp(f"192.168.0.{20 + nth}", 5000, SERVER, 53))
+            assert shown.values()[("map_max_entries", "hosts")] == 16384
+    assert grown[("map_entries", "hosts")] == 3
+    assert grown[("program_runs_total", "masq_wan_out")] == 3
+    assert 0 < grown[("program_run_time_seconds_total", "masq_wan_out")] < 1
+
+
+def test_what_the_agent_notes(shown: Shown) -> None:
+    for _ in range(3):
+        with shown.subject.pulse.expiring():
+            pass
+    shown.subject.pulse.disarms = 4
+    found = shown.values()
+    assert found[("expiry_duration_seconds_count",)] == 3
+    assert found[("expiry_duration_seconds_sum",)] == shown.subject.pulse.expiry_s
+    assert (found[("next_hop_disarms_total",)], found[("agent_restarts_total",)]) == (4, 2)
+    assert (found[("fragments_held",)], found[("held_fragments_total", "held")]) == (3, 7)
 
 
 def test_hosts_are_named_only_when_asked_and_only_the_first(gateway: Gateway, shown: Shown) -> None:

@@ -13,7 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from netkit import GATE, Gateway, soon
+from netkit import GATE, Gateway, raw, soon
+from scapy.layers.inet import IP, UDP, fragment
+from scapy.packet import Raw
 
 from xdpmasq.lab.topology import HOSTS, INTERNET, PUBLIC
 
@@ -49,6 +51,55 @@ def test_what_is_shown_follows_what_is_done(gateway: Gateway) -> None:
     assert value(after, "working") == 1
     assert value(after, "punt_port_up") == 1
     assert 0 <= time.time() - value(after, "agent_last_tick_time_seconds") < 10
+
+
+def test_what_an_alg_does(gateway: Gateway) -> None:
+    """One message, one edit, one pinhole, and one who came by it."""
+    with gateway.listen("a-box") as data, gateway.listen("internet", 21) as server:
+        before = scrape(gateway)
+        with gateway.tcp("a-box", (INTERNET, 21)) as client:
+            far, _ = server.accept()
+            high, low = divmod(data.getsockname()[1], 256)
+            client.sendall(f"PORT {HOSTS['a-box'].replace('.', ',')},{high},{low}\r\n".encode())
+            with far, gateway.lab.socket("internet", socket.SOCK_STREAM) as caller:
+                told = far.recv(200)
+                *_, high, low = map(int, told.split()[1].split(b","))
+                caller.settimeout(5)
+                caller.connect((PUBLIC, 256 * high + low))
+                data.accept()[0].close()
+
+    def grown(series: str) -> float:
+        return value(scrape(gateway), series) - value(before, series)
+
+    assert grown("pinhole_opened_total") == 1
+    soon(lambda: grown('alg_messages_total{alg="ftp"}') == 1, "the agent has noted it at its tick")
+    assert grown('alg_outcomes_total{alg="ftp",outcome="edited"}') == 1
+    assert grown('alg_outcomes_total{alg="ftp",outcome="failed"}') == 0
+
+
+def test_fragments_that_wait(gateway: Gateway) -> None:
+    """Three, until their first comes: each is seen once at the punt port, going and coming back."""
+    port = 'interface_{}_packets_total{{interface="masq-punt0"}}'
+    text, number = bytes(1600), 4711
+    packet = IP(bytes(IP(src=HOSTS["a-box"], dst=INTERNET, id=number) / UDP(sport=5000, dport=9) / Raw(text)))
+    first, *later = (bytes(each) for each in fragment(packet, 400))
+    with raw(gateway, "a-box", socket.IPPROTO_UDP) as near:
+        before = scrape(gateway)
+
+        def grown(series: str) -> float:
+            return value(scrape(gateway), series) - value(before, series)
+
+        for each in later:
+            near.sendto(each, (INTERNET, 0))
+        soon(lambda: grown("fragments_held") == len(later), "all wait")
+        assert grown('punted_packets_total{reason="fragment"}') == len(later)
+        assert grown(port.format("transmit")) == len(later)
+        near.sendto(first, (INTERNET, 0))
+        soon(lambda: grown("fragments_held") == 0, "none waits")
+    for outcome in ("held", "released"):
+        assert grown(f'held_fragments_total{{outcome="{outcome}"}}') == len(later)
+    assert grown('punted_packets_total{reason="return"}') == len(later)
+    assert grown(port.format("receive")) == len(later)
 
 
 def test_status_says_where(gateway: Gateway) -> None:
@@ -144,6 +195,13 @@ def test_its_life(bare: Gateway, tmp_path: Path) -> None:
     bare.kill_agent()
     bare.attach()
     assert value(scrape(bare), "agent_restarts_total") == 1
+
+    soon(lambda: value(scrape(bare), "expiry_duration_seconds_count") > 0, "there was a look at the sessions")
+    hops = "next_hop_disarms_total"
+    before = value(scrape(bare), hops)
+    bare.gate("ip", "route", "add", "198.18.9.0/24", "via", INTERNET)
+    soon(lambda: value(scrape(bare), hops) > before, "flows are to ask for their next hop")
+    bare.gate("ip", "route", "del", "198.18.9.0/24")
 
     bare.kill_agent()
     (tmp_path / "off.toml").write_text("[metrics]\nenabled = false\n")
