@@ -348,6 +348,41 @@ def test_a_connection_outlives_the_agent(gateway: Gateway) -> None:
         assert talk.near.recv(10) == b""
 
 
+REGISTERS = """\
+REGISTER sip:203.0.113.11 SIP/2.0
+Via: SIP/2.0/UDP 192.168.0.2:5060;branch=z9hG4bK1
+Call-ID: 1
+CSeq: 1 REGISTER
+Contact: <sip:alice@192.168.0.2:5060>
+Content-Length: 0
+
+"""
+RINGS = """\
+OPTIONS sip:alice@{} SIP/2.0
+Via: SIP/2.0/UDP 203.0.113.11;branch=z9hG4bK2
+Call-ID: 2
+CSeq: 1 OPTIONS
+Content-Length: 0
+
+"""
+
+
+def test_a_registration_outlives_the_agent(gateway: Gateway) -> None:
+    """The next agent knows by the kernel's tables who is meant."""
+    with gateway.udp("a-box", 5060) as near, gateway.lab.socket("internet", socket.SOCK_DGRAM) as far:
+        far.settimeout(5)
+        far.bind((INTERNET_TOO, 5060))
+        near.sendto(REGISTERS.replace("\n", "\r\n").encode(), (INTERNET_TOO, 5060))
+        heard, known_as = far.recvfrom(65535)
+        contact = re.search(rb"Contact: <sip:alice@(203\.0\.113\.1:\d+)>", heard)
+        assert contact, heard
+        gateway.kill_agent()
+        gateway.attach_with(algs=USES)
+        rings = RINGS.replace("\n", "\r\n")
+        far.sendto(rings.format(contact[1].decode()).encode(), known_as)
+        assert near.recv(65535).decode() == rings.format("192.168.0.2:5060")
+
+
 def test_a_server_inside_names_its_port(gateway: Gateway) -> None:
     with (
         gateway.forward("tcp", "2121", f"{A_BOX}:21"),
@@ -806,7 +841,7 @@ def test_sip_call_to_who_has_registered(gateway: Gateway, transport: str) -> Non
             heard = registrar.recv(2000)
         assert not private_lines([heard])
         contact = re.search(rb"Contact: <sip:lab@203\.0\.113\.1:(\d+);transport=", heard)
-        assert contact
+        assert contact, heard
         answer = heard.replace(b"REGISTER sip:203.0.113.10 SIP/2.0", b"SIP/2.0 200 OK")
         registrar.send(answer)
         assert phone.recv(2000) == request.replace(b"REGISTER sip:203.0.113.10 SIP/2.0", b"SIP/2.0 200 OK")
