@@ -184,6 +184,7 @@ class Tracer:
             other = IPv4Address(self._word["internal"]["word"][0, :1].tobytes())
             raise BusyError("another trace is running", f"of {other}", f"wait for its end, at most {HERE_S} s")
         self.lost = 0
+        self._begun, self._begun_at = np.uint32(attached.now() % 2**32), time.time()  # one moment, by both clocks
         self._next = int(self._word["next"][0])
         self._word["internal"][0] = addr(host)
         self._stay()
@@ -229,7 +230,6 @@ class Tracer:
         ends = self._ends(hook, before, after)
         if not ends:
             return None
-        ago = np.uint32(self._attached.now()) - row["at"]
         try:
             interface = socket.if_indextoname(int(row["ifindex"]))
         except OSError:
@@ -237,7 +237,7 @@ class Tracer:
         reasons = _names(row["counted"], self._attached.counter_names)
         if verdict == "redirected" and any(name.startswith("drop_") for name in reasons):
             verdict = "refused"  # by way of the punt port: the agent tells the sender
-        at = time.time() - float(ago.view(np.int32)) / self._hz
+        at = self._begun_at + float((row["at"] - self._begun).view(np.int32)) / self._hz
         return Sight(at, interface, hook, verdict, reasons, before, after, *ends)
 
     def _ends(self, hook: str, before: Look, after: Look) -> tuple[End, End] | None:
@@ -351,11 +351,17 @@ def _fields(look: Look) -> dict[str, Any]:
 # --- what it comes to ------------------------------------------------------------------------------
 
 
-def conclusion(seen: Counter[tuple[str, str]], host: IPv4Address) -> str:
-    """What the packets at hooks, by hook and verdict, look like in all; empty where nothing is striking."""
+def conclusion(seen: Counter[tuple[str, str]], host: IPv4Address, others: int = 0) -> str:
+    """What the packets at hooks, by hook and verdict, look like in all; empty where nothing is striking.
+
+    Args:
+        others: packets of the host that were not asked for.
+    """
     at = Counter[str]()
     for (hook, _), count in seen.items():
         at[hook] += count
+    if not seen and others:
+        return f"{others:,} of {host} came by that do not fit: see --port (its own), --protocol and --remote"
     if not seen:
         return f"nothing of {host} came by: is it the host's address, and this its gateway?"
     if seen[LAN_IN, "passed"] and not at[WAN_OUT] and not at[WAN_IN]:

@@ -323,6 +323,11 @@ def test_a_datapath_without_traces() -> None:
     ],
 )
 def test_conclusion(seen: dict[tuple[str, str], int], words: str) -> None:
-
     found = conclusion(Counter(seen), IPv4Address(HOST))
     assert words in found if words else not found
+
+
+def test_conclusion_about_others() -> None:
+    """The host is there; it was asked for something else."""
+    found = conclusion(Counter(), IPv4Address(HOST), others=1200)
+    assert found.startswith(f"1,200 of {HOST} came by that do not fit")

@@ -65,13 +65,16 @@ def trace(
     interest = tracing.Interest(protocol.lower(), port or None, Endpoint.parse(remote))
     attached = datapath.find(wan or None)
     seen: Counter[tuple[str, str]] = Counter()
+    others = 0
     tracer = tracing.Tracer(attached, host, interest.port)
     try:
         until = time.monotonic() + seconds
         while time.monotonic() < until and not (count and seen.total() >= count):
             time.sleep(POLL_S)
             for sight in tracer.read():
-                if sight in interest and not (count and seen.total() >= count):
+                if sight not in interest:
+                    others += 1
+                elif not count or seen.total() < count:
                     seen[sight.hook, sight.verdict] += 1
                     print(sight.json() if json else "\n".join(sight.lines()))
             sys.stdout.flush()
@@ -79,6 +82,9 @@ def trace(
         tracer.close()
     if not json:
         print(f"{common.plural(seen.total(), 'packet')} at {common.plural(len({hook for hook, _ in seen}), 'hook')}")
-    for line in (tracing.conclusion(seen, host), f"{tracer.lost:,} more came too fast" if tracer.lost else ""):
+    for line in (
+        tracing.conclusion(seen, host, others),
+        f"{tracer.lost:,} more came too fast" if tracer.lost else "",
+    ):
         if line:
             print(line, file=sys.stderr if json else sys.stdout)
