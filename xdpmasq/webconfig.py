@@ -57,7 +57,8 @@ class Web:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise _wrong(path, "cannot be read", str(error)) from error
+            why = (error.strerror if isinstance(error, OSError) else "") or str(error)
+            raise _wrong(path, "cannot be read", why) from error
         document = _parse(path, text)
         _refuse_unknown(path, document, ("tls_server_config", "basic_auth_users"), "")
         tls, users = document.get("tls_server_config"), document.get("basic_auth_users") or {}
