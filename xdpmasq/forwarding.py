@@ -35,7 +35,7 @@ from xdpmasq.abi import (
 from xdpmasq.errors import BusyError, ForwardError
 from xdpmasq.expiry import age
 from xdpmasq.forwards import Lease, Rule, Target
-from xdpmasq.net import ifaddrs
+from xdpmasq.net import ifaddrs, sysctl
 from xdpmasq.redirects import Redirect
 from xdpmasq.sessions import Table
 from xdpmasq.tables import Tables
@@ -106,6 +106,14 @@ def any_by_port(tables: Tables) -> bool:
     """Is there a forward that the gateway itself can ask for by its public address?"""
     rules = tables.rules
     return bool(((rules["targets"] != 0) & (rules["flags"] & (FLAG_DEFAULT | FLAG_TO_GATEWAY) == 0)).any())
+
+
+def is_served(attached: Tables) -> bool:
+    """The gateway itself reaches its forwards, too."""
+    if not any_by_port(attached):
+        return True
+    has_program = any(each["role"] == "lo" for each in attached.manifest["interfaces"])
+    return has_program and sysctl.read("net.ipv4.conf.lo.accept_local") == "1"
 
 
 def any_on_lan(tables: Tables) -> bool:

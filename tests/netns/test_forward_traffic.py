@@ -263,6 +263,15 @@ def rp_filter(gateway: Gateway, request: pytest.FixtureRequest) -> Iterator[int]
         gateway.sysctl(name, value)
 
 
+def test_the_command_is_done_when_the_gateway_has_a_way_to_it(gateway: Gateway) -> None:
+    soon(lambda: gateway.on("lo") == set(), "nothing of an earlier forward is left on lo")
+    try:
+        gateway.masq("forward", "add", "tcp", "8080", f"{B}:9090")
+        assert meet_tcp(gateway, GATE, (PUBLIC, 8080), "b-box", 9090).called == f"{PUBLIC}:8080"
+    finally:
+        gateway.masq("forward", "del", "tcp", "8080", "--kill")
+
+
 @pytest.mark.usefixtures("rp_filter")
 @both
 def test_the_gateway_asks_for_its_own_forward(gateway: Gateway, protocol: str) -> None:

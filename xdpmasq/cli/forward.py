@@ -69,8 +69,12 @@ def add(
     """
     common.require_root("forward add")
     rule = forwards.parse(protocol, ports, targets, source)
-    _, saved = rules.put(wan, rule, rules.Saving(save, config))
+    attached, saved = rules.put(wan, rule, rules.Saving(save, config))
     rules.print_added(rule, _fields(rule), saved, json=json, done="forwarded")
+    from xdpmasq import forwarding  # noqa: PLC0415  heavy
+
+    # The gateway's own way to its forwards is lo, where the agent attaches once there is one.
+    rules.await_agent(attached, forwarding.is_served, "lo for the gateway's own connections to forwards")
 
 
 @app.command("del")

@@ -1,17 +1,12 @@
 """``xdpmasq redirect``: ports that the gateway answers in place of others (transparent proxies)."""
 
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from xdpmasq import redirects
 from xdpmasq.cli import common, rules
-
-if TYPE_CHECKING:
-    from xdpmasq.datapath import Attached
 
 PORTS = typer.Argument(..., metavar="PORTS", help="80, or a range as 5000-5010.", show_default=False)
 TO = typer.Argument(..., metavar="PORT", help="The gateway's own port; of a range the first.", show_default=False)
@@ -26,7 +21,6 @@ NOT_TO = typer.Option(
     [], "--not-to", metavar="PREFIX", help="Destinations left alone; repeatable.", show_default=False
 )
 ROW = "%-3s  %-5s  %-11s  %-11s  %-18s  %-18s  %10s  %8s"
-SOON_S = 5  # the agent looks every second
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -79,20 +73,10 @@ def add(
     attached, saved = rules.put(wan, rule, rules.Saving(save, config))
     rules.print_added(rule, _fields(rule), saved, json=json, done="redirected")
     if rule.from_inside:
-        _await_agent(attached)
+        from xdpmasq import redirecting  # noqa: PLC0415  heavy
 
-
-def _await_agent(attached: "Attached") -> None:
-    """What brings the answers back is attached to the LANs by the agent, once there is a redirect."""
-    from xdpmasq import redirecting  # noqa: PLC0415  heavy
-
-    deadline = time.monotonic() + SOON_S * attached.agent_alive
-    while not redirecting.is_served(attached):
-        if time.monotonic() >= deadline:
-            why = "takes its time" if attached.agent_alive else "is not running"
-            print(f"note: the agent, which has to prepare the LANs for the first redirect, {why}", file=sys.stderr)
-            break
-        time.sleep(0.05)
+        # What brings the answers back is attached to the LANs by the agent, once there is a redirect.
+        rules.await_agent(attached, redirecting.is_served, "the LANs for the first redirect")
 
 
 @app.command("del")

@@ -1,6 +1,8 @@
 """What `forward`, `redirect` and `trigger` share: rules of one kind are put in place, taken out and listed alike."""
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ PROTOCOL = typer.Argument(..., metavar="tcp|udp", show_default=False)
 Rows = Sequence[Mapping[str, Any]]
 KILL = typer.Option(False, "--kill", help="End its running sessions, too.")
 SAVE = typer.Option(False, "--save", help="Change the configuration file as well, for the next start.")
+SOON_S = 5  # the agent looks every second
 CONFIG = typer.Option(
     "", "--config", metavar="FILE", show_default=False, help="With --save: this file, not that of the running agent."
 )
@@ -92,6 +95,17 @@ def put(wan: str, rule: Rule, saving_: Saving) -> "tuple[Attached, Saved]":
             draft.keep()
         undo.pop_all()
     return attached, Saved.of(draft)
+
+
+def await_agent(attached: "Attached", is_served: "Callable[[Attached], bool]", what: str) -> None:
+    """Waits until the agent has prepared what a rule needs, or says that it has not."""
+    deadline = time.monotonic() + SOON_S * attached.agent_alive
+    while not is_served(attached):
+        if time.monotonic() >= deadline:
+            why = "takes its time" if attached.agent_alive else "is not running"
+            print(f"note: the agent, which has to prepare {what}, {why}", file=sys.stderr)
+            break
+        time.sleep(0.05)
 
 
 def take(wan: str, wanted: Rule, saving_: Saving, *, kill: bool) -> tuple[Rule, int, int, Saved]:
