@@ -136,7 +136,6 @@ static __always_inline enum verdict hairpin_come_in(const struct settings *cfg, 
 static __always_inline enum verdict hairpin_done(const struct packet *p, enum counter kind)
 {
 	carry(kind, 0, packet_bytes(p));
-	count(kind);
 	return REDIRECT;
 }
 

@@ -87,7 +87,7 @@ static __always_inline enum verdict translated(const struct packet *p, enum coun
 	if (p->hairpin)
 		return PASS;
 	carry(done, here ? here->wan : 0, packet_bytes(p));
-	return pass(done);
+	return PASS;
 }
 
 /* A packet half rewritten must not go on, hence DROP. */

@@ -18,13 +18,14 @@ static __always_inline void count(u32 reason)
 }
 
 /* Of what is translated, bytes and the WAN are counted, too. What passes no WAN, between LANs or to the gateway itself, is
- * among the first one's. XDP counts nowhere else: whoever reads `counters` adds its packets from here.
+ * among the first one's.
  */
 static __always_inline void carry(enum counter kind, u32 wan, u32 bytes)
 {
 	u32 place = wan * KINDS_TRANSLATED + kind;
 	struct traffic *sum = translations.lookup(&place);
 
+	count(kind);
 	if (sum) {
 		sum->packets++;
 		sum->bytes += bytes;

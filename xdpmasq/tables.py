@@ -128,11 +128,7 @@ class Tables:
     def counters(self) -> dict[str, int]:
         """Every counter by name, summed over CPUs."""
         table = self.maps["counters"]
-        found = {name: int(table.get(i).sum()) for i, name in enumerate(self.counter_names)}
-        for (_, name), (packets, _) in self.translations().items():
-            if name.startswith("fast_"):  # XDP counts only there
-                found[name] += packets
-        return found
+        return {name: int(table.get(i).sum()) for i, name in enumerate(self.counter_names)}
 
     def translations(self) -> dict[tuple[int, str], tuple[int, int]]:
         """Packets and IP bytes translated, by WAN and counter name; what passes no WAN is with the first one's."""

@@ -234,11 +234,7 @@ class Bench:
     def counters(self) -> np.ndarray[Any, Any]:
         """All counters over CPUs."""
         self._read("counters", self._counters, len(self.counter_names))
-        counted = self._counters.sum(axis=1)
-        for number, name in enumerate(self.kinds):
-            if name.startswith("fast_"):  # XDP counts only there
-                counted[self.counter_names.index(name)] += self.translations()[:, number, 0].sum()
-        return counted
+        return self._counters.sum(axis=1)
 
     def translations(self) -> np.ndarray[Any, Any]:
         """Packets and bytes by WAN and kind, over CPUs."""
