@@ -23,7 +23,7 @@ SETTINGS = np.dtype(
             ("external", ADDR, (1,)),
             ("pool", [("first", "u4", (2,)), ("count", "u4", (2,))], (3,)),
         ),
-        *((name, "u4") for name in ("tcp_established", "tcp_transitory", "udp", "icmp")),
+        *((name, "u4") for name in ("tcp_established", "tcp_transitory", "udp", "icmp", "hz")),
         ("inbound_refresh", "u1"),
     ]
 )

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import typer
-from records import SESSION, SETTINGS
+from records import ADDR, SESSION, SETTINGS
 from rich.console import Console
 
 import xdpmasq.pinholes
@@ -57,7 +57,7 @@ def settings() -> Any:
     values = np.zeros(1, SETTINGS)
     for name in ("tcp_established", "tcp_transitory", "udp", "icmp"):
         values[name] = 100 * HZ
-    values["pool"]["count"], values["externals"] = 30000, 1
+    values["pool"]["count"], values["externals"], values["hz"] = 30000, 1, HZ
     return values[0]
 
 
@@ -95,7 +95,9 @@ class Empty:
 
 class NoPinholes(Empty):
     def items(self, chunk: int) -> Iterator[Any]:
-        yield np.zeros(0, [("mapping", "u4")]), np.zeros(0, [("expires", "u4"), ("counted", "u4"), ("left", "u8")])
+        value = [("left", "u8"), ("counted", "u4"), ("expires", "u4"), ("internal", ADDR)]
+        value += [("internal_port", "u2"), ("remote_port", "u2")]
+        yield np.zeros(0, [("mapping", "u4"), ("remote", ADDR)]), np.zeros(0, value)
 
 
 @dataclass
