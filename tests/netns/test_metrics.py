@@ -83,6 +83,7 @@ def test_fragments_that_wait(gateway: Gateway) -> None:
     text, number = bytes(1600), 4711
     packet = IP(bytes(IP(src=HOSTS["a-box"], dst=INTERNET, id=number) / UDP(sport=5000, dport=9) / Raw(text)))
     first, *later = (bytes(each) for each in fragment(packet, 400))
+    soon(lambda: value(scrape(gateway), "fragments_held") == 0, "no other test's fragments wait")
     with raw(gateway, "a-box", socket.IPPROTO_UDP) as near:
         before = scrape(gateway)
 
