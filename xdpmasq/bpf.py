@@ -61,17 +61,22 @@ TcHook = Literal["ingress", "egress"]
 _TCX: dict[TcHook, int] = {"ingress": 46, "egress": 47}
 _TCX_ROOM = 64
 _REPLACE = 4
+_LIBC = ct.CDLL(None, use_errno=True)  # once: looking for it takes as long as the call
 LIVE_FRAMES = 2  # test run: send what XDP_TX and redirect decide
+
+
+@functools.cache
+def _syscall_number() -> int:
+    number = SYSCALL.get(platform.machine())
+    if number is None:
+        raise HostError(f"unknown machine type {platform.machine()}", "the number of bpf(2) is not known for it")
+    return number
 
 
 def _bpf(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
     """``bpf(command, attr)``: its result and the attributes as the kernel left them. Raises OSError."""
-    libc = ct.CDLL(None, use_errno=True)
     buffer = (ct.c_char * len(attr)).from_buffer_copy(attr)
-    number = SYSCALL.get(platform.machine())
-    if number is None:
-        raise HostError(f"unknown machine type {platform.machine()}", "the number of bpf(2) is not known for it")
-    result = libc.syscall(number, command, buffer, len(attr))
+    result = _LIBC.syscall(_syscall_number(), command, buffer, len(attr))
     if result < 0:
         code = ct.get_errno()
         raise OSError(code, os.strerror(code))
@@ -166,8 +171,8 @@ class Map(_Descriptor):
                 return None
             raise
         if copies > 1:
-            return np.frombuffer(buffer.raw, self.value, copies)
-        return np.frombuffer(buffer.raw, self.value, 1).copy()[0]
+            return np.frombuffer(memoryview(buffer), self.value, copies)
+        return np.frombuffer(memoryview(buffer), self.value, 1)[0]
 
     def set(self, key: Any, value: Any, flags: int = UPDATE_ANY) -> None:
         """Stores ``value``; raises OSError (E2BIG full, EEXIST, ENOENT) as the kernel's map does."""
@@ -204,9 +209,7 @@ class Map(_Descriptor):
                 0,
             )
             buffer = (ct.c_char * len(attr)).from_buffer_copy(attr)
-            result = ct.CDLL(None, use_errno=True).syscall(
-                SYSCALL[platform.machine()], _LOOKUP_BATCH, buffer, len(attr)
-            )
+            result = _LIBC.syscall(_syscall_number(), _LOOKUP_BATCH, buffer, len(attr))
             code = ct.get_errno() if result < 0 else 0
             if code not in (0, errno.ENOENT):
                 raise OSError(code, os.strerror(code))
