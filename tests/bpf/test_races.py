@@ -193,5 +193,6 @@ def test_both_directions_and_the_reaper(gateway: Gateway, namespace: str, filter
     counted = gateway.counted()
     ended = {name: n for name, n in counted.items() if name.startswith(("slow", "own", "drop"))}
     assert sum(ended.values()) == 2 * RUNS
-    assert min(ended["slow_outbound"], ended["slow_inbound"], counted["forward_opened"]) > RUNS / 20
+    # How many forwards were opened depends on who is given the CPUs when.
+    assert min(ended["slow_outbound"], ended["slow_inbound"], counted["forward_opened"]) > RUNS / 100
     gateway.assert_tables_agree()

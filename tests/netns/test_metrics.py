@@ -83,7 +83,6 @@ def test_fragments_that_wait(gateway: Gateway) -> None:
     text, number = bytes(1600), 4711
     packet = IP(bytes(IP(src=HOSTS["a-box"], dst=INTERNET, id=number) / UDP(sport=5000, dport=9) / Raw(text)))
     first, *later = (bytes(each) for each in fragment(packet, 400))
-    soon(lambda: value(scrape(gateway), "fragments_held") == 0, "no other test's fragments wait")
     with raw(gateway, "a-box", socket.IPPROTO_UDP) as near:
         before = scrape(gateway)
 
@@ -92,13 +91,13 @@ def test_fragments_that_wait(gateway: Gateway) -> None:
 
         for each in later:
             near.sendto(each, (INTERNET, 0))
-        soon(lambda: grown("fragments_held") == len(later), "all wait")
+        soon(lambda: grown('held_fragments_total{outcome="held"}') == len(later), "all wait")
+        assert value(scrape(gateway), "fragments_held") >= len(later)
         assert grown('punted_packets_total{reason="fragment"}') == len(later)
         assert grown(port.format("transmit")) == len(later)
         near.sendto(first, (INTERNET, 0))
-        soon(lambda: grown("fragments_held") == 0, "none waits")
-    for outcome in ("held", "released"):
-        assert grown(f'held_fragments_total{{outcome="{outcome}"}}') == len(later)
+        soon(lambda: grown('held_fragments_total{outcome="released"}') == len(later), "none waits")
+    assert grown("fragments_held") <= 0  # other tests' may have been given up meanwhile
     assert grown('punted_packets_total{reason="return"}') == len(later)
     assert grown(port.format("receive")) == len(later)
 
