@@ -37,7 +37,8 @@ test: setup
 # not part of `make test`, but of CI: what the Debian package runs on, which is older than what the others run on
 DEBIAN := python3-bpfcc python3-numpy python3-prometheus-client python3-pyroute2 python3-rich python3-typer
 test-debian: setup
-	dpkg -s $(DEBIAN) >/dev/null 2>&1 || apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null
+	dpkg -s $(DEBIAN) >/dev/null 2>&1 || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; }
 	@/usr/bin/python3 -c 'from importlib.metadata import version; print(*(f"{n} {version(n)}" for n in ("numpy", "prometheus-client", "pyroute2", "rich", "typer")))'
 	/usr/bin/python3 -m xdpmasq lab demo --no-cpu
 
