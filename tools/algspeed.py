@@ -12,7 +12,6 @@ program's time for a packet of a flow that no ALG reads, with none enabled and w
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import threading
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.extend(str(Path(__file__).parents[1] / "tests" / each) for each in ("netns", "bpf"))
 
-from harness import HOST, NETWORK, SERVER, Bench, udp, wan_frame
+from harness import HOST, SERVER, Bench, namespace_of, udp, wan_frame
 from harness import Gateway as Programs
 from netkit import ECHO, Gateway
 from test_algs import FtpServer
@@ -110,25 +109,19 @@ def logins(gateway: Gateway, count: int, seconds: float) -> tuple[list[float], l
 def unread_flow(count: int) -> dict[str, float]:
     """Median ns that the WAN's egress takes for a datagram of an open session, by what is enabled; in turns."""
     times: dict[str, list[float]] = {"no ALG": [], "all ALGs": []}
-    name = f"algspeed-{os.getpid()}"
-    netns.ip_batch([f"netns add {name}"])
-    try:
-        netns.ip_batch(NETWORK, name)
-        with netns.entered(name):
-            gateway = Programs(Bench())
-            packet, program = udp(HOST, 5000, SERVER, 443), gateway.bench.programs["masq_wan_out"]
-            frame = wan_frame(packet)
-            for turn in range(count):
-                for each in registry.by_name().values() if turn % 2 else ():
-                    ports = tuple((protocol, port) for protocol, ports in each.ports.items() for port in ports)
-                    switches.put(gateway.tables, algs.Use(each.name, ports, (IPv4Network("0.0.0.0/0"),)))
-                for _ in range(200):
-                    run = program.test_run(frame)
-                    times["all ALGs" if turn % 2 else "no ALG"].append(run.duration_ns)
-                for each in registry.names() if turn % 2 else ():
-                    switches.take(gateway.tables, each)
-    finally:
-        netns.delete([name])
+    with namespace_of() as name, netns.entered(name):
+        gateway = Programs(Bench())
+        packet, program = udp(HOST, 5000, SERVER, 443), gateway.bench.programs["masq_wan_out"]
+        frame = wan_frame(packet)
+        for turn in range(count):
+            for each in registry.by_name().values() if turn % 2 else ():
+                ports = tuple((protocol, port) for protocol, ports in each.ports.items() for port in ports)
+                switches.put(gateway.tables, algs.Use(each.name, ports, (IPv4Network("0.0.0.0/0"),)))
+            for _ in range(200):
+                run = program.test_run(frame)
+                times["all ALGs" if turn % 2 else "no ALG"].append(run.duration_ns)
+            for each in registry.names() if turn % 2 else ():
+                switches.take(gateway.tables, each)
     return {name: statistics.median(each) for name, each in times.items()}
 
 

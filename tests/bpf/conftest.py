@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves test modules without their neighbours
 
-from harness import NETWORK, Bench, Gateway
+from harness import Bench, Gateway, namespace_of
 
 from xdpmasq import attachment, hooks
 from xdpmasq.hooks import Hook
@@ -18,18 +18,15 @@ from xdpmasq.net import clsact
 
 
 @pytest.fixture(scope="session")
-def namespace() -> Iterator[str]:
+def as_root() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    name = f"tb-{os.getpid()}"
-    netns.ip_batch([f"netns add {name}"])
-    try:
-        netns.set_sysctls(name, {"net/ipv6/conf/all/disable_ipv6": 1, "net/ipv6/conf/default/disable_ipv6": 1})
-        netns.set_sysctls(name, {"net/ipv4/ip_forward": 1})
-        netns.ip_batch(NETWORK, name)
+
+
+@pytest.fixture(scope="session")
+def namespace(as_root: None) -> Iterator[str]:
+    with namespace_of() as name:
         yield name
-    finally:
-        netns.delete([name])
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 import subprocess
 import sys
@@ -51,6 +50,7 @@ from harness import (
     Gateway,
     echo,
     echo_reply,
+    namespace_of,
     tcp,
     udp,
     wire,
@@ -383,16 +383,10 @@ def main() -> None:
 @contextlib.contextmanager
 def stand(network: Sequence[str], addresses: tuple[str, ...] = (GATEWAY,)) -> Iterator[tuple[str, FuzzBench]]:
     """A bench in a namespace of its own, whose name comes with it."""
-    name = f"tf-{os.getpid()}-{len(addresses)}"
-    netns.ip_batch([f"netns add {name}"])
-    try:
-        netns.set_sysctls(name, {"net/ipv6/conf/default/disable_ipv6": 1, "net/ipv4/ip_forward": 1})
-        netns.ip_batch(network, name)
+    with namespace_of(network) as name:
         with netns.entered(name):
             bench = FuzzBench(addresses)
         yield name, bench
-    finally:
-        netns.delete([name])
 
 
 def _rounds(

@@ -11,11 +11,14 @@ rules that no packet may break, whatever a test asks beside them; see :meth:`Gat
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
+import os
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, TypeVar
@@ -27,6 +30,7 @@ from scapy.packet import Packet, Raw
 from xdpmasq import abi, addressing, bpf, forwarding, source
 from xdpmasq.externals import Place
 from xdpmasq.forwards import Rule, Target
+from xdpmasq.lab import netns
 from xdpmasq.net import netdev, xdp
 from xdpmasq.programs import Programs
 
@@ -191,6 +195,23 @@ PREFIXES = {
     INTERNAL: abi.PREFIX_INTERNAL,
     IPv4Network(GATEWAY): abi.PREFIX_OWN,
 }
+
+
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def namespace_of(network: Sequence[str] = NETWORK) -> Iterator[str]:
+    """The name of a namespace with these interfaces, for as long as the block lasts."""
+    name = f"tb-{os.getpid()}-{next(_numbers)}"
+    netns.ip_batch([f"netns add {name}"])
+    try:
+        netns.set_sysctls(name, {f"net/ipv6/conf/{each}/disable_ipv6": 1 for each in ("all", "default")})
+        netns.set_sysctls(name, {"net/ipv4/ip_forward": 1})
+        netns.ip_batch(network, name)
+        yield name
+    finally:
+        netns.delete([name])
 
 
 class Bench:

@@ -21,6 +21,7 @@ from harness import (
     Bench,
     Gateway,
     echo,
+    namespace_of,
     tcp,
     udp,
 )
@@ -43,19 +44,11 @@ OPENING: dict[str, Callable[[str, int], Packet]] = {
 
 
 @pytest.fixture(scope="module")
-def bench_with_blocks() -> Iterator[tuple[str, Bench]]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    name = f"tk-{os.getpid()}"
-    netns.ip_batch([f"netns add {name}"])
-    try:
-        netns.set_sysctls(name, {"net/ipv6/conf/default/disable_ipv6": 1, "net/ipv4/ip_forward": 1})
-        netns.ip_batch(NETWORK, name)
+def bench_with_blocks(as_root: None) -> Iterator[tuple[str, Bench]]:
+    with namespace_of() as name:
         with netns.entered(name):
             bench = Bench(blocks=True)
         yield name, bench
-    finally:
-        netns.delete([name])
 
 
 @pytest.fixture
@@ -317,23 +310,16 @@ SECOND = (
 
 
 @pytest.fixture
-def two() -> Iterator[Gateway]:
+def two(as_root: None) -> Iterator[Gateway]:
     """Two WANs with an address each."""
-    name = f"tk2-{os.getpid()}"
-    netns.ip_batch([f"netns add {name}"])
-    try:
-        netns.set_sysctls(name, {"net/ipv6/conf/default/disable_ipv6": 1, "net/ipv4/ip_forward": 1})
-        netns.ip_batch((*NETWORK, *SECOND), name)
-        with netns.entered(name):
-            gateway = Gateway(Bench([GATEWAY, GATEWAY_TOO], blocks=True))
-            gateway.tables.set_interface(netdev.link("far0"), "wan", xdp_from=True, xdp_to=True, wan=1)
-            gateway.tables.set_settings(block_bits=SIZE.bit_length() - 1, host_blocks=MOST)
-            gateway.pool(tcp=POOL, udp=POOL)
-            tick(gateway)
-            gateway.counted()
-            yield gateway
-    finally:
-        netns.delete([name])
+    with namespace_of((*NETWORK, *SECOND)) as name, netns.entered(name):
+        gateway = Gateway(Bench([GATEWAY, GATEWAY_TOO], blocks=True))
+        gateway.tables.set_interface(netdev.link("far0"), "wan", xdp_from=True, xdp_to=True, wan=1)
+        gateway.tables.set_settings(block_bits=SIZE.bit_length() - 1, host_blocks=MOST)
+        gateway.pool(tcp=POOL, udp=POOL)
+        tick(gateway)
+        gateway.counted()
+        yield gateway
 
 
 @pytest.mark.req("6888-14")

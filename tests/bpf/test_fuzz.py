@@ -2,7 +2,6 @@
 and XDP does as TC would. `make fuzz-packets` does the same for longer, and for two WANs.
 """
 
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -18,10 +17,8 @@ ROUNDS, PACKETS = 4, 250_000
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[tuple[str, FuzzBench]]:
+def bench(as_root: None) -> Iterator[tuple[str, FuzzBench]]:
     """A bench of its own, whose counters can be seen by fuzz.c."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
     with stand(NETWORK) as made:
         yield made
 

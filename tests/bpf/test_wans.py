@@ -6,7 +6,6 @@
                                          [   192.0.2.1 ] far0 ── 192.0.2.254 ── everywhere, at a higher metric
 """
 
-import os
 from collections.abc import Iterator
 from ipaddress import IPv4Network
 
@@ -27,6 +26,7 @@ from harness import (
     Gateway,
     Result,
     age,
+    namespace_of,
     next_tick,
     rebuilt,
     tcp,
@@ -75,19 +75,11 @@ class TwoWans(Gateway):
 
 
 @pytest.fixture(scope="module")
-def two_benches() -> Iterator[tuple[str, Bench]]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    name = f"tw-{os.getpid()}"
-    netns.ip_batch([f"netns add {name}"])
-    try:
-        netns.set_sysctls(name, {"net/ipv6/conf/default/disable_ipv6": 1, "net/ipv4/ip_forward": 1})
-        netns.ip_batch((*NETWORK, *SECOND), name)
+def two_benches(as_root: None) -> Iterator[tuple[str, Bench]]:
+    with namespace_of((*NETWORK, *SECOND)) as name:
         with netns.entered(name):
             bench = Bench([GATEWAY, GATEWAY_TOO])
         yield name, bench
-    finally:
-        netns.delete([name])
 
 
 @pytest.fixture

@@ -38,10 +38,7 @@ GATE = "masq-gate"
 ECHO = (INTERNET, ECHO_PORT)
 CURL = ["curl", "-sS", "--fail", "--connect-timeout", "4", "--max-time", "25"]
 
-needs_tcx = pytest.mark.skipif(
-    os.geteuid() != 0 or not attachment.uses_tcx(),
-    reason="needs root" if os.geteuid() != 0 else "needs TCX in the kernel (6.6)",
-)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PATIENCE_S = 90  # to attach is to compile, which takes its time when all tests do so at once
 

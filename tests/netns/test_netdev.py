@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from xdpmasq import doctor, drivers, kernel
+from xdpmasq import doctor, drivers
 from xdpmasq.errors import HostError, InterfaceError
 from xdpmasq.net import clsact, ethtool, ifaddrs, monitor, neighbours, netdev, routing, sysctl, xdp
 
@@ -139,7 +139,6 @@ def test_links(ns: Namespace) -> None:
     assert [drivers.xdp_policy(found[name])[0] for name in ("near", "br0", "tun0")] == ["tc"] * 3
 
 
-@pytest.mark.skipif(kernel.release() < (6, 3), reason="needs Linux 6.3, which tells XDP features")
 @pytest.mark.skipif(version("pyroute2").startswith("0.7."), reason="needs pyroute2 0.8, as 0.7 reads one answer")
 def test_xdp_features(ns: Namespace) -> None:
     near, bridge = ns.call(netdev.link, "near"), ns.call(netdev.link, "br0")

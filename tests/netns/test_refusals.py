@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from netkit import GATE, Gateway, needs_tcx, strangers_program
+from netkit import GATE, Gateway, needs_root, strangers_program
 
 from xdpmasq import bpf
 from xdpmasq.lab import netns
@@ -109,7 +109,7 @@ def test_a_filter_in_our_place(gateway: Gateway, monkeypatch: pytest.MonkeyPatch
         gateway.gate("tc", "qdisc", "del", "dev", "wan0", "clsact")
 
 
-@needs_tcx
+@needs_root
 def test_no_room_on_tcx(gateway: Gateway) -> None:
     programs = [strangers_program("tc", -1) for _ in range(63)]  # BPF_MPROG_MAX, of which the kernel keeps one
     with gateway.inside():

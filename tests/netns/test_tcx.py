@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from netkit import Gateway, Stream, answers, needs_tcx, soon, strangers_program, who
+from netkit import Gateway, Stream, answers, needs_root, soon, strangers_program, who
 
 from xdpmasq import bpf
 from xdpmasq.lab import netns
@@ -49,7 +49,7 @@ def near() -> Iterator[int]:
         netns.delete([name])
 
 
-@needs_tcx
+@needs_root
 @pytest.mark.parametrize("hook", ["ingress", "egress"])
 def test_a_chain(near: int, hook: bpf.TcHook) -> None:
     first, second, third, new = (strangers_program("tc", GOES_ON) for _ in range(4))
@@ -71,7 +71,7 @@ def test_a_chain(near: int, hook: bpf.TcHook) -> None:
     assert bpf.tcx_programs(near, hook) == []
 
 
-@needs_tcx
+@needs_root
 def test_an_interface_that_is_gone(near: int) -> None:
     program = strangers_program("tc", GOES_ON)
     assert bpf.tcx_programs(near + 100, "egress") == []
@@ -80,7 +80,7 @@ def test_an_interface_that_is_gone(near: int) -> None:
         bpf.tcx_attach(near + 100, "egress", program)
 
 
-@needs_tcx
+@needs_root
 def test_no_packet_passes_between_two_programs(near: int) -> None:
     """Programs that drop everything take turns under a flood; the sender is told of every packet dropped."""
     frame = bytes(12) + struct.pack("!H", 0x88B5) + bytes(50)
@@ -117,7 +117,7 @@ def test_no_packet_passes_between_two_programs(near: int) -> None:
 # --- beside others' --------------------------------------------------------------------------------
 
 
-@needs_tcx
+@needs_root
 @in_tc
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize("hook", ["ingress", "egress"])
@@ -160,7 +160,7 @@ def test_somebody_elses_program_runs_beside_ours_and_stays(bare: Gateway, hook: 
         assert bpf.tcx_programs(index, hook) == [stranger.id]
 
 
-@needs_tcx
+@needs_root
 @in_tc
 def test_an_ingress_qdisc_is_no_obstacle(bare: Gateway) -> None:
     bare.gate("tc", "qdisc", "add", "dev", "wan0", "ingress")
@@ -216,8 +216,8 @@ def test_without_tcx(bare: Gateway) -> None:
 @pytest.mark.parametrize(
     ("way", "step", "then"),
     [
-        pytest.param("tcx", "bpf.tcx_attach", "detach", marks=needs_tcx),
-        pytest.param("tcx", "bpf.tcx_attach", "attach", marks=needs_tcx),
+        pytest.param("tcx", "bpf.tcx_attach", "detach", marks=needs_root),
+        pytest.param("tcx", "bpf.tcx_attach", "attach", marks=needs_root),
         ("clsact", "clsact.add", "detach"),
         ("clsact", "clsact.attach", "attach"),
     ],
@@ -237,7 +237,7 @@ def test_killed_in_the_middle_of_attaching(monkeypatch: pytest.MonkeyPatch, way:
 # --- moving from one to the other ------------------------------------------------------------------
 
 
-@needs_tcx
+@needs_root
 @in_tc
 @pytest.mark.req("reliability-restart")
 @pytest.mark.req("attacks-leak")
@@ -269,7 +269,7 @@ def test_moving_under_load_neither_loses_nor_translates_twice(bare: Gateway, mon
     assert differences(before, snapshot(bare.lab)) == []
 
 
-@needs_tcx
+@needs_root
 @in_xdp
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize("then", ["attach", "detach"])
@@ -293,7 +293,7 @@ def test_killed_while_it_moves(bare: Gateway, monkeypatch: pytest.MonkeyPatch, t
     assert differences(before, snapshot(bare.lab)) == []
 
 
-@needs_tcx
+@needs_root
 @in_tc
 def test_what_others_have_on_our_clsact_stays_when_we_move(bare: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
