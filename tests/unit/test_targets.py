@@ -109,6 +109,21 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
     assert (file.written, file.lost, file.backlog) == (12, 1, 0)
 
 
+def test_what_a_full_disk_kept_back_is_lost_at_the_end(tmp_path: Path) -> None:
+    path, before = tmp_path / "nat.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = targets.File(str(path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        file.take([MAPPING] * 10)
+        file.flush()
+        file.take([SESSION])
+        file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.written + file.lost == 11
+    assert file.lost > 1
+
+
 # --- syslog ----------------------------------------------------------------------------------------
 
 
