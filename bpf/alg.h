@@ -157,7 +157,6 @@ static __always_inline enum verdict alg_shift(const struct settings *cfg, struct
 	struct session *s;
 	struct control *control;
 
-	packet_blur(p);
 	s = direction == OUTBOUND ?
 		    session_find_outbound(cfg, endpoint(p->src, p->src_port, p->class, p->wan), p->dst, p->dst_port) :
 		    session_find_outbound(cfg, endpoint(p->dst, p->dst_port, p->class, p->wan), p->src, p->src_port);

@@ -88,7 +88,6 @@ static __always_inline enum verdict icmp_error_outbound(const struct settings *c
 			return drop(COUNT_drop_icmp_checksum);
 		if (q.inner.class == CLASS_NONE)
 			return portless_error_outbound(cfg, p, &q, own);
-		packet_blur(p);
 		internal = endpoint(q.inner.dst, q.inner.dst_port, q.inner.class, p->wan);
 		s = WANS == 1 ? session_find_outbound(cfg, internal, q.inner.src, q.inner.src_port) :
 				session_by_any(cfg, internal, q.inner.src, q.inner.src_port, true, p->now);

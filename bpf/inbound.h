@@ -295,7 +295,6 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 	struct forward *f;
 	bool admitted;
 
-	packet_blur(p);
 	if (!e) {
 		*verdict = DROP;
 		return NULL;

@@ -141,7 +141,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 static __always_inline enum verdict translate_outbound(const struct settings *cfg, struct packet *p)
 {
 	struct mapping_key internal = endpoint(p->src, p->src_port, p->class, p->wan);
-	u32 mapping = slot_blur(slot_of_internal(internal));
+	u32 mapping = slot_of_internal(internal);
 	struct session *s = session_find_mapped(cfg, internal, mapping, p->dst, p->dst_port), *answered;
 	enum verdict verdict;
 
@@ -155,7 +155,6 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 		s = session_open(cfg, p, mapping, s, &verdict);
 		if (!s) {
 			/* One way for the verifier from here, out of hundreds. */
-			packet_blur(p);
 			verdict = number_blur(verdict, p->now);
 			event_refused(endpoint(p->src, p->src_port, p->class, p->wan), p->dst, p->dst_port, p->now);
 			return refusal_send(cfg, p, verdict);
@@ -249,22 +248,26 @@ static __always_inline enum verdict walk_outbound(const struct settings *cfg, st
 	return translate_outbound(cfg, p);
 }
 
-static __always_inline void read_marks(struct packet *p)
+/* parse(), with what the packet's mark says. What follows is walked once by the verifier, not once for each kind of packet. */
+static __always_inline enum verdict packet_read(struct packet *p)
 {
+	enum verdict verdict = parse(p);
+
 	p->hairpin = hairpin_is_marked(p->skb);
 	p->alg = alg_marks(p->skb);
 	if (p->alg)
 		p->skb->mark = 0;
+	packet_blur(p);
+	return verdict;
 }
 
 static __always_inline enum verdict slow_outbound(struct packet *p)
 {
 	struct settings *cfg = settings_get();
-	enum verdict verdict = parse(p);
+	enum verdict verdict = packet_read(p);
 
 	if (verdict != CONTINUE || !cfg)
 		return verdict;
-	read_marks(p);
 	p->wan = packet_wan(p);
 	if (p->alg & ALG_SHIFT)
 		return alg_shift(cfg, p, OUTBOUND);
@@ -360,11 +363,10 @@ static __always_inline enum verdict walk_inbound(const struct settings *cfg, str
 static __always_inline enum verdict slow_inbound(struct packet *p)
 {
 	struct settings *cfg = settings_get();
-	enum verdict verdict = parse(p);
+	enum verdict verdict = packet_read(p);
 
 	if (verdict != CONTINUE || !cfg)
 		return verdict;
-	read_marks(p);
 	if (p->alg & ALG_SHIFT) {
 		p->wan = packet_wan(p);
 		return alg_shift(cfg, p, INBOUND);
