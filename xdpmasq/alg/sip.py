@@ -12,7 +12,7 @@ do not.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from xdpmasq.alg import words
@@ -88,6 +88,7 @@ class _Exchange:
     control: Control
     openings: Openings
     unparsed: list[Unparsed]
+    named: dict[tuple[str, Endpoint], Endpoint | None] = field(default_factory=dict)  # asked for once, said many times
 
     def message(self, message: Message) -> bytes:
         length, body = self._body(message)
@@ -164,7 +165,10 @@ class _Exchange:
         memory, leaves_out = self.control.memory, f"{protocol} port left out in {kind}"
         try:
             old = Endpoint(words.address(host), words.port(digits) if digits else _DEFAULT)
-            new = self._outside(protocol, old) if self.side is Side.INSIDE else self._inside(protocol, old)
+            if (protocol, old) not in self.named:
+                translate = self._outside if self.side is Side.INSIDE else self._inside
+                self.named[protocol, old] = translate(protocol, old)
+            new = self.named[protocol, old]
         except Unparsed as error:
             self.unparsed.append(error)
             return None
