@@ -2,11 +2,11 @@
 
 ::
 
-    a-box, b-box, c-box ─ lan0 masq-gate wan0 ─ internet: an echo server, vsftpd
+    a-box, b-box, c-box ─ lan0 masq-gate wan0 ─ internet: SIP, vsftpd
 
-Round trips of a SIP request, which the agent edits, and its answer, which it reads; the same unread, for what
-the rest takes. Then logins at an even pace, each with PORT and the list of a folder, from three hosts; and a
-program's time for a packet of a flow that no ALG reads, with none enabled and with all.
+How long a SIP request takes from one host to the other, which the agent edits in two places, and its answer, which
+it edits back; the same unread, for what the rest takes. Then logins at an even pace, each with PORT and the list of
+a folder, from three hosts; and a program's time for a packet of a flow that no ALG reads, with none enabled and all.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ sys.path.extend(str(Path(__file__).parents[1] / "tests" / each) for each in ("ne
 
 from harness import HOST, SERVER, Bench, namespace_of, udp, wan_frame
 from harness import Gateway as Programs
-from netkit import ECHO, Gateway
+from netkit import Gateway
 from test_algs import FtpServer
 
 from xdpmasq import algs
 from xdpmasq.alg import registry, switches
 from xdpmasq.lab import netns
-from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import HOSTS, INTERNET
 
 REQUEST = (
@@ -37,23 +36,33 @@ REQUEST = (
     "To: <sip:b@x>\r\nCall-ID: 1\r\nCSeq: 1 OPTIONS\r\nContact: <sip:a@{me}:5060>\r\nContent-Length: 0\r\n\r\n"
 )
 
+SIP_PORT = 5070
+
 
 def percentiles(times: list[float]) -> str:
     cuts = statistics.quantiles(times, n=1000)
     return "  ".join(f"{name} {cuts[at] * 1000:.2f} ms" for name, at in (("p50", 499), ("p99", 989), ("p99.9", 998)))
 
 
-def round_trips(gateway: Gateway, count: int) -> list[float]:
-    """Seconds each; one of a hundred a second, as signalling is no stream."""
-    text, times = REQUEST.format(to=INTERNET, me=HOSTS["a-box"]).encode(), []
-    with gateway.udp("a-box", 5060) as client:
+def passages(gateway: Gateway, count: int) -> tuple[list[float], list[float]]:
+    """Seconds that requests take, and answers.
+
+    A hundred a second, as signalling is no stream.
+    """
+    request = REQUEST.format(to=INTERNET, me=HOSTS["a-box"]).encode()
+    out, back = [], []
+    with gateway.udp("a-box", 5060) as client, gateway.udp("internet", SIP_PORT) as server:
         for _ in range(count):
-            began = time.perf_counter()
-            client.sendto(text, ECHO)
+            sent = time.perf_counter()
+            client.sendto(request, (INTERNET, SIP_PORT))
+            text, whence = server.recvfrom(2000)
+            answered = time.perf_counter()
+            server.sendto(b"SIP/2.0 200 OK" + text[text.index(b"\r\n") :], whence)
             client.recv(2000)
-            times.append(time.perf_counter() - began)
+            out.append(answered - sent)
+            back.append(time.perf_counter() - answered)
             time.sleep(0.01)
-    return times
+    return out, back
 
 
 class Login:
@@ -132,13 +141,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="for all logins")
     wanted = parser.parse_args()
     with Gateway.in_new_lab("tc") as gateway:
-        EchoServer(gateway.lab)
         FtpServer(gateway.lab)
-        print("unread       ", percentiles(round_trips(gateway, wanted.trips)))
-        gateway.masq("alg", "enable", "sip", "--port", "udp 7")
+        for way, times in zip(("request", "answer"), passages(gateway, wanted.trips), strict=True):
+            print(f"SIP {way}, unread   ", percentiles(times))
+        gateway.masq("alg", "enable", "sip", "--port", f"udp {SIP_PORT}")
         gateway.masq("sessions", "flush", "--all")
         with gateway.counting() as counted:
-            print("read and back", percentiles(round_trips(gateway, wanted.trips)))
+            for way, times in zip(("request", "answer"), passages(gateway, wanted.trips), strict=True):
+                print(f"SIP {way}, by agent ", percentiles(times))
         print("              packets by the agent:", counted["punt_alg"], "past it:", counted["alg_bypassed"])
         with gateway.counting() as counted:
             began = time.monotonic()

@@ -440,7 +440,7 @@ def _text(found: Any) -> bytes:
 
 @functools.cache
 def _schedstat(thread: int) -> int | None:
-    """A descriptor of a thread's statistics, kept open: opening it takes longer than all else that a message costs here."""
+    """A descriptor of a thread's statistics. It is kept: to open the file takes a fifth of what a message does."""
     try:
         return os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

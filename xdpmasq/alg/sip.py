@@ -88,7 +88,7 @@ class _Exchange:
     control: Control
     openings: Openings
     unparsed: list[Unparsed]
-    named: dict[tuple[str, Endpoint], Endpoint | None] = field(default_factory=dict)  # asked for once, said many times
+    named: dict[tuple[str, Endpoint], Endpoint | None] = field(default_factory=dict)  # it is said several times
 
     def message(self, message: Message) -> bytes:
         length, body = self._body(message)
