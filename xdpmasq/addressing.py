@@ -20,12 +20,12 @@ from xdpmasq.abi import (
 from xdpmasq.config import Config
 from xdpmasq.errors import InterfaceError
 from xdpmasq.externals import Place
-from xdpmasq.forwarding import Upkeep
 from xdpmasq.manifest import Manifest
 from xdpmasq.net import routing
 from xdpmasq.reaping import Reaping
 from xdpmasq.tables import Tables
 from xdpmasq.topology import Topology
+from xdpmasq.upkeep import Upkeep
 
 log = logging.getLogger("xdpmasq")
 

@@ -57,6 +57,7 @@ from xdpmasq.signals import Signals
 from xdpmasq.sysctls import Sysctls
 from xdpmasq.tables import FEW, Tables
 from xdpmasq.topology import Topology
+from xdpmasq.upkeep import Upkeep
 
 log = logging.getLogger("xdpmasq")
 
@@ -102,7 +103,7 @@ class Agent:
         self._attaching = Attaching(config, tables, programs, self.manifest, before)
         self._rules_are_put = False
         self._redirects = adopted is not None  # the LANs may bring redirected connections' answers back
-        self._forwards = forwarding.Upkeep(tables)
+        self._forwards = Upkeep(tables)
         self.algs, self.punting = self._with_algs(algs, port)
         asked = self.manifest.get("pcp", {})
         self._asking = Asking(config, tables, self._reaper, self._hz, selector=self._selector, before=asked)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from xdpmasq import abi, bpf, forwards, presence, redirecting, sockets
 from xdpmasq.abi import (
-    CLASSES,
     EXTERNAL_SLOTS,
     LIFE_FURTHER_MASK,
     LIFE_LIVE,
@@ -34,21 +33,28 @@ from xdpmasq.abi import (
 )
 from xdpmasq.errors import BusyError, ForwardError
 from xdpmasq.expiry import age
-from xdpmasq.forwards import Lease, Rule, Target
+from xdpmasq.forwardrecords import (
+    FLAG_DEFAULT,
+    FLAG_EXPIRES,
+    FLAG_FROM_INSIDE,
+    FLAG_TO_GATEWAY,
+    FLAG_TRIGGERED,
+    address_of,
+    class_of,
+    externals_of,
+    keys_of,
+    record_of,
+    rule_of,
+)
+from xdpmasq.forwards import Rule
 from xdpmasq.net import ifaddrs, sysctl
 from xdpmasq.redirects import Redirect
 from xdpmasq.sessions import Table
 from xdpmasq.tables import Tables
 from xdpmasq.triggers import Trigger
 
-FLAG_DEFAULT, FLAG_TO_GATEWAY, FLAG_TRIGGERED, FLAG_FROM_INSIDE = 1, 2, 4, 8  # FORWARD_*
-FLAG_EXPIRES, FLAG_LEASED = 16, 32
-ON_LAN, TRIGGER = 255, 253  # FORWARD_ON_LAN, FORWARD_TRIGGER
-PORT_AT, REMOTE_AT = 16, 32  # FORWARD_PORT_AT, FORWARD_REMOTE_AT
 FROM_OUTSIDE = 4  # SESSION_FROM_OUTSIDE
 CLOSE_TRIES = 10  # packets may join a mapping until it is closed
-PUBLISH_AT_ONCE = 256
-FORGET_S = 3600
 
 Mask = npt.NDArray[np.bool_]
 NONE: Slots = np.zeros(0, np.uint32)
@@ -86,14 +92,14 @@ def at(tables: Tables, indices: Iterable[Any]) -> list[Placed]:
 
 def _placed(tables: Tables, index: int, spared: tuple[IPv4Network, ...]) -> Placed:
     record, hz = tables.rules[index].copy(), int(tables.settings["hz"])
-    rule, holder = _rule(record, tables.leases[index], spared, hz), _holder(record)
+    rule, holder = rule_of(record, tables.leases[index], spared, hz), _holder(record)
     expires = int(record["expires"]) if record["flags"] & FLAG_EXPIRES or holder else None
     return Placed(index, rule, int(record["opened"]), expires, holder)
 
 
 def _holder(record: Any) -> IPv4Address | None:
     """To whom a triggered rule is open."""
-    address, over = _address(record["target"][0]["addr"]), age(bpf.jiffies(), record["expires"].reshape(1))[0] > 0
+    address, over = address_of(record["target"][0]["addr"]), age(bpf.jiffies(), record["expires"].reshape(1))[0] > 0
     return address if record["flags"] & FLAG_TRIGGERED and int(address) and not over else None
 
 
@@ -126,84 +132,7 @@ def _specific_first(rule: Rule) -> tuple[bool, int]:
     return rule.is_default, -rule.source.prefixlen if rule.source else 0
 
 
-# --- layouts ---------------------------------------------------------------------------------------
-
-
-def _address(addr: Any) -> IPv4Address:
-    return IPv4Address(np.asarray(addr["word"])[:1].tobytes())
-
-
-def _rule(record: Any, lease: Any, spared: tuple[IPv4Network, ...], hz: int) -> Rule:
-    """The inverse of :func:`_record`."""
-    targets, before = [], 0
-    for each in record["target"][: record["targets"]]:
-        targets.append(Target(_address(each["addr"]), int(each["port"]), int(each["until"]) - before))
-        before = int(each["until"])
-    bits, flags = int(record["source_bits"]), int(record["flags"])
-    ports = CLASSES[record["class"]], int(record["first"]), int(record["last"])
-    source = IPv4Network((_address(record["source"]), bits)) if bits else None
-    if flags & FLAG_TRIGGERED:
-        called = int(record["trigger_first"]), int(record["trigger_last"])
-        lasts_s = int(record["lasts"]) // hz
-        return Trigger.of(ports, CLASSES[record["trigger_class"]], called, lasts_s)
-    if flags & FLAG_TO_GATEWAY:
-        on = "lan" if flags & FLAG_FROM_INSIDE else "wan"
-        return Redirect(*ports, tuple(targets), source, on=on, spared=spared)
-    leased = Lease(lease["nonce"].tobytes(), int(lease["external"])) if flags & FLAG_LEASED else None
-    return Rule(*ports, tuple(targets), source, leased)
-
-
-def _record(tables: Tables, rule: Rule, expires: int | None = None) -> Any:
-    record = np.zeros((), tables.maps["forward_rules"].value)
-    until = 0
-    targets = (Target(IPv4Address(0), rule.first),) if isinstance(rule, Trigger) else rule.targets
-    for number, target in enumerate(targets):
-        until += target.weight
-        record["target"][number] = (abi.addr(target.address), target.port, until)
-    record["first"], record["last"], record["class"] = rule.first, rule.last, _class(rule)
-    record["targets"], record["expires"] = len(targets), expires or 0
-    record["flags"] = _flags(rule) | FLAG_EXPIRES * (expires is not None) | FLAG_LEASED * (rule.lease is not None)
-    if isinstance(rule, Trigger):
-        record["trigger_class"] = CLASSES.index(rule.caller_protocol)
-        record["trigger_first"], record["trigger_last"] = rule.caller_first, rule.caller_last
-        record["lasts"] = rule.lasts_s * int(tables.settings["hz"])
-    if rule.source:
-        record["source"], record["source_bits"] = abi.addr(rule.source.network_address), rule.source.prefixlen
-    return record
-
-
-def _flags(rule: Rule) -> int:
-    match rule:
-        case Trigger():
-            return FLAG_TRIGGERED
-        case Redirect():
-            return FLAG_TO_GATEWAY | (FLAG_FROM_INSIDE if rule.from_inside else 0)
-    return FLAG_DEFAULT if rule.is_default else 0
-
-
-def _class(rule: Rule) -> int:
-    return CLASSES.index(rule.protocol)
-
-
-def _keys(rule: Rule, externals: int) -> Iterator[tuple[Any, ...]]:
-    """``struct forward_key`` of each entry. The remote comes last, so a rule for some needs one for each port."""
-    if isinstance(rule, Trigger):
-        called = CLASSES.index(rule.caller_protocol)
-        for port, bits in forwards.port_prefixes(rule.caller_first, rule.caller_last):
-            yield PORT_AT + bits, TRIGGER + _class(rule), called, socket.htons(port), abi.addr(None)
-    for external in (ON_LAN,) if rule.from_inside else _externals(rule, externals):
-        if rule.source:
-            remote, bits = abi.addr(rule.source.network_address), REMOTE_AT + rule.source.prefixlen
-            for port in range(rule.first, rule.last + 1):
-                yield bits, external, _class(rule), socket.htons(port), remote
-        else:
-            for port, bits in forwards.port_prefixes(rule.first, rule.last):
-                yield PORT_AT + bits, external, _class(rule), socket.htons(port), abi.addr(None)
-
-
-def _externals(rule: Rule, externals: int) -> Iterable[int]:
-    """The indices of the external addresses that it is on."""
-    return [rule.lease.external] if rule.lease else range(externals)
+# --- slots ----------------------------------------------------------------------------------------
 
 
 def slots_of(rule: Rule, externals: int) -> Slots:
@@ -211,20 +140,20 @@ def slots_of(rule: Rule, externals: int) -> Slots:
     if rule.is_default or rule.from_inside:
         return NONE
     ports = np.arange(rule.first, rule.last + 1, dtype=np.uint32)
-    bases = [external * EXTERNAL_SLOTS + _class(rule) * PORTS for external in _externals(rule, externals)]
+    bases = [external * EXTERNAL_SLOTS + class_of(rule) * PORTS for external in externals_of(rule, externals)]
     return np.concatenate([ports + np.uint32(base) for base in bases])
 
 
-def _slots_of_all(rules: Sequence[Rule], externals: int) -> Slots:
+def slots_of_all(rules: Sequence[Rule], externals: int) -> Slots:
     return np.unique(np.concatenate([NONE, *(slots_of(rule, externals) for rule in rules)]))
 
 
 def forwarded_slots(tables: Tables) -> Slots:
     """Of all rules."""
-    return _slots_of_all([each.rule for each in read(tables)], tables.externals)
+    return slots_of_all([each.rule for each in read(tables)], tables.externals)
 
 
-def _endpoints(rule: Rule, wans: Sequence[int]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def endpoints_of(rule: Rule, wans: Sequence[int]) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Slot and ``struct mapping_key`` of the internal endpoint that may use it, where there is just one.
 
     Args:
@@ -234,10 +163,10 @@ def _endpoints(rule: Rule, wans: Sequence[int]) -> Iterator[tuple[int, tuple[Any
         target = rule.targets[0]
         for slot in slots_of(rule, len(wans)).tolist():
             port, wan = target.port + slot % PORTS - rule.first, wans[slot // EXTERNAL_SLOTS]
-            yield slot, (abi.addr(target.address), socket.htons(port), _class(rule), wan)
+            yield slot, (abi.addr(target.address), socket.htons(port), class_of(rule), wan)
 
 
-def _wans(tables: Tables) -> list[int]:
+def wans_of(tables: Tables) -> list[int]:
     """The WAN of each external address."""
     return [place.wan for place in tables.places]
 
@@ -312,13 +241,13 @@ def put(tables: Tables, reaper: bpf.Program, rule: Rule, expires: int | None = N
         undo.callback(take, tables, reaper, Placed(index, rule, 0))
         if rule.lease:
             tables.leases[index] = np.frombuffer(rule.lease.nonce, np.uint8), rule.lease.external
-        tables.rules[index] = _record(tables, rule, expires)
+        tables.rules[index] = record_of(tables, rule, expires)
         try:
             if isinstance(rule, Redirect):
                 redirecting.spare(tables, index, rule.spared)
             if not rule.lease:
                 _keep(tables, reaper, rule)
-            for key in _keys(rule, tables.externals):
+            for key in keys_of(rule, tables.externals):
                 tables.maps["forwards"].set(key, index)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.E2BIG, errno.ENOMEM):
@@ -341,19 +270,19 @@ def _count_triggers(tables: Tables) -> None:
 def take(tables: Tables, reaper: bpf.Program, *placed: Placed) -> None:
     """Ends forwards for new sessions; running ones go on."""
     for each in placed:
-        for key in _keys(each.rule, tables.externals):
+        for key in keys_of(each.rule, tables.externals):
             tables.maps["forwards"].delete(key)
         tables.rules[each.index] = np.zeros((), tables.rules.dtype)
         redirecting.spare(tables, each.index, ())
     _count_triggers(tables)
     others = [each.rule for each in read(tables)]
-    leased = set(_slots_of_all([rule for rule in others if rule.lease], tables.externals).tolist())
+    leased = set(slots_of_all([rule for rule in others if rule.lease], tables.externals).tolist())
     for each in placed:
-        for slot, endpoint in _endpoints(each.rule, _wans(tables)):
+        for slot, endpoint in endpoints_of(each.rule, wans_of(tables)):
             if slot not in leased:  # of a lease for several remotes, another rule is left
                 withdraw(tables, slot, endpoint)
-    slots = _slots_of_all([each.rule for each in placed], tables.externals)
-    tables.reap(reaper, np.setdiff1d(slots, _slots_of_all(others, tables.externals)), REAP_YIELD)
+    slots = slots_of_all([each.rule for each in placed], tables.externals)
+    tables.reap(reaper, np.setdiff1d(slots, slots_of_all(others, tables.externals)), REAP_YIELD)
 
 
 def end_expired(tables: Tables, reaper: bpf.Program) -> None:
@@ -377,7 +306,7 @@ def _keep(tables: Tables, reaper: bpf.Program, rule: Rule) -> None:
     _close(tables, reaper, fresh)
     inscribe(tables, rule, slots[_is_idle(sessions["life"][slots])])
     tables.reap(reaper, slots, REAP_KEEP)
-    for slot, endpoint in _endpoints(rule, _wans(tables)):
+    for slot, endpoint in endpoints_of(rule, wans_of(tables)):
         publish(tables, slot, endpoint)
 
 
@@ -462,7 +391,7 @@ def running(tables: Tables, table: Table, placed: Sequence[Placed]) -> dict[int,
 
 
 def _fits(rule: Rule, table: Table, externals: npt.NDArray[np.uint32]) -> Mask:
-    fits: Mask = (table.protocol == _class(rule)) & (not rule.from_inside)
+    fits: Mask = (table.protocol == class_of(rule)) & (not rule.from_inside)
     if isinstance(rule, Redirect):
         fits &= np.isin(table.internal.addr[:, 0], externals)
     elif not isinstance(rule, Trigger):
@@ -472,88 +401,3 @@ def _fits(rule: Rule, table: Table, externals: npt.NDArray[np.uint32]) -> Mask:
         mask, network = (abi.addr(each)[0][0] for each in (rule.source.netmask, rule.source.network_address))
         fits &= table.remote.addr[:, 0] & np.uint32(mask) == network
     return fits
-
-
-# --- the agent's part ------------------------------------------------------------------------------
-
-
-class Upkeep:
-    """What an agent does for forwarded ports, whoever put them there.
-
-    Ports of former rules are looked after until their last session is gone and they have rested: they may lie outside
-    the pool, where nobody else looks.
-    """
-
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-        self._seen: tuple[bytes, list[int]] = b"", []
-        self._kept, self._former = NONE, NONE
-        self.has_default = False
-        self._endpoints: list[tuple[int, tuple[Any, ...]]] = []
-        self._withdrawn: list[tuple[int, tuple[Any, ...]]] = []
-        self._next = 0
-
-    def adopt(self, reaper: bpf.Program) -> None:
-        """Gives up what a command left that was killed between a rule's end and its ports'."""
-        slots = self._tables.used_slots()
-        static = slots[self._tables.sessions["life"][slots] & LIFE_STATIC != 0]
-        held = [keys["mapping"] for keys, _ in self._tables.maps["pinholes"].items()]
-        kept = np.concatenate([forwarded_slots(self._tables), *held])
-        self._tables.reap(reaper, np.setdiff1d(static, kept), REAP_YIELD)
-
-    def slots(self) -> Slots:
-        """What expiry has to look at."""
-        return np.union1d(self._kept, self._former)
-
-    def readdress(self) -> None:
-        """The external address may have changed."""
-        self._follow()
-        readdress(self._tables, self._kept)
-
-    def run(self) -> None:
-        """A tick."""
-        had_default = self.has_default
-        self.readdress()
-        if had_default or self.has_default:  # its remotes choose the ports
-            self._former = np.union1d(self._former, np.setdiff1d(self._used(), self._kept))
-        self._former = self._former[self._tables.rows(self._former)["life"] != 0]
-        self._withdrawn = [each for each in self._withdrawn if not withdraw(self._tables, *each)]
-        self._republish()
-        self._close_triggered()
-
-    def _used(self) -> Slots:
-        """Ports that are mapped or at rest."""
-        return np.flatnonzero(self._tables.sessions["life"][: self._tables.further_base]).astype(np.uint32)
-
-    def _follow(self) -> None:
-        records, wans = self._tables.rules.copy(), _wans(self._tables)
-        records["opened"] = records["expires"] = 0
-        records["target"]["addr"]["word"][records["flags"] & FLAG_TRIGGERED != 0] = 0
-        seen = records.tobytes(), wans
-        if seen == self._seen:
-            return
-        self._seen = seen
-        rules = [each.rule for each in at(self._tables, np.flatnonzero(records["targets"]))]
-        self.has_default = any(rule.is_default for rule in rules)
-        before, self._kept = self._kept, _slots_of_all(rules, self._tables.externals)
-        self._former = np.setdiff1d(np.union1d(self._former, before), self._kept)
-        endpoints = [each for rule in rules for each in _endpoints(rule, wans)]
-        present = {slot: endpoint for slot, endpoint in endpoints}
-        former = self._withdrawn + self._endpoints
-        self._withdrawn = [each for each in former if present.get(each[0]) != each[1]]
-        self._endpoints = endpoints
-
-    def _close_triggered(self) -> None:
-        """Whose time was over long ago is forgotten: when jiffies wrap round, the ports would seem open again."""
-        rules, hz = self._tables.rules, int(self._tables.settings["hz"])
-        over = (rules["flags"] & FLAG_TRIGGERED != 0) & (age(bpf.jiffies(), rules["expires"]) > FORGET_S * hz)
-        rules["target"]["addr"]["word"][over] = 0
-
-    def _republish(self) -> None:
-        """An endpoint that had a mapping when its forward came gets its port once that has ended; a few each time."""
-        some = self._endpoints[self._next : self._next + PUBLISH_AT_ONCE]
-        self._next = self._next + len(some) if len(some) == PUBLISH_AT_ONCE else 0
-        static = self._tables.rows(np.array([slot for slot, _ in some], np.uint32))["life"] & LIFE_STATIC
-        for (slot, endpoint), is_static in zip(some, static, strict=True):
-            if is_static:
-                publish(self._tables, slot, endpoint)

@@ -16,7 +16,8 @@ import numpy as np
 from xdpmasq import abi, bpf, forwarding
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, PORTS
 from xdpmasq.config import Config
-from xdpmasq.forwarding import FLAG_LEASED, Placed
+from xdpmasq.forwarding import Placed
+from xdpmasq.forwardrecords import FLAG_LEASED
 from xdpmasq.forwards import Lease, Rule, Target
 from xdpmasq.ports import Endpoint, Ports
 from xdpmasq.tables import Tables

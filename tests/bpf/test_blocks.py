@@ -27,11 +27,12 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq import abi, blocks, bpf, forwarding, ports, records, targets
+from xdpmasq import abi, blocks, bpf, ports, records, targets
 from xdpmasq import config as configuration
 from xdpmasq.abi import REAP_FORCED, REAP_RESTED
 from xdpmasq.lab import netns
 from xdpmasq.net import netdev
+from xdpmasq.upkeep import Upkeep
 
 SIZE, MOST = 256, 3
 POOL = ((4096, 8 * SIZE), (0, 0))  # eight blocks
@@ -71,7 +72,7 @@ def gateway(bench_with_blocks: tuple[str, Bench]) -> Iterator[Gateway]:
 def tick(gateway: Gateway) -> None:
     """What the agent does for blocks each second."""
     reaper = gateway.bench.programs["masq_reap"]
-    forwards = forwarding.Upkeep(gateway.tables)
+    forwards = Upkeep(gateway.tables)
     forwards.run()
     blocks.Upkeep(gateway.tables, reaper, forwards.slots).run()
 
@@ -248,9 +249,7 @@ def test_what_the_agent_takes_is_in_its_hosts_blocks(gateway: Gateway) -> None:
 def test_hosts_without_blocks_are_forgotten(gateway: Gateway) -> None:
     gateway.open(OPENING["udp"](HOST, 1))
     gateway.open(OPENING["udp"](OTHER_HOST, 1))
-    upkeep = blocks.Upkeep(
-        gateway.tables, gateway.bench.programs["masq_reap"], forwarding.Upkeep(gateway.tables).slots
-    )
+    upkeep = blocks.Upkeep(gateway.tables, gateway.bench.programs["masq_reap"], Upkeep(gateway.tables).slots)
     upkeep.forget()
     upkeep.forget()
     assert len(gateway.entries("tenants")) == 2

@@ -43,6 +43,7 @@ from xdpmasq.abi import (
     REAP_RESTED,
 )
 from xdpmasq.expiry import Expiry
+from xdpmasq.upkeep import Upkeep
 
 THIRD_HOST = "192.168.0.4"
 MAKE = {"tcp": tcp, "udp": udp}
@@ -291,7 +292,7 @@ def test_a_rule_taken_out_while_a_session_is_being_opened(gateway: Gateway) -> N
 def test_a_rule_that_comes_again_keeps_its_targets_mapping(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a lease does that is asked for anew: what was to be withdrawn while a session ran there no longer is."""
     monkeypatch.setattr(forwarding, "PUBLISH_AT_ONCE", 0)  # of many, it is not this one's turn
-    upkeep = forwarding.Upkeep(gateway.tables)
+    upkeep = Upkeep(gateway.tables)
     rule = gateway.forward("udp", 3000, (HOST, 5000))
     upkeep.run()
     assert gateway.open(udp(HOST, 5000, SERVER, 53)) == 3000
@@ -310,7 +311,7 @@ def test_a_rule_that_comes_again_keeps_its_targets_mapping(gateway: Gateway, mon
 @pytest.mark.parametrize("withdrawn", [False, True], ids=["in place", "withdrawn"])
 def test_the_agent_ends_the_default_hosts_sessions_outside_the_pool(gateway: Gateway, withdrawn: bool) -> None:
     rule = gateway.forward("tcp", 0, (HOST, 0))
-    upkeep = forwarding.Upkeep(gateway.tables)
+    upkeep = Upkeep(gateway.tables)
     reserved = gateway.tables.claims.copy()
     expiry = Expiry(gateway.tables, gateway.bench.programs["masq_reap"], reserved, 0, 0, kept=upkeep.slots)
     upkeep.run()

@@ -23,6 +23,7 @@ from harness import (
 
 from xdpmasq import bpf, forwarding, triggers
 from xdpmasq.abi import PORTS, REAP_EXPIRED
+from xdpmasq.upkeep import Upkeep
 
 CALL = 47624
 TRIGGERS = 8  # SESSION_TRIGGERS
@@ -186,7 +187,7 @@ def test_upkeep_forgets_who_had_it_long_ago(gateway: Gateway) -> None:
     """Or the ports would be open to that host when jiffies have wrapped round half."""
     trigger(gateway)
     pull(gateway)
-    upkeep = forwarding.Upkeep(gateway.tables)
+    upkeep = Upkeep(gateway.tables)
     let_pass(gateway, 600 + 3599)
     upkeep.run()
     (placed,) = forwarding.read(gateway.tables)

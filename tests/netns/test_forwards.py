@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from netkit import GATE, Gateway, answers, internal, soon, who
 
-from xdpmasq import abi, bpf, expiry, forwarding, forwards
+from xdpmasq import abi, bpf, expiry, forwarding, forwardrecords, forwards
 from xdpmasq.abi import CLASS_ROOM, CLASSES, LIFE_LIVE, LIFE_STATE, LIFE_STATIC, PORTS
 from xdpmasq.datapath import Attached
 from xdpmasq.errors import ForwardError
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import INTERNET, PUBLIC
 from xdpmasq.settings import ports_for_one
+from xdpmasq.upkeep import Upkeep
 
 pytestmark = pytest.mark.xdist_group("forwards")
 STRANGER = "198.51.100.7"
@@ -174,7 +175,7 @@ def test_the_default_host_gets_what_is_left(gateway: Gateway) -> None:
     assert target_of(tables, "udp", 65535) == "192.168.0.4:65535"
     assert target_of(tables, "tcp", 5000) == ""
     _, rules = next(tables.maps["forward_rules"].items(chunk=1024))
-    assert rules["flags"][:2].tolist() == [forwarding.FLAG_DEFAULT, 0]
+    assert rules["flags"][:2].tolist() == [forwardrecords.FLAG_DEFAULT, 0]
     gateway.masq("forward", "del", "udp", "default")
     assert target_of(tables, "udp", 4999) == ""
 
@@ -202,7 +203,7 @@ def test_sessions_are_counted_and_ended(gateway: Gateway) -> None:
         rule = forwards.parse("udp", str(port), [f"192.168.0.2:{near}"])
         tables = gateway.tables
         tables.maps["forward_rules"].set(
-            7, forwarding._record(tables, rule)
+            7, forwardrecords.record_of(tables, rule)
         )  # beside its session, as if it came by it
         assert [each["running"] for each in listed(gateway)] == [1]
         done = gateway.masq("forward", "del", "udp", str(port), "--kill")
@@ -294,7 +295,7 @@ def service(gateway: Gateway, family: int, kind: int, address: str) -> Iterator[
 
 def test_no_room_for_another_rule(gateway: Gateway) -> None:
     tables = gateway.tables
-    filler = forwarding._record(tables, forwards.parse("tcp", "1", ["192.168.0.2"]))
+    filler = forwardrecords.record_of(tables, forwards.parse("tcp", "1", ["192.168.0.2"]))
     for index in range(forwards.RULES_MOST):
         filler["first"] = filler["last"] = index + 1
         tables.maps["forward_rules"].set(index, filler)
@@ -339,7 +340,7 @@ def test_a_forwarded_port_outlives_its_sessions(gateway: Gateway) -> None:
 
 def test_upkeep_follows_the_rules(gateway: Gateway) -> None:
     tables = gateway.tables
-    upkeep = forwarding.Upkeep(tables)
+    upkeep = Upkeep(tables)
     add(gateway, "tcp", "90-91", "192.168.0.2")
     upkeep.run()
     assert upkeep.slots().tolist() == [90, 91]

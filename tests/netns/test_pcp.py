@@ -127,7 +127,7 @@ def test_libtorrent(gateway: Gateway) -> None:
     with gateway.tcp("internet", (PUBLIC, next(port for protocol, port in leases if protocol == "tcp"))):
         pass  # libtorrent itself has accepted
     gateway.lab.stop(process)
-    assert listed(gateway) == []
+    soon(lambda: listed(gateway) == [], "it has taken them back")
 
 
 # --- in and out ------------------------------------------------------------------------------------
