@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xdpmasq import sessions
+from xdpmasq import listing, sessions
 from xdpmasq.errors import DatapathError
-from xdpmasq.sessions import TCP, Array, Selection, Table
+from xdpmasq.selection import Selection
+from xdpmasq.sessions import TCP, Array, Table
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
@@ -172,7 +173,7 @@ HEADING = _ROW % (
 
 def lines(told: Story) -> Iterator[str]:
     """A line of :data:`HEADING` for each event."""
-    protocols, _, internal, external, remote = sessions.ends(told.table)
+    protocols, _, internal, external, remote = listing.ends(told.table)
     for nth, kind in enumerate(told.kind.tolist()):
         clock = time.strftime("%H:%M:%S", time.localtime(told.at[nth]))
         as_whom = "-" if kind == REFUSED else external[nth]
@@ -185,7 +186,7 @@ def lines(told: Story) -> Iterator[str]:
 
 def json_lines(told: Story) -> Iterator[str]:
     """A JSON object (as text) for each event."""
-    texts = [text for block in sessions.json_objects(told.table) for text in block]
+    texts = [text for block in listing.json_objects(told.table) for text in block]
     for nth, (kind, text) in enumerate(zip(told.kind.tolist(), texts, strict=True)):
         fields = json.loads(text)
         if kind == REFUSED:

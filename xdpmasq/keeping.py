@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import __version__, abi, bpf, presence, programs, sessions, sockets
+from xdpmasq import __version__, abi, bpf, listing, presence, programs, sessions, sockets
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, LIFE_STATIC, PORTS
 from xdpmasq.datapath import Attached
 from xdpmasq.errors import ConfigError, HostError
@@ -82,7 +82,7 @@ def save(attached: Attached, path: Path) -> tuple[int, int]:
         "count": len(table),
     }
     more = map(_MORE.__mod__, zip(*_more_columns(attached, rows, now), strict=True))
-    shown = (each for block in sessions.json_objects(table) for each in block)
+    shown = (each for block in listing.json_objects(table) for each in block)
     _write(path, f"{json.dumps(header)}\n", (f"{one[:-1]}, {two}}}\n" for one, two in zip(shown, more, strict=True)))
     return len(table), int((~stays).sum())
 

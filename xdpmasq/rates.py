@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xdpmasq import sessions
-from xdpmasq.sessions import TRAFFIC, Array, Endpoints, Selection, Table
+from xdpmasq import listing, sessions
+from xdpmasq.selection import Selection
+from xdpmasq.sessions import TRAFFIC, Array, Endpoints, Table
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
@@ -129,7 +130,7 @@ class Top:
     @property
     def names(self) -> list[str]:
         """Of hosts."""
-        return list(sessions.addresses(Endpoints(self.addr, self.sessions)))
+        return list(listing.addresses(Endpoints(self.addr, self.sessions)))
 
 
 def top(rates: Rates, selection: Selection, sort: str, count: int, *, hosts: bool) -> Top:
@@ -191,7 +192,7 @@ def _rows(first: Top) -> list[dict[str, Any]]:
         heads = [{"host": name, "sessions": int(n)} for name, n in zip(first.names, first.sessions, strict=True)]
     else:
         ends = ("protocol", "state", "internal", "external", "remote")
-        texts = [text for block in sessions.json_objects(first.table) for text in block]
+        texts = [text for block in listing.json_objects(first.table) for text in block]
         heads = [{name: json.loads(text)[name] for name in ends} for text in texts]
     return [head | _directions(speed) for head, speed in zip(heads, first.speed, strict=True)]
 

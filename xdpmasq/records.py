@@ -18,7 +18,8 @@ import numpy as np
 
 from xdpmasq import blocks, events, sessions
 from xdpmasq.abi import EXTERNAL_SLOTS, LIFE_FURTHER_MASK, LIFE_LIVE, LIFE_SESSION, LIFE_STATE, PORTS
-from xdpmasq.sessions import ICMP, PROTOCOLS, Array, Selection, host_order
+from xdpmasq.selection import Selection
+from xdpmasq.sessions import ICMP, PROTOCOLS, Array, host_order
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached

@@ -22,7 +22,8 @@ from xdpmasq.abi import EXTERNAL_SLOTS, LIFE_LIVE, LIFE_RESTING, LIFE_STATE, POR
 from xdpmasq.errors import BusyError, DatapathError
 from xdpmasq.events import HERE_S, WATCH_MOST
 from xdpmasq.forwards import Rule
-from xdpmasq.sessions import PROTOCOLS, Array, Endpoint
+from xdpmasq.selection import Endpoint
+from xdpmasq.sessions import PROTOCOLS, Array
 
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached

@@ -26,7 +26,7 @@ from harness import (
 from xdpmasq import bpf
 from xdpmasq.abi import REAP_EXPIRED, REAP_FORCED
 from xdpmasq.events import Watcher, json_lines
-from xdpmasq.sessions import Selection
+from xdpmasq.selection import Selection
 
 Walk = Callable[[Gateway], object]
 

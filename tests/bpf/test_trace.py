@@ -32,7 +32,7 @@ from xdpmasq import algs, bpf
 from xdpmasq.alg import switches
 from xdpmasq.errors import BusyError, DatapathError
 from xdpmasq.events import HERE_S
-from xdpmasq.sessions import Endpoint
+from xdpmasq.selection import Endpoint
 from xdpmasq.tables import Tables
 from xdpmasq.tracing import Interest, Sight, Tracer, conclusion
 

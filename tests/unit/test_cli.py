@@ -29,7 +29,7 @@ from xdpmasq.cli.top import BESIDE, KEYS, View, screen
 from xdpmasq.config import Config, Origin
 from xdpmasq.errors import DatapathError, NotAttachedError
 from xdpmasq.events import CLOSED, OPENED, Batch, Story
-from xdpmasq.sessions import Selection
+from xdpmasq.selection import Selection
 from xdpmasq.sessions import read as read_table
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "config.example.toml")

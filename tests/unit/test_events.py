@@ -24,7 +24,7 @@ from xdpmasq.events import (
     json_lines,
     lines,
 )
-from xdpmasq.sessions import Selection
+from xdpmasq.selection import Selection
 
 ADDR = [("word", "u4", (1,))]
 KEY = [("addr", ADDR), ("port", "u2"), ("class", "u1"), ("wan", "u1")]

@@ -11,7 +11,7 @@ from records import SESSION, SETTINGS
 
 from xdpmasq import rates
 from xdpmasq.rates import Look, Rates
-from xdpmasq.sessions import Selection
+from xdpmasq.selection import Selection
 
 FURTHER_BASE = 3 * 65536
 A, B, C = "192.168.0.2", "192.168.0.3", "192.168.1.1"

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xdpmasq import sessions
+from xdpmasq import listing, sessions
 from xdpmasq.errors import UsageError
-from xdpmasq.sessions import Endpoint, Selection, Table
+from xdpmasq.selection import Endpoint, Selection
+from xdpmasq.sessions import Table
 
 HZ = 250
 NOW = 1_000_000
@@ -99,11 +100,11 @@ def read(array: Any, now: int = NOW, **changed: Any) -> Table:
 
 
 def text_of(table: Table) -> list[str]:
-    return [line for block in sessions.lines(table) for line in block]
+    return [line for block in listing.lines(table) for line in block]
 
 
 def objects_of(table: Table) -> list[dict[str, Any]]:
-    return [json.loads(line) for block in sessions.json_objects(table) for line in block]
+    return [json.loads(line) for block in listing.json_objects(table) for line in block]
 
 
 def only(array: Any, **options: Any) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def few() -> Table:
 
 def test_text(few: Table) -> None:
     heading = "PROTO STATE       INTERNAL              EXTERNAL              REMOTE               "
-    assert sessions.heading(few).startswith(heading)
+    assert listing.heading(few).startswith(heading)
     assert [" ".join(line.split()) for line in text_of(few)] == [
         "tcp ESTABLISHED 10.9.0.4:6000 203.0.113.1:40002 198.51.100.10:22 1099511627776 109951162777600 5 500 0 7440",
         "tcp ESTABLISHED 192.168.0.2:5000 203.0.113.1:40001 198.51.100.10:443 3 300 2 200 1 7438",
@@ -220,7 +221,7 @@ def test_text_is_of_fixed_width() -> None:
     for slot, internal in ((1024, "1.1.1.1:1"), (65535, "255.255.255.255:65535")):
         put(array, slot, internal=internal, remote=internal, packets=(10**7, 10**9))
     table = read(array)
-    assert {len(line) for line in text_of(table)} == {len(sessions.heading(table))}
+    assert {len(line) for line in text_of(table)} == {len(listing.heading(table))}
 
 
 def test_json(few: Table) -> None:

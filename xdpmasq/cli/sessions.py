@@ -14,7 +14,8 @@ from xdpmasq.errors import UsageError
 if TYPE_CHECKING:
     from xdpmasq.datapath import Attached
     from xdpmasq.events import Batch
-    from xdpmasq.sessions import Selection, Table
+    from xdpmasq.selection import Selection
+    from xdpmasq.sessions import Table
 
 POLL_S = 0.05
 FIND_S = 5  # after which it is asked whether the datapath is still the one attached
@@ -87,16 +88,16 @@ def list_(
     """
     common.require_root("sessions")
     selection = selection_of(proto, internal, external, remote, state)
-    from xdpmasq import sessions  # noqa: PLC0415  heavy
+    from xdpmasq import listing  # noqa: PLC0415  heavy
 
     table = selection(_read_all(find(wan))).ordered()
     if json:
         sys.stdout.write("[\n")
-        common.print_blocks(sessions.json_objects(table), ",\n")
+        common.print_blocks(listing.json_objects(table), ",\n")
         sys.stdout.write("]\n")
     else:
-        print(sessions.heading(table))
-        common.print_blocks(sessions.lines(table))
+        print(listing.heading(table))
+        common.print_blocks(listing.lines(table))
 
 
 @app.command()
@@ -251,7 +252,7 @@ def _lost(batch: "Batch", json: bool) -> str:
 
 def selection_of(proto: str, internal: str, external: str, remote: str, state: str) -> "Selection":
     """What the filters' options mean."""
-    from xdpmasq.sessions import Selection  # noqa: PLC0415  numpy takes a tenth of a second
+    from xdpmasq.selection import Selection  # noqa: PLC0415  numpy takes a tenth of a second
 
     return Selection.parse(proto, internal, external, remote, state)
 

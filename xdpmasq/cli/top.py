@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from xdpmasq.rates import Look, Rates, Top
-    from xdpmasq.sessions import Selection
+    from xdpmasq.selection import Selection
 
 SORTS = {"r": "rate", "p": "packets", "s": "sessions", "h": "host"}  # by key
 KEYS = "q quit   t hosts/sessions   sort by: r rate  p packets  s sessions  h host"
@@ -231,10 +231,10 @@ def _host_columns(first: "Top") -> dict[str, list[str]]:
 
 
 def _session_columns(first: "Top", view: View, width: int) -> dict[str, list[str]]:
-    from xdpmasq import sessions  # noqa: PLC0415  heavy
+    from xdpmasq import listing  # noqa: PLC0415  heavy
 
     assert first.table is not None
-    protocol, state, internal, external, remote = sessions.ends(first.table)
+    protocol, state, internal, external, remote = listing.ends(first.table)
     by_packets, wide = view.sort == "packets", width >= NARROW
     more = {"STATE": state, "EXTERNAL": external} if width >= NARROW + 35 else {}
     ends = {"PROTO": protocol, "INTERNAL": internal, **more, "REMOTE": remote}

@@ -58,7 +58,7 @@ def trace(
     if seconds <= 0 or not 0 <= port < 65536 or count < 0:
         raise UsageError("there is no such trace", "", "--seconds and --count are above 0, and ports end at 65535")
     from xdpmasq import datapath, tracing  # noqa: PLC0415  heavy
-    from xdpmasq.sessions import Endpoint  # noqa: PLC0415  heavy
+    from xdpmasq.selection import Endpoint  # noqa: PLC0415  heavy
 
     if protocol and protocol.lower() not in tracing.PROTOCOL_NAMES:
         raise UsageError(f"there is no protocol {protocol}", "", f"give one of {', '.join(tracing.PROTOCOL_NAMES)}")
