@@ -363,11 +363,11 @@ def publish(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> None:
 
 def withdraw(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> bool:
     """An internal endpoint has the forwarded port no longer; False while a session runs there."""
-    if not _is_idle(tables.rows(np.array([slot]))["life"][0]):
+    if not _is_idle(tables.rows(np.array([slot]))["life"])[0]:
         return False
     if tables.maps["mappings"].get(endpoint) == slot:
         tables.maps["mappings"].delete(endpoint)
-        if not _is_idle(tables.rows(np.array([slot]))["life"][0]):  # one that came meanwhile is found by it
+        if not _is_idle(tables.rows(np.array([slot]))["life"])[0]:  # one that came meanwhile is found by it
             publish(tables, slot, endpoint)
             return False
     return True

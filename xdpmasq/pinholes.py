@@ -376,7 +376,7 @@ class SessionsOpenings:
         base = self.owner[0] // EXTERNAL_SLOTS * EXTERNAL_SLOTS
         row = self.tables.rows(np.array([base + CLASSES.index(protocol) * PORTS + external.port], np.uint32))[0]
         found = Endpoint(_address(row["in"]["new_addr"]), socket.ntohs(int(row["in"]["new_port"])))
-        mine = row["life"] & LIFE_STATE == LIFE_LIVE and found.address == self.control.internal.address
+        mine = int(row["life"]) & LIFE_STATE == LIFE_LIVE and found.address == self.control.internal.address
         return found if mine else None
 
     def _call(self, number: int) -> tuple[Tables, int, IPv4Address, int, IPv4Address]:

@@ -80,7 +80,7 @@ class Ports:
         return None if slot is None else int(slot)
 
     def is_static(self, slot: int) -> bool:
-        life = self._row(slot)["life"]
+        life = int(self._row(slot)["life"])
         return bool(life & LIFE_STATIC and life & LIFE_STATE == LIFE_LIVE)
 
     # --- writing
@@ -190,7 +190,7 @@ class Ports:
     def _is_free(self, slot: int, host: IPv4Address) -> bool:
         """Nobody has it; a port at rest is its last host's (RFC 6888 REQ-8 is about others)."""
         session = self._row(slot)
-        state = session["life"] & LIFE_STATE
+        state = int(session["life"]) & LIFE_STATE
         last_host = IPv4Address(session["in"]["new_addr"]["word"][:1].tobytes())
         return bool(state == 0 or (state == LIFE_RESTING and last_host == host))
 
