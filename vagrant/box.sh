@@ -1,11 +1,9 @@
 #!/bin/sh
-# A host on the LAN: the Internet of the lab is behind the gateway. Vagrant's own card keeps the default route.
+# A host on the LAN: the Internet of the lab is behind the gateway. Vagrant's own card keeps the default route. A web server
+# stands for whatever a port is forwarded to.
 #
 #     box.sh GATEWAY
 set -eu
-export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq
-apt-get install -y -qq curl traceroute iputils-ping
 lan=$(ip -o route get "$1" | sed 's/.* dev \([^ ]*\).*/\1/')
 cat > /etc/systemd/system/lab-route.service <<UNIT
 [Unit]
@@ -21,4 +19,11 @@ ExecStart=/sbin/ip route replace 203.0.113.0/24 via $1 dev $lan
 [Install]
 WantedBy=multi-user.target
 UNIT
-systemctl enable --now lab-route
+cat > /etc/nginx/sites-available/default <<'SITE'
+server {
+    listen 80 default_server;
+    location / { default_type text/plain; return 200 "$hostname, asked by $remote_addr\n"; }
+}
+SITE
+systemctl enable --quiet --now lab-route nginx
+systemctl restart nginx

@@ -1,7 +1,9 @@
 """What goes into the package: man pages, completions, the configuration as installed, units, versions."""
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -180,6 +182,15 @@ def test_scripts_are_clean() -> None:
     # what stands in single quotes may well be meant so
     found = subprocess.run(["shellcheck", "-e", "SC2016", *scripts], capture_output=True, text=True, check=False)
     assert found.stdout + found.stderr == ""
+
+
+@pytest.mark.skipif(not shutil.which("vagrant"), reason="needs vagrant")
+def test_vagrantfile_is_valid(tmp_path: Path) -> None:
+    own = {"VAGRANT_HOME": str(tmp_path / "home"), "VAGRANT_DOTFILE_PATH": str(tmp_path / "machines")}
+    command = ["vagrant", "validate", "--ignore-provider"]  # Debian has that of libvirt in another package
+    environment = os.environ | own
+    said = subprocess.run(command, cwd=ROOT / "vagrant", env=environment, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
 
 
 # --- detach, as the package calls it ---------------------------------------------------------------
