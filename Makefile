@@ -4,7 +4,7 @@
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
 # make test-debian    the demo on Debian 12's own libraries, without a virtual environment
-# make test-vm   what needs a kernel with VLANs: in a virtual machine, minutes
+# make test-vm   what needs a kernel with VLANs, PPP and flowtables: in a virtual machine, minutes
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
 # make fuzz      every ALG is told a million spoilt talks: an hour of one CPU, and more
 # make fuzz-packets   a hundred million mutated packets through every program: up to an hour; PACKETS=1000000 for fewer
@@ -56,7 +56,7 @@ check: setup
 # not part of `make test`: fetches a kernel once, and emulates a machine
 test-vm: setup
 	@# compiled here, and found in the cache there: an emulated machine takes minutes for it
-	$(PYTHON) -c 'from xdpmasq import programs; programs.compile_ahead()'
+	$(PYTHON) -c 'from xdpmasq import programs; programs.compile_ahead(); programs.compile_ahead(L3=1)'
 	tests/vm/run $(PYTHON) -m pytest tests/vm
 
 # not part of `make test`: 90 MB of packages, and calls and films that last as long as they last

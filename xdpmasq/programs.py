@@ -39,10 +39,13 @@ def _sizes(further: int, externals: int, blocks: bool) -> dict[str, int]:
     }
 
 
-def compile_ahead() -> None:
-    """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted."""
+def compile_ahead(**defines: int) -> None:
+    """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted.
+
+    ``L3=1``: that for interfaces without Ethernet header.
+    """
     for files in (source.DATAPATH, source.RESTORE):
-        compiler.compile(source.flatten(files), _defines(1, 1, False))
+        compiler.compile(source.flatten(files), _defines(1, 1, False) | defines)
 
 
 def restorer(tables: Tables) -> bpf.Program:
