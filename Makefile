@@ -3,7 +3,7 @@
 # make bench   the benchmark table
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
-# make test-debian    the demo on Debian 12's own libraries, without a virtual environment
+# make test-debian    the demo, and some tests, on Debian 12's own libraries, without a virtual environment
 # make test-vm   what needs a kernel with VLANs, PPP and flowtables: in a virtual machine, minutes
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
 # make fuzz      every ALG is told a million spoilt talks: an hour of one CPU, and more
@@ -35,12 +35,15 @@ test: setup
 	$(PYTHON) -m mypy & types=$$!; $(PYTHON) -m pytest -n $$(($$(nproc) + 1)) --dist loadgroup && wait $$types
 
 # not part of `make test`, but of CI: what the Debian package runs on, which is older than what the others run on
-DEBIAN := python3-bpfcc python3-numpy python3-prometheus-client python3-pyroute2 python3-rich python3-typer
+DEBIAN := python3-bpfcc python3-numpy python3-prometheus-client python3-pyroute2 python3-rich python3-typer \
+	python3-hypothesis python3-pytest python3-pytest-xdist
 test-debian: setup
 	dpkg -s $(DEBIAN) >/dev/null 2>&1 || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; }
 	@/usr/bin/python3 -c 'from importlib.metadata import version; print(*(f"{n} {version(n)}" for n in ("numpy", "prometheus-client", "pyroute2", "rich", "typer")))'
 	/usr/bin/python3 -m xdpmasq lab demo --no-cpu
+	@# what of numpy and pyroute2 differs most
+	/usr/bin/python3 -m pytest -n $$(nproc) --dist loadgroup tests/netns/test_forwards.py tests/netns/test_netdev.py
 
 bench: setup
 	$(RUN) bench

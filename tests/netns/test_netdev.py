@@ -16,7 +16,6 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,7 +138,6 @@ def test_links(ns: Namespace) -> None:
     assert [drivers.xdp_policy(found[name])[0] for name in ("near", "br0", "tun0")] == ["tc"] * 3
 
 
-@pytest.mark.skipif(version("pyroute2").startswith("0.7."), reason="needs pyroute2 0.8, as 0.7 reads one answer")
 def test_xdp_features(ns: Namespace) -> None:
     near, bridge = ns.call(netdev.link, "near"), ns.call(netdev.link, "br0")
     assert drivers.native_xdp(near)

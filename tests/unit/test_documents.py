@@ -126,7 +126,7 @@ OTHERS = {
     r"make (demo|test)\b.*": "by CI, and in a fresh Debian by tests/fresh",
     r"(make deb && )?apt install \./.*": "installs: tests/fresh/package does so in a Debian of its own",
     r"python3 -m venv --system-site-packages /opt/xdpmasq .*|ln -s /opt/xdpmasq/.*": "installs on the machine",
-    r"apt install vagrant .*|make deb && vagrant/build-box|cd vagrant && .*": "virtual machines: an hour in emulation",
+    r"apt install vagrant .*|make deb && vagrant/build-box|cd vagrant && .*": "virtual machines: takes an hour",
     r"editor .*": "somebody at a terminal",
     r"systemctl enable --now xdpmasq": "the machine's: tests/fresh/service.py has a systemd of its own",
     r"journalctl .*": "the machine's journal",

@@ -1,5 +1,7 @@
 """What devices can do with XDP, as the kernel says it from 6.3 on: the generic netlink family `netdev`."""
 
+from typing import Any
+
 from pyroute2.netlink import genlmsg
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 from pyroute2.netlink.generic import GenericNetlinkSocket
@@ -26,13 +28,21 @@ def of_xdp() -> dict[int, int]:
     if kernel.release() < (6, 3):
         return {}
     netdev_cmd_dev_get, nlm_f_request_dump = 1, 0x301
+    found: dict[int, int] = {}
+
+    def take(message: Any) -> bool:
+        """The kernel does not mark these as parts of a dump: pyroute2 0.7 would take the first for all there are."""
+        if message["header"]["type"] != generic.prid:
+            return False
+        found[message.get_attr("NETDEV_A_DEV_IFINDEX")] = message.get_attr("NETDEV_A_DEV_XDP_FEATURES")
+        return True
+
     try:
         with GenericNetlinkSocket() as generic:
             generic.bind("netdev", _DevMessage)
             query = _DevMessage()
             query["cmd"], query["version"] = netdev_cmd_dev_get, 1
-            answers = generic.nlm_request(query, msg_type=generic.prid, msg_flags=nlm_f_request_dump)
-            keys = ("NETDEV_A_DEV_IFINDEX", "NETDEV_A_DEV_XDP_FEATURES")
-            return dict(tuple(each.get_attr(key) for key in keys) for each in answers)
+            generic.nlm_request(query, msg_type=generic.prid, msg_flags=nlm_f_request_dump, callback=take)
     except (NetlinkError, NetlinkDumpInterrupted):
         return {}
+    return found
