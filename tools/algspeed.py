@@ -44,11 +44,8 @@ def percentiles(times: list[float]) -> str:
     return "  ".join(f"{name} {cuts[at] * 1000:.2f} ms" for name, at in (("p50", 499), ("p99", 989), ("p99.9", 998)))
 
 
-def passages(gateway: Gateway, count: int) -> tuple[list[float], list[float]]:
-    """Seconds that requests take, and answers.
-
-    A hundred a second, as signalling is no stream.
-    """
+def passages(gateway: Gateway, count: int, pause_s: float) -> tuple[list[float], list[float]]:
+    """Seconds that requests take, and answers."""
     request = REQUEST.format(to=INTERNET, me=HOSTS["a-box"]).encode()
     out, back = [], []
     with gateway.udp("a-box", 5060) as client, gateway.udp("internet", SIP_PORT) as server:
@@ -61,8 +58,15 @@ def passages(gateway: Gateway, count: int) -> tuple[list[float], list[float]]:
             client.recv(2000)
             out.append(answered - sent)
             back.append(time.perf_counter() - answered)
-            time.sleep(0.01)
+            time.sleep(pause_s)
     return out, back
+
+
+def print_passages(gateway: Gateway, count: int, how: str) -> None:
+    """One after the other, and a hundred a second, between which the machine sleeps."""
+    for pace, pause_s in (("at once", 0.0), ("each 10 ms", 0.01)):
+        for way, times in zip(("request", "answer"), passages(gateway, count, pause_s), strict=True):
+            print(f"SIP {way:7} {pace:10} {how:8}", percentiles(times))
 
 
 class Login:
@@ -142,13 +146,11 @@ def main() -> None:
     wanted = parser.parse_args()
     with Gateway.in_new_lab("tc") as gateway:
         FtpServer(gateway.lab)
-        for way, times in zip(("request", "answer"), passages(gateway, wanted.trips), strict=True):
-            print(f"SIP {way}, unread   ", percentiles(times))
+        print_passages(gateway, wanted.trips, "unread")
         gateway.masq("alg", "enable", "sip", "--port", f"udp {SIP_PORT}")
         gateway.masq("sessions", "flush", "--all")
         with gateway.counting() as counted:
-            for way, times in zip(("request", "answer"), passages(gateway, wanted.trips), strict=True):
-                print(f"SIP {way}, by agent ", percentiles(times))
+            print_passages(gateway, wanted.trips, "by agent")
         print("              packets by the agent:", counted["punt_alg"], "past it:", counted["alg_bypassed"])
         with gateway.counting() as counted:
             began = time.monotonic()
