@@ -104,6 +104,7 @@ class Agent:
         self._rules_are_put = False
         self._redirects = adopted is not None  # the LANs may bring redirected connections' answers back
         self._forwards = Upkeep(tables)
+        self._name = Name()  # now, as it may be deleted as soon as we are seen to run
         self.algs, self.punting = self._with_algs(algs, port)
         asked = self.manifest.get("pcp", {})
         self._asking = Asking(config, tables, self._reaper, self._hz, selector=self._selector, before=asked)
@@ -272,7 +273,6 @@ class Agent:
             ready(self.manifest)
             self._notify(notify.READY)
             next_tick = next_disarm = next_sweep = time.monotonic()
-            name = Name()
             while not signals.stop:
                 if signals.reload:
                     signals.reload = False
@@ -291,7 +291,7 @@ class Agent:
                 if now >= next_tick:
                     self._tick()
                     next_tick = now + TICK_S
-                    if name.is_deleted:  # and would live on, with its interfaces, for nobody but us
+                    if self._name.is_deleted:  # and would live on, with its interfaces, for nobody but us
                         log.warning("the network namespace has been deleted")
                         break
                 if now >= next_sweep:

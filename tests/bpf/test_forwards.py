@@ -29,7 +29,6 @@ from harness import (
 )
 from scapy.packet import Packet
 
-from xdpmasq import forwarding
 from xdpmasq.abi import (
     LIFE_LIVE,
     LIFE_OPENING,
@@ -291,7 +290,7 @@ def test_a_rule_taken_out_while_a_session_is_being_opened(gateway: Gateway) -> N
 
 def test_a_rule_that_comes_again_keeps_its_targets_mapping(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a lease does that is asked for anew: what was to be withdrawn while a session ran there no longer is."""
-    monkeypatch.setattr(forwarding, "PUBLISH_AT_ONCE", 0)  # of many, it is not this one's turn
+    monkeypatch.setattr("xdpmasq.upkeep.PUBLISH_AT_ONCE", 0)  # of many, it is not this one's turn
     upkeep = Upkeep(gateway.tables)
     rule = gateway.forward("udp", 3000, (HOST, 5000))
     upkeep.run()
