@@ -4,7 +4,7 @@
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
 # make test-debian    the demo, and some tests, on Debian 12's own libraries, without a virtual environment
-# make test-vm   what needs a kernel with VLANs, PPP and flowtables: in a virtual machine, minutes
+# make test-vm   what needs VLANs, PPP, flowtables, cards of several queues: in a virtual machine, minutes
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
 # make fuzz      every ALG is told a million spoilt talks: an hour of one CPU, and more
 # make fuzz-packets   a hundred million mutated packets through every program: up to an hour; PACKETS=1000000 for fewer

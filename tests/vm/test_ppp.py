@@ -91,10 +91,13 @@ def line() -> Iterator["subprocess.Popen[bytes]"]:
     """One line and one gateway for the tests that leave them as they were."""
     dialled = dial(PUBLIC)
     agent = vmkit.start("--config", str(CONFIG_FILE))
+    soon(lambda: len(vmkit.programs_on("ppp0", "br0")) >= 3, "it is attached to both")
     yield dialled
     xdpmasq("detach")
     agent.wait()
+    left = vmkit.programs_on("ppp0", "br0")
     hang_up(dialled)
+    assert left == []
 
 
 def asked_as(host: str, times: int = 1) -> str:

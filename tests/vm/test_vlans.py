@@ -9,27 +9,22 @@
 All hosts are in the namespace of their cable's end, each on a VLAN with a prefix and a routing table of its own.
 """
 
-import contextlib
 import socket
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import vmkit
+from vmkit import datapath_of, run, soon, xdpmasq
 
-from xdpmasq import bpf, datapath
-from xdpmasq.errors import MasqError
+from xdpmasq import bpf
 from xdpmasq.lab import netns
 from xdpmasq.net import netdev, xdp
 
-XDPMASQ = str(Path(sys.executable).with_name("xdpmasq"))
 PUBLIC, SERVER, PORT = "203.0.113.1", "203.0.113.10", 7
 HOSTS = {"one": "10.0.10.2", "two": "10.0.20.2", "three": "10.0.30.2"}
 LANS = ("eth1.10", "eth1.20", "eth1.30.40")
-PATIENCE_S = 600
 CONFIG_FILE = Path("/run/xdpmasq-test.toml")
 
 OFF = (
@@ -59,17 +54,6 @@ def addresses(device: str, last: int) -> list[str]:
     return found
 
 
-def run(namespace: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    whole = ["ip", "netns", "exec", namespace, *command]
-    done = subprocess.run(whole, capture_output=True, text=True, timeout=300, check=False)
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def xdpmasq(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run("gate", XDPMASQ, *words, check=check)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def network() -> Iterator[None]:
     CONFIG_FILE.write_text(CONFIG)
@@ -86,19 +70,9 @@ def network() -> Iterator[None]:
     netns.ip_batch([*vlans("h1"), *addresses("h1", 2), *routes], "hosts")
     far = ["link set w0 up", "link add link w0 name w0.7 type vlan id 7", "link set w0.7 up"]
     netns.ip_batch([*far, f"addr add {SERVER}/24 dev w0.7"], "internet")
-    with netns.entered("internet"):
-        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    server.bind((SERVER, PORT))
-    threading.Thread(target=echo, args=(server,), daemon=True).start()
+    vmkit.serve("internet", SERVER, PORT)
     yield
     netns.delete(names)
-
-
-def echo(server: socket.socket) -> None:
-    """Tells everyone who they are, and what they said."""
-    while True:
-        said, who = server.recvfrom(4096)
-        server.sendto(who[0].encode() + b" " + said, who)
 
 
 CONFIG = f"""
@@ -122,23 +96,11 @@ def attached() -> Iterator[None]:
 
 
 def start() -> "subprocess.Popen[bytes]":
-    """In the foreground, as `attach` would give up waiting."""
-    agent = subprocess.Popen(["ip", "netns", "exec", "gate", XDPMASQ, "run", "--config", str(CONFIG_FILE)])
-    soon(lambda: datapath_of().agent_pid == agent.pid, "it is attached", suppress=MasqError)
-    return agent
-
-
-def datapath_of() -> datapath.Attached:
-    with netns.entered("gate"):
-        return datapath.find()
+    return vmkit.start("--config", str(CONFIG_FILE))
 
 
 def client(host: str) -> socket.socket:
-    with netns.entered("hosts"):
-        found = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    found.bind((HOSTS[host], 0))
-    found.settimeout(5)
-    return found
+    return vmkit.client("hosts", HOSTS[host])
 
 
 def ask(one: socket.socket, text: bytes = b"hello") -> None:
@@ -154,17 +116,6 @@ def rides(one: socket.socket, times: int = 20) -> bool:
         ask(one)
     after = datapath_of().counters()
     return all(after[name] - before[name] >= times for name in ("fast_outbound", "fast_inbound"))
-
-
-def soon(told: Callable[[], bool], what: str, suppress: type[Exception] = TimeoutError) -> None:
-    """An answer may be lost while an interface is away."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        with contextlib.suppress(suppress):
-            if told():
-                return
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def xdp_on(device: str) -> int:

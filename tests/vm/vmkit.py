@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from xdpmasq import datapath
+from xdpmasq import bpf, datapath
 from xdpmasq.errors import MasqError
 from xdpmasq.lab import netns
+from xdpmasq.net import clsact, netdev
 
 XDPMASQ = str(Path(sys.executable).with_name("xdpmasq"))
 PATIENCE_S = 600
@@ -103,6 +104,17 @@ def talk(stream: socket.socket, text: bytes) -> tuple[str, int, bytes]:
 def datapath_of() -> datapath.Attached:
     with netns.entered("gate"):
         return datapath.find()
+
+
+def programs_on(*devices: str) -> list[str]:
+    """The hooks of these that have a program of anybody's."""
+    found = []
+    with netns.entered("gate"):
+        for link in map(netdev.link, devices):
+            tc = {each.direction for each in clsact.filters(link.index)}
+            tc |= {hook for hook in ("ingress", "egress") if bpf.tcx_programs(link.index, hook)}
+            found += [f"{hook} of {link.name}" for hook in sorted(tc)] + [f"xdp of {link.name}"] * bool(link.xdp_mode)
+    return found
 
 
 def start(*words: str) -> "subprocess.Popen[bytes]":
