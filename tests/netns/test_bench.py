@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from netkit import needs_root
 
 from xdpmasq import datapath
 from xdpmasq.bench import SCENARIOS, Chosen, Settings, conntrack, measure, parse_external, setup, turns
@@ -25,7 +26,7 @@ from xdpmasq.bench.stage import Lane, Stage
 from xdpmasq.bench.turns import Case, Turn
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    needs_root,
     pytest.mark.xdist_group("bench"),
 ]
 

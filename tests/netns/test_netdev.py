@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from netkit import needs_root
 
 from xdpmasq import doctor, drivers
 from xdpmasq.errors import HostError, InterfaceError
 from xdpmasq.net import clsact, ethtool, ifaddrs, monitor, neighbours, netdev, routing, sysctl, xdp
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+pytestmark = needs_root
 
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from netkit import needs_root
 from oracle import (
     ACK,
     ERRORS,
@@ -41,7 +42,7 @@ from strategies import scripts
 from xdpmasq import datapath
 from xdpmasq.lab import netns
 
-pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.xdist_group("oracle")]
+pytestmark = [needs_root, pytest.mark.xdist_group("oracle")]
 
 SCRIPTS = int(os.environ.get("XDPMASQ_ORACLE_SCRIPTS", "0"))
 IN_CI = 1200

@@ -98,7 +98,7 @@ def test_configurations_in_documents_are_good(path: Path, tmp_path: Path) -> Non
         load(tmp_path / "one.toml")
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="needs prometheus")
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool (apt install prometheus)")
 def test_prometheus_takes_the_scrape_configuration(tmp_path: Path) -> None:
     found = [block for path in DOCUMENTS for block in blocks(path.read_text(), "yaml")]
     assert found

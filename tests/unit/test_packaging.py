@@ -184,7 +184,7 @@ def test_scripts_are_clean() -> None:
     assert found.stdout + found.stderr == ""
 
 
-@pytest.mark.skipif(not shutil.which("vagrant"), reason="needs vagrant")
+@pytest.mark.skipif(not shutil.which("vagrant"), reason="needs vagrant (apt install vagrant)")
 def test_vagrantfile_is_valid(tmp_path: Path) -> None:
     own = {"VAGRANT_HOME": str(tmp_path / "home"), "VAGRANT_DOTFILE_PATH": str(tmp_path / "machines")}
     command = ["vagrant", "validate", "--ignore-provider"]  # Debian has that of libvirt in another package
