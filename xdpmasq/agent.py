@@ -104,7 +104,6 @@ class Agent:
         self._rules_are_put = False
         self._redirects = adopted is not None  # the LANs may bring redirected connections' answers back
         self._forwards = Upkeep(tables)
-        self._name = Name()  # now, as it may be deleted as soon as we are seen to run
         self.algs, self.punting = self._with_algs(algs, port)
         asked = self.manifest.get("pcp", {})
         self._asking = Asking(config, tables, self._reaper, self._hz, selector=self._selector, before=asked)
@@ -259,7 +258,7 @@ class Agent:
 
     # --- in service
 
-    def serve(self, ready: Callable[[dict[str, Any]], None], signals: Signals) -> Config | None:
+    def serve(self, ready: Callable[[dict[str, Any]], None], signals: Signals, name: Name) -> Config | None:
         """Follows the machine until asked to stop, or until the namespace is deleted; the datapath stays.
 
         Returns:
@@ -291,7 +290,7 @@ class Agent:
                 if now >= next_tick:
                     self._tick()
                     next_tick = now + TICK_S
-                    if self._name.is_deleted:  # and would live on, with its interfaces, for nobody but us
+                    if name.is_deleted:  # and would live on, with its interfaces, for nobody but us
                         log.warning("the network namespace has been deleted")
                         break
                 if now >= next_sweep:

@@ -13,6 +13,7 @@ from xdpmasq.agent import Agent
 from xdpmasq.alg.service import Service
 from xdpmasq.config import Config
 from xdpmasq.errors import DatapathError, MasqError
+from xdpmasq.namespace import Name
 from xdpmasq.programs import Programs
 from xdpmasq.punt import Punt
 from xdpmasq.recorder import recording
@@ -32,14 +33,14 @@ def run(config: Config, ready: Callable[[dict[str, Any]], None] = lambda manifes
         MasqError: before anything has changed, or with everything put back.
     """
     checks.check_host()
-    signals = Signals()
+    signals, name = Signals(), Name()  # before we are seen to run: it may be deleted at once
     with presence.being_agent(config.wans):
         with presence.changing():
             begun = _begin(config, signals)
         while begun:
             agent, stack = begun
             with stack:
-                wanted = agent.serve(ready, signals)
+                wanted = agent.serve(ready, signals, name)
                 if wanted is None:
                     notify.send(notify.STOPPING)
                 with presence.changing():
