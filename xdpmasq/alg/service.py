@@ -13,18 +13,13 @@ agent would do nothing else; what one peer can say that takes long does not swit
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import os
-import signal
 import socket
-import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -35,6 +30,7 @@ from xdpmasq.alg import packets, switches
 from xdpmasq.alg.api import Address, Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Step, Stream, before
+from xdpmasq.alg.timelimit import TooLongError, no_longer_than
 from xdpmasq.errors import ConfigError
 from xdpmasq.pinholes import Pinholes, SessionsOpenings
 from xdpmasq.tables import Tables
@@ -49,10 +45,6 @@ SIDES = (Side.INSIDE, Side.OUTSIDE)  # by enum direction
 
 
 T = TypeVar("T")
-
-
-class _TooLongError(BaseException):
-    """Not to be caught by an ALG."""
 
 
 class _Syn(NamedTuple):
@@ -345,7 +337,7 @@ class Service:
             counts["unasked"] += 1
             return None
         try:
-            with _no_longer_than(LONG_S):
+            with no_longer_than(LONG_S, spared=SessionsOpenings.__module__):
                 found = call()
             self._late[alg.name] = 0
             return found
@@ -353,7 +345,7 @@ class Service:
             counts["refused"] += 1
         except Unparsed:
             counts["unparsed"] += 1
-        except _TooLongError:
+        except TooLongError:
             counts["late"] += 1
             self._blame(alg, f"took longer than {LONG_S * 1000:.0f} ms", None)
             session.control.memory["over"] = True
@@ -436,55 +428,3 @@ def _text(found: Any) -> bytes:
     if not isinstance(found, bytes):
         raise TypeError(f"translate() returned {type(found).__name__}, not bytes")
     return found
-
-
-@functools.cache
-def _schedstat(thread: int) -> int | None:
-    """A descriptor of a thread's statistics. It is kept: to open the file takes a fifth of what a message does."""
-    try:
-        return os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-
-
-def _waited_s() -> float:
-    """For how long this thread has been ready to run without a CPU: schedstat's second number, in ns.
-
-    0 where the kernel does not tell (CONFIG_SCHED_INFO).
-    """
-    descriptor = _schedstat(threading.get_native_id())
-    try:
-        return int(os.pread(descriptor, 64, 0).split()[1]) / 1e9 if descriptor is not None else 0.0
-    except (OSError, IndexError):
-        return 0.0
-
-
-@contextlib.contextmanager
-def _no_longer_than(seconds: float) -> Iterator[None]:
-    """Raises _TooLongError, but not in what an ALG calls of ours: half opened, a pinhole's port would be lost.
-
-    Time in which others have the CPU does not count, or a busy machine would be without ALGs. A signal does it, so it
-    is for the main thread; elsewhere there is no limit.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    began = time.monotonic() - _waited_s()
-
-    def stop(_: int, frame: FrameType | None) -> None:
-        if time.monotonic() - _waited_s() - began < seconds:
-            return  # the timer comes again
-        while frame:
-            if frame.f_globals.get("__name__") == SessionsOpenings.__module__:
-                return
-            frame = frame.f_back
-        raise _TooLongError
-
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds / 4)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, earlier)

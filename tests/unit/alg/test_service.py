@@ -22,8 +22,9 @@ from xdpmasq import pinholes
 from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
-from xdpmasq.alg.service import LATE_MOST, LONG_S, PAUSE_S, Service, _Session, _waited_s
+from xdpmasq.alg.service import LATE_MOST, LONG_S, PAUSE_S, Service, _Session
 from xdpmasq.alg.stream import Shifts, Step
+from xdpmasq.alg.timelimit import waited_s
 
 
 def forever() -> None:
@@ -163,7 +164,7 @@ def test_one_that_is_late_at_times_is_asked_on(service: Service, asked: _Session
 
 def test_a_busy_machine_makes_nobody_late(service: Service, asked: _Session, monkeypatch: Any) -> None:
     """All the time that it takes others have the CPU."""
-    monkeypatch.setattr("xdpmasq.alg.service._waited_s", time.monotonic)
+    monkeypatch.setattr("xdpmasq.alg.timelimit.waited_s", time.monotonic)
 
     def takes_long() -> bytes:
         time.sleep(2 * LONG_S)
@@ -180,10 +181,10 @@ def test_a_thread_waits_for_a_cpu() -> None:
     os.sched_setaffinity(0, {min(here)})
     other = subprocess.Popen(command)
     try:
-        before, until = _waited_s(), time.monotonic() + 10
-        while _waited_s() - before < 0.01 and time.monotonic() < until:
+        before, until = waited_s(), time.monotonic() + 10
+        while waited_s() - before < 0.01 and time.monotonic() < until:
             pass
-        assert _waited_s() - before >= 0.01
+        assert waited_s() - before >= 0.01
     finally:
         other.kill()
         other.wait()
