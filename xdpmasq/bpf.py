@@ -29,6 +29,7 @@ from xdpmasq import compiler
 from xdpmasq.errors import DatapathError, HostError
 
 Array = npt.NDArray[Any]
+_Element = tuple[bytearray, int]
 Layout = Any  # what numpy.dtype() accepts: a string or a list of fields
 
 SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280}
@@ -53,6 +54,7 @@ PROG_TYPES = {"tc": 3, "xdp": 6}
     _BIND_MAP,
 ) = (0, 1, 2, 3, 5, 8, 9, 10, 13, 14, 15, 16, 24, 32, 35)
 
+_ELEMENT = struct.Struct("<I4xQQQ")  # of union bpf_attr, for one element of a map: fd, key, value, flags
 _LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
 _MAP_HASH, _MAP_PERCPU_ARRAY, _MAP_LRU_HASH = 1, 6, 9
 UPDATE_ANY, UPDATE_NOEXIST, UPDATE_EXIST = 0, 1, 2
@@ -156,38 +158,47 @@ class Map(_Descriptor):
     def by_id(cls, number: int, key: Layout = None, value: Layout = None) -> Map:
         return cls(_bpf(_MAP_BY_ID, struct.pack("<III", number, 0, 0))[0], key, value)
 
-    def _element(self, command: int, key: Any, value: int, flags: int) -> None:
-        buffer = ct.create_string_buffer(np.asarray(key, dtype=self.key).tobytes(), self.key_size)
-        _bpf(command, struct.pack("<IIQQQ", self.fd, 0, _address(buffer), value, flags))
+    def _element(self, command: int, key: Any, value: int | bytes = 0, flags: int = 0) -> _Element | None:
+        """In one buffer for all that the kernel reads and writes, as ALGs' packets wait for this.
+
+        Args:
+            value: its bytes, or how many to keep room for.
+
+        Returns:
+            The buffer, and where the value begins in it; None: there is no such entry.
+        """
+        name = key if type(key) is bytes else np.asarray(key, dtype=self.key).tobytes()
+        if len(name) != self.key_size:
+            raise ValueError(f"a key of {len(name)} bytes for map {self.name}, whose keys have {self.key_size}")
+        start = _ELEMENT.size + -(-self.key_size // 8) * 8
+        room = bytearray(start) + (value if isinstance(value, bytes) else bytearray(value))
+        room[_ELEMENT.size : _ELEMENT.size + len(name)] = name
+        buffer = (ct.c_char * len(room)).from_buffer(room)
+        at = ct.addressof(buffer)
+        _ELEMENT.pack_into(room, 0, self.fd, at + _ELEMENT.size, at + start if value else 0, flags)
+        if _LIBC.syscall(_syscall_number(), command, buffer, _ELEMENT.size) < 0:
+            code = ct.get_errno()
+            if code == errno.ENOENT and command != _MAP_UPDATE:
+                return None
+            raise OSError(code, os.strerror(code))
+        return room, start
 
     def get(self, key: Any) -> Any:
-        """The value under ``key`` as a numpy scalar (per-CPU maps: an array over CPUs), or None."""
+        """The value under ``key`` (or its bytes) as a numpy scalar (per-CPU maps: an array over CPUs), or None."""
         copies = possible_cpus() if self.type == _MAP_PERCPU_ARRAY else 1
-        buffer = ct.create_string_buffer(-(-self.value_size // 8) * 8 * copies)
-        try:
-            self._element(_MAP_LOOKUP, key, _address(buffer), 0)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        if copies > 1:
-            return np.frombuffer(memoryview(buffer), self.value, copies)
-        return np.frombuffer(memoryview(buffer), self.value, 1)[0]
+        found = self._element(_MAP_LOOKUP, key, -(-self.value_size // 8) * 8 * copies)
+        if found is None:
+            return None
+        values = np.frombuffer(found[0], self.value, copies, found[1])
+        return values if copies > 1 else values[0]
 
     def set(self, key: Any, value: Any, flags: int = UPDATE_ANY) -> None:
         """Stores ``value``; raises OSError (E2BIG full, EEXIST, ENOENT) as the kernel's map does."""
-        buffer = ct.create_string_buffer(np.asarray(value, dtype=self.value).tobytes(), self.value_size)
-        self._element(_MAP_UPDATE, key, _address(buffer), flags)
+        self._element(_MAP_UPDATE, key, np.asarray(value, dtype=self.value).tobytes(), flags)
 
     def delete(self, key: Any) -> bool:
         """Removes ``key``; False when it was not there."""
-        try:
-            self._element(_MAP_DELETE, key, 0, 0)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return False
-            raise
-        return True
+        return self._element(_MAP_DELETE, key) is not None
 
     def items(self, chunk: int = 65536) -> Iterator[tuple[Array, Array]]:
         """All entries of a hash or array, as pairs of arrays (keys, values), by BPF_MAP_LOOKUP_BATCH."""

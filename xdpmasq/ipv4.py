@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 HEADER = struct.Struct("!BBH2sHBBH4s4s")
 DONT_FRAGMENT, MORE_FRAGMENTS = 0x4000, 0x2000
@@ -12,8 +12,7 @@ OFFSET_MASK = 0x1FFF  # in units of eight bytes
 _COPIED = 0x80  # options that every fragment has
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """A header whose lengths are true.
 
     Attributes:
@@ -111,8 +110,5 @@ def _copied(options: bytes) -> bytes:
 
 def checksum(data: bytes) -> int:
     """RFC 1071."""
-    padded = data + bytes(len(data) % 2)
-    total: int = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    total = int.from_bytes(data + bytes(len(data) % 2))
+    return ~(total % 0xFFFF or (0xFFFF if total else 0)) & 0xFFFF  # 65,536 is 1 in this arithmetic, 0xFFFF a 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
@@ -35,7 +36,17 @@ OVERTAKEN_MOST = 3
 MOST_OF_A_MESSAGE = 64  # calls of SessionsOpenings.open, which take a millisecond each
 ANYBODY = IPv4Address(0)
 
-Owner = tuple[Any, ...]  # ``struct control_key``
+_MAPPING = struct.Struct("=I")
+
+
+def control_key(mapping: int, remote: bytes) -> bytes:
+    """``struct control_key`` of a control session.
+
+    Args:
+        mapping: its slot.
+        remote: address and port, as on the wire.
+    """
+    return _MAPPING.pack(mapping) + remote + bytes(2)
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ class Pinholes:
 
     # --- writing
 
-    def open(self, owner: Owner, wan: int, wish: Wish) -> Endpoint:
+    def open(self, owner: bytes, wan: int, wish: Wish) -> Endpoint:
         """One, or two neighbours; see :meth:`xdpmasq.alg.api.Openings.open`.
 
         Raises:
@@ -199,9 +210,9 @@ class Pinholes:
             int((values["internal"]["word"][:, 0] == words).sum()) for each in tables for _, values in each.items()
         )
 
-    def keep_latest(self, owner: Owner, most: int) -> None:
+    def keep_latest(self, owner: bytes, most: int) -> None:
         """Of the ports that a control session has open, the oldest go."""
-        now, mine = bpf.jiffies(), np.array(owner, self._tables.maps["controls"].key)
+        now, mine = bpf.jiffies(), np.frombuffer(owner, self._tables.maps["controls"].key)
 
         def oldest(keys: bpf.Array, values: bpf.Array) -> npt.NDArray[np.bool_]:
             own = np.flatnonzero(values["control"] == mine)
@@ -285,13 +296,13 @@ class Pinholes:
             raise Refused("no port is left")
         return held, True
 
-    def _put(self, owner: Owner, slot: int, wish: Wish, port: int, owned: bool) -> None:
+    def _put(self, owner: bytes, slot: int, wish: Wish, port: int, owned: bool) -> None:
         value = np.zeros((), self._table.value)
         value["left"], value["counted"] = wish.sessions, wish.sessions > 0
         value["expires"] = (bpf.jiffies() + int(min(wish.lasts_s, LASTS_S) * self._hz)) % 2**32
         value["internal"]["word"][0] = abi.addr(wish.host)[0][0]
         value["internal_port"], value["remote_port"] = socket.htons(port), socket.htons(wish.remote_port)
-        value["control"], value["owned"] = np.array(owner, value["control"].dtype), owned
+        value["control"], value["owned"] = np.frombuffer(owner, value["control"].dtype)[0], owned
         self._table.set((slot, abi.addr(wish.remote)), value)
 
     def _give_back(self, slots: npt.ArrayLike) -> None:
@@ -305,6 +316,7 @@ class SessionsOpenings:
     """What one control session may have: :class:`xdpmasq.alg.api.Openings`.
 
     Attributes:
+        owner: see :func:`control_key`.
         most: ports that are open at once; also of :attr:`followed`.
         followed: ports.
         asked: calls of :meth:`open` for the message that is being read.
@@ -312,7 +324,7 @@ class SessionsOpenings:
 
     pinholes: Pinholes
     tables: Tables
-    owner: Owner
+    owner: bytes
     wan: int
     control: Control
     most: int
@@ -373,7 +385,7 @@ class SessionsOpenings:
         if protocol == "gre":
             number = calls.inside(*self._call(external.port))
             return None if number is None else Endpoint(self.control.internal.address, number)
-        base = self.owner[0] // EXTERNAL_SLOTS * EXTERNAL_SLOTS
+        base = self._external * EXTERNAL_SLOTS
         row = self.tables.rows(np.array([base + CLASSES.index(protocol) * PORTS + external.port], np.uint32))[0]
         found = Endpoint(_address(row["in"]["new_addr"]), socket.ntohs(int(row["in"]["new_port"])))
         mine = int(row["life"]) & LIFE_STATE == LIFE_LIVE and found.address == self.control.internal.address
@@ -383,7 +395,13 @@ class SessionsOpenings:
         host, remote = self.control.internal.address, self.control.remote.address
         assert isinstance(host, IPv4Address)
         assert isinstance(remote, IPv4Address)
-        return self.tables, self.owner[0] // EXTERNAL_SLOTS, host, number, remote
+        return self.tables, self._external, host, number, remote
+
+    @property
+    def _external(self) -> int:
+        """The index of the session's external address."""
+        mapping: int = _MAPPING.unpack_from(self.owner)[0]
+        return mapping // EXTERNAL_SLOTS
 
     def follow(self, endpoint: Endpoint) -> None:
         host = self.control.internal.address

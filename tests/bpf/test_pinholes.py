@@ -17,7 +17,7 @@ from xdpmasq.alg import switches
 from xdpmasq.alg.api import Control, Endpoint, Refused
 from xdpmasq.alg.ftp import Ftp
 from xdpmasq.alg.irc import Irc
-from xdpmasq.pinholes import MOST_OF_A_MESSAGE, Pinholes, SessionsOpenings
+from xdpmasq.pinholes import MOST_OF_A_MESSAGE, Pinholes, SessionsOpenings, control_key
 from xdpmasq.ports import Ports
 
 REMOTE, HERE = IPv4Address(SERVER), IPv4Address(HOST)
@@ -41,7 +41,7 @@ def openings(gateway: Gateway, all_: Pinholes) -> SessionsOpenings:
 def of_session(gateway: Gateway, all_: Pinholes, *, most: int) -> SessionsOpenings:
     """Of an FTP control session."""
     port = gateway.connect(HOST, 5000, SERVER, 21)
-    owner = (port, abi.addr(REMOTE), int(np.uint16(21).byteswap()), 0)
+    owner = control_key(port, REMOTE.packed + (21).to_bytes(2))
     control = Control("tcp", Endpoint(HERE, 5000), Endpoint(IPv4Address(GATEWAY), port), Endpoint(REMOTE, 21))
     return SessionsOpenings(all_, gateway.tables, owner, 0, control, most, "ftp")
 

@@ -7,8 +7,8 @@ checksums are made anew, since a punted packet may have had only a part of its o
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from ipaddress import IPv4Address
+from typing import NamedTuple
 
 from xdpmasq import ipv4
 from xdpmasq.alg.api import Endpoint
@@ -23,19 +23,19 @@ _UDP = struct.Struct("!HHHH")
 _TIMESTAMPS = 8  # kind of the option (RFC 7323 section 3)
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
+class Packet(NamedTuple):
     """A TCP segment or UDP datagram, whole.
 
     Attributes:
+        source, destination: address and port, as on the wire.
         head: the IP header.
         transport: TCP's header with its options; UDP's.
         flags, sequence, ack, window: TCP's fields; 0 of UDP.
     """
 
     protocol: str
-    source: Endpoint
-    destination: Endpoint
+    source: bytes
+    destination: bytes
     head: bytes
     transport: bytes
     text: bytes
@@ -51,21 +51,24 @@ def parse(packet: bytes) -> Packet | None:
     if not header or header.offset or header.flags & ipv4.MORE_FRAGMENTS:
         return None
     head, rest = packet[: header.length], packet[header.length : header.total]
-    ends = IPv4Address(header.src), IPv4Address(header.dst)
+    ends = header.src + rest[:2], header.dst + rest[2:4]
     if header.protocol == UDP and len(rest) >= _UDP.size:
-        source, destination, length, _ = _UDP.unpack_from(rest)
+        _, _, length, _ = _UDP.unpack_from(rest)
         if not _UDP.size <= length <= len(rest):
             return None
-        text = rest[_UDP.size : length]
-        return Packet("udp", Endpoint(ends[0], source), Endpoint(ends[1], destination), head, rest[: _UDP.size], text)
+        return Packet("udp", *ends, head, rest[: _UDP.size], rest[_UDP.size : length])
     if header.protocol == TCP and len(rest) >= _TCP.size:
-        source, destination, sequence, ack, offset, flags, window, _, _ = _TCP.unpack_from(rest)
+        _, _, sequence, ack, offset, flags, window, _, _ = _TCP.unpack_from(rest)
         start = (offset >> 4) * 4
         if not _TCP.size <= start <= len(rest):
             return None
-        one, other = Endpoint(ends[0], source), Endpoint(ends[1], destination)
-        return Packet("tcp", one, other, head, rest[:start], rest[start:], flags, sequence, ack, window)
+        return Packet("tcp", *ends, head, rest[:start], rest[start:], flags, sequence, ack, window)
     return None
+
+
+def endpoint(wire: bytes) -> Endpoint:
+    """Of a packet's source or destination."""
+    return Endpoint(IPv4Address(wire[:-2]), int.from_bytes(wire[-2:]))
 
 
 def datagram(packet: Packet, text: bytes) -> bytes:
@@ -103,8 +106,7 @@ def acknowledgement(
 ) -> bytes:
     """What the receiver of a segment would answer, had it taken it."""
     addresses = source.address.packed + destination.address.packed
-    head = b"\x45" + packet.head[1:12] + addresses  # without IP options
-    answer = Packet(packet.protocol, source, destination, head, b"", b"")
+    answer = packet._replace(head=b"\x45" + packet.head[1:12] + addresses)  # without IP options
     options = _timestamps_back(packet.transport[_TCP.size :])
     offset = (_TCP.size + len(options)) // 4 << 4
     transport = _TCP.pack(source.port, destination.port, sequence, ack, offset, ACK, window, 0, 0)

@@ -22,17 +22,15 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-import numpy as np
-
 from xdpmasq import abi, bpf
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, PORTS
 from xdpmasq.alg import packets, switches
 from xdpmasq.alg.api import Address, Alg, Control, Endpoint, Refused, Side, Unparsed
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Step, Stream, before
-from xdpmasq.alg.timelimit import TooLongError, no_longer_than
+from xdpmasq.alg.timelimit import TimeLimit, TooLongError
 from xdpmasq.errors import ConfigError
-from xdpmasq.pinholes import Pinholes, SessionsOpenings
+from xdpmasq.pinholes import Pinholes, SessionsOpenings, control_key
 from xdpmasq.tables import Tables
 
 log = logging.getLogger("xdpmasq")
@@ -211,21 +209,20 @@ class Service:
 
     def _session(self, direction: int, mapping: int, parsed: Packet) -> _Session | None:
         remote = parsed.source if direction else parsed.destination
-        assert isinstance(remote.address, IPv4Address)
-        key = (mapping, abi.addr(remote.address), socket.htons(remote.port), 0)
-        record = self._controls.get(key)
-        name = np.array(key, self._controls.key).tobytes()
+        owner = control_key(mapping, remote)
+        record = self._controls.get(owner)
         if record is None:  # it has just ended
-            self._sessions.pop(name, None)
+            self._sessions.pop(owner, None)
             return None
-        known = self._sessions.get(name)
-        if known is None or known.opened_at != int(record["opened_at"]):
-            made = self._open(key, record, parsed.protocol, remote)
+        known = self._sessions.get(owner)
+        if known is None or known.opened_at != record["opened_at"]:
+            made = self._open(owner, mapping, record, parsed.protocol, packets.endpoint(remote))
             if made is None:
                 return None
-            self._sessions[name] = known = made
-        for nth in range(2):
-            self._acknowledges(known, nth, int(record["acked"][nth]))
+            self._sessions[owner] = known = made
+        if known.streams:
+            for nth, ack in enumerate(record["acked"].tolist()):
+                self._acknowledges(known, nth, ack)
         return known
 
     def _acknowledges(self, session: _Session, direction: int, ack: int) -> None:
@@ -234,9 +231,8 @@ class Service:
         if ack and (not known or before(known, ack) > 0):
             session.acked[direction] = ack
 
-    def _open(self, key: tuple[Any, ...], record: Any, protocol: str, remote: Endpoint) -> _Session | None:
-        mapping, settings = key[0], self._tables.settings
-        external = mapping // EXTERNAL_SLOTS
+    def _open(self, owner: bytes, mapping: int, record: Any, protocol: str, remote: Endpoint) -> _Session | None:
+        settings, external = self._tables.settings, mapping // EXTERNAL_SLOTS
         address = IPv4Address(settings["external"]["word"][external, :1].tobytes())
         inner = record["internal"]
         internal = Endpoint(IPv4Address(inner["addr"]["word"][:1].tobytes()), socket.ntohs(int(inner["port"])))
@@ -248,7 +244,7 @@ class Service:
         openings = SessionsOpenings(
             self.pinholes,
             self._tables,
-            key,
+            owner,
             int(settings["external_wan"][external]),
             control,
             alg.pinholes,
@@ -337,7 +333,7 @@ class Service:
             counts["unasked"] += 1
             return None
         try:
-            with no_longer_than(LONG_S, spared=SessionsOpenings.__module__):
+            with TimeLimit(LONG_S, spared=SessionsOpenings.__module__):
                 found = call()
             self._late[alg.name] = 0
             return found

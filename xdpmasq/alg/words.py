@@ -43,17 +43,15 @@ def own(control: Control, host: Address, number: int) -> Endpoint:
 
 def known_outside(protocol: str, internal: Endpoint, control: Control, openings: Openings) -> Endpoint | None:
     """What an endpoint of the host is known as, without opening anything; the session's own is always known."""
-    known = openings.external(protocol, internal)
-    if known is None and (protocol, internal) == (control.protocol, control.internal):
+    if (protocol, internal) == (control.protocol, control.internal):
         return control.external
-    return known
+    return openings.external(protocol, internal)
 
 
 def known_inside(protocol: str, external: Endpoint, control: Control, openings: Openings) -> Endpoint | None:
     """Whose an endpoint of ours is, if it is the session's own host's."""
     if external.address != control.external.address:
         return None
-    known = openings.internal(protocol, external)
-    if known is None and (protocol, external) == (control.protocol, control.external):
+    if (protocol, external) == (control.protocol, control.external):
         return control.internal
-    return known
+    return openings.internal(protocol, external)
