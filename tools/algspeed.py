@@ -2,11 +2,12 @@
 
 ::
 
-    a-box, b-box, c-box ─ lan0 masq-gate wan0 ─ internet: SIP, vsftpd
+    a-box, b-box, c-box ─ lan0 masq-gate wan0 ─ internet: SIP, FTP, vsftpd
 
-How long a SIP request takes from one host to the other, which the agent edits in two places, and its answer, which
-it edits back; the same unread, for what the rest takes. Then logins at an even pace, each with PORT and the list of
-a folder, from three hosts; and a program's time for a packet of a flow that no ALG reads, with none enabled and all.
+How long a message takes from one host to the other: a SIP request, which the agent edits in two places, and its
+answer, which it edits back; an FTP command that only passes, and PORT with another port each time, for which it opens
+a pinhole. The same unread, for what the rest takes. Then logins at an even pace, each with PORT and the list of a
+folder, from three hosts; and a program's time for a packet of a flow that no ALG reads, with none enabled and all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ REQUEST = (
     "To: <sip:b@x>\r\nCall-ID: 1\r\nCSeq: 1 OPTIONS\r\nContact: <sip:a@{me}:5060>\r\nContent-Length: 0\r\n\r\n"
 )
 
-SIP_PORT = 5070
+SIP_PORT, FTP_PORT = 5070, 2121
 
 
 def percentiles(times: list[float]) -> str:
@@ -44,10 +45,12 @@ def percentiles(times: list[float]) -> str:
     return "  ".join(f"{name} {cuts[at] * 1000:.2f} ms" for name, at in (("p50", 499), ("p99", 989), ("p99.9", 998)))
 
 
-def passages(gateway: Gateway, count: int, pause_s: float) -> tuple[list[float], list[float]]:
-    """Seconds that requests take, and answers."""
+Passages = dict[str, list[float]]  # seconds, by what it was
+
+
+def sip(gateway: Gateway, count: int, pause_s: float) -> Passages:
     request = REQUEST.format(to=INTERNET, me=HOSTS["a-box"]).encode()
-    out, back = [], []
+    took: Passages = {"SIP request": [], "SIP answer": []}
     with gateway.udp("a-box", 5060) as client, gateway.udp("internet", SIP_PORT) as server:
         for _ in range(count):
             sent = time.perf_counter()
@@ -56,17 +59,38 @@ def passages(gateway: Gateway, count: int, pause_s: float) -> tuple[list[float],
             answered = time.perf_counter()
             server.sendto(b"SIP/2.0 200 OK" + text[text.index(b"\r\n") :], whence)
             client.recv(2000)
-            out.append(answered - sent)
-            back.append(time.perf_counter() - answered)
+            took["SIP request"].append(answered - sent)
+            took["SIP answer"].append(time.perf_counter() - answered)
             time.sleep(pause_s)
-    return out, back
+    return took
+
+
+def ftp(gateway: Gateway, count: int, pause_s: float) -> Passages:
+    took: Passages = {"FTP NOOP": [], "FTP PORT": [], "FTP answer": []}
+    here = HOSTS["a-box"].replace(".", ",")
+    with gateway.listen("internet", FTP_PORT) as listener, gateway.tcp("a-box", (INTERNET, FTP_PORT)) as client:
+        server = listener.accept()[0]
+        with server, server.makefile("rb") as commands, client.makefile("rb") as answers:
+            for nth in range(count):
+                high, low = divmod(10_000 + nth, 256)
+                for kind, command in (("FTP NOOP", "NOOP"), ("FTP PORT", f"PORT {here},{high},{low}")):
+                    sent = time.perf_counter()
+                    client.sendall(command.encode() + b"\r\n")
+                    commands.readline()
+                    answered = time.perf_counter()
+                    server.sendall(b"200 yes\r\n")
+                    answers.readline()
+                    took[kind].append(answered - sent)
+                    took["FTP answer"].append(time.perf_counter() - answered)
+                    time.sleep(pause_s)
+    return took
 
 
 def print_passages(gateway: Gateway, count: int, how: str) -> None:
     """One after the other, and a hundred a second, between which the machine sleeps."""
     for pace, pause_s in (("at once", 0.0), ("each 10 ms", 0.01)):
-        for way, times in zip(("request", "answer"), passages(gateway, count, pause_s), strict=True):
-            print(f"SIP {way:7} {pace:10} {how:8}", percentiles(times))
+        for kind, times in (sip(gateway, count, pause_s) | ftp(gateway, count, pause_s)).items():
+            print(f"{kind:11} {pace:10} {how:8}", percentiles(times))
 
 
 class Login:
@@ -148,6 +172,7 @@ def main() -> None:
         FtpServer(gateway.lab)
         print_passages(gateway, wanted.trips, "unread")
         gateway.masq("alg", "enable", "sip", "--port", f"udp {SIP_PORT}")
+        gateway.masq("alg", "enable", "ftp", "--port", "tcp 21", "--port", f"tcp {FTP_PORT}")
         gateway.masq("sessions", "flush", "--all")
         with gateway.counting() as counted:
             print_passages(gateway, wanted.trips, "by agent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from ipaddress import IPv4Address
 from typing import Literal
 
@@ -33,6 +34,37 @@ CHOICE_MAX, CHOICE_ADDR_AT, EXTERNAL_ROOM = 64, 32, 64
 def addr(address: IPv4Address | None) -> tuple[tuple[int]]:
     """An ``addr_t`` for numpy: network byte order in memory."""
     return ((int.from_bytes(address.packed, "little") if address else 0,),)
+
+
+# Keys as they are in memory, for those who cannot wait for numpy.
+
+_WORD, _MAPPING_KEY = struct.Struct("=I"), struct.Struct("!HBB")
+
+
+def mapping_key(address: IPv4Address, port: int, class_: int, wan: int) -> bytes:
+    """``struct mapping_key`` of an internal endpoint."""
+    return address.packed + _MAPPING_KEY.pack(port, class_, wan)
+
+
+def control_key(mapping: int, remote: bytes) -> bytes:
+    """``struct control_key`` of a control session.
+
+    Args:
+        mapping: its slot.
+        remote: address and port, as on the wire.
+    """
+    return _WORD.pack(mapping) + remote + bytes(2)
+
+
+def pinhole_key(mapping: int, remote: IPv4Address | None) -> bytes:
+    """``struct pinhole_key``."""
+    return _WORD.pack(mapping) + (remote or IPv4Address(0)).packed
+
+
+def slot_of(key: bytes) -> int:
+    """The mapping's slot, with which such a key begins."""
+    slot: int = _WORD.unpack_from(key)[0]
+    return slot
 
 
 def addr_hash(address: IPv4Address) -> int:

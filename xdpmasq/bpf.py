@@ -511,6 +511,24 @@ def jiffies() -> int:
     return _jiffies_program().test_run(bytes(14)).verdict
 
 
+class Clock:
+    """:func:`jiffies` some seconds from now, to a few ticks.
+
+    They are asked for once, as that takes as long as a dozen reads of a map. The kernel's two clocks drift apart, so
+    this one is not for long.
+
+    Args:
+        hz: jiffies a second.
+    """
+
+    def __init__(self, hz: int) -> None:
+        self._hz, self._since, self._jiffies = hz, time.monotonic(), jiffies()
+
+    def ticks_in(self, seconds: float) -> int:
+        """What the counter will be in so long."""
+        return (self._jiffies + int((time.monotonic() - self._since + seconds) * self._hz)) % 2**32
+
+
 def tick_rate() -> int:
     """Ticks a second (CONFIG_HZ), measured over 60 ms: the kernel tells it nowhere."""
     start, ticks = time.monotonic(), jiffies()

@@ -50,6 +50,14 @@ def open_(tables: Tables, external: int, host: IPv4Address, call: int, remote: I
     raise Refused("no number is left for the call")
 
 
+def count(tables: Tables, host: IPv4Address) -> int:
+    """How many a host has."""
+    table, (word,) = tables.maps["calls"], abi.addr(host)[0]
+    return sum(
+        int((values["internal"]["word"][:, 0] == word).sum()) for _, values in table.items(chunk=table.max_entries)
+    )
+
+
 def outside(tables: Tables, external: int, host: IPv4Address, call: int, remote: IPv4Address) -> int | None:
     """The number that a host's call has outside."""
     return next((number for there, number in _of(tables, host, call) if there == (remote, external)), None)

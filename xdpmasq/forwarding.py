@@ -355,7 +355,7 @@ def readdress(tables: Tables, slots: Slots) -> None:
         tables.sessions["out"]["new_addr"]["word"][slots[wrong], 0] = external[wrong]
 
 
-def publish(tables: Tables, slot: int, endpoint: tuple[Any, ...]) -> None:
+def publish(tables: Tables, slot: int, endpoint: tuple[Any, ...] | bytes) -> None:
     """An internal endpoint gets the slot. A mapping that it has at the moment stays: its sessions are running."""
     with contextlib.suppress(FileExistsError):
         tables.maps["mappings"].set(endpoint, slot, bpf.UPDATE_NOEXIST)

@@ -9,44 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import abi, bpf, calls, config, expiry, forwarding, presence, sessions
+from xdpmasq import abi, bpf, calls, config, expiry, forwarding, sessions
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, REAP_YIELD
-from xdpmasq.alg import switches
-from xdpmasq.alg.api import Address, Control, Endpoint, Refused
-from xdpmasq.errors import BusyError
+from xdpmasq.alg.api import Endpoint, Refused
 from xdpmasq.ports import Endpoint as Mapped
 from xdpmasq.ports import Ports
 from xdpmasq.sessions import Table
 from xdpmasq.tables import Tables
 
 LASTS_S = 300  # at most
-MOST_OF_A_HOST = 256  # pinholes, and calls
 MOST_OF_A_TICK = 1024  # that are ended; to packets they are over anyway
-CLI_S = 0.2  # that a message may wait for a command at work
 OVERTAKEN_MOST = 3
-MOST_OF_A_MESSAGE = 64  # calls of SessionsOpenings.open, which take a millisecond each
 ANYBODY = IPv4Address(0)
-
-_MAPPING = struct.Struct("=I")
-
-
-def control_key(mapping: int, remote: bytes) -> bytes:
-    """``struct control_key`` of a control session.
-
-    Args:
-        mapping: its slot.
-        remote: address and port, as on the wire.
-    """
-    return _MAPPING.pack(mapping) + remote + bytes(2)
 
 
 @dataclass(frozen=True)
@@ -158,15 +141,80 @@ class Wish:
         return [Mapped(self.protocol, self.host, self.port + nth) for nth in range(1 + self.pair)]
 
 
+class Held(NamedTuple):
+    """A pinhole in the kernel's table.
+
+    Attributes:
+        key: :func:`xdpmasq.abi.pinhole_key`.
+        control: :func:`xdpmasq.abi.control_key` of who has asked for it.
+        owned: its mapping's slot was made static for it.
+    """
+
+    key: bytes
+    host: IPv4Address
+    control: bytes
+    owned: bool
+
+    @property
+    def slot(self) -> int:
+        return abi.slot_of(self.key)
+
+
+class _Index:
+    """All that there are: only the agent makes and ends them, so no message has to wait for the table."""
+
+    def __init__(self, keys: bpf.Array, values: bpf.Array) -> None:
+        self._all: dict[bytes, Held] = {}
+        self._groups: defaultdict[int | IPv4Address | bytes, dict[bytes, Held]] = defaultdict(dict)
+        for nth in np.argsort(_left(bpf.jiffies(), values)):
+            value = values[nth]
+            self.put(
+                Held(
+                    keys[nth].tobytes(), _address(value["internal"]), value["control"].tobytes(), bool(value["owned"])
+                )
+            )
+
+    def put(self, held: Held) -> None:
+        """The newest, also where it was there before."""
+        self.drop(held.key)
+        self._all[held.key] = held
+        for name in _groups(held):
+            self._groups[name][held.key] = held
+
+    def drop(self, key: bytes) -> None:
+        held = self._all.pop(key, None)
+        for name in _groups(held) if held else ():
+            del self._groups[name][key]
+            if not self._groups[name]:
+                del self._groups[name]
+
+    def of(self, group: int | IPv4Address | bytes) -> list[Held]:
+        """Those of a slot, of a host, or of a control session."""
+        return list(self._groups.get(group, {}).values())
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._all
+
+
+def _groups(held: Held) -> tuple[int, IPv4Address, bytes]:
+    return held.slot, held.host, held.control
+
+
 class Pinholes:
     """All of a datapath."""
 
     def __init__(self, tables: Tables, reaper: bpf.Program, pools: config.Ports, hz: int) -> None:
         self._tables, self._reaper, self._pools, self._hz = tables, reaper, pools, hz
         self._table = tables.maps["pinholes"]
+        self._index = _Index(*self.records())
+        self._ports: dict[int, Ports] = {}
+        self._clock = bpf.Clock(hz)
+        self._idle: set[int] = set()  # slots of ours that have no pinhole any more
 
     def ports(self, wan: int) -> Ports:
-        return Ports(self._tables, self._reaper, self._pools, lambda _: wan)
+        if wan not in self._ports:
+            self._ports[wan] = Ports(self._tables, self._reaper, self._pools, lambda _: wan)
+        return self._ports[wan]
 
     # --- reading
 
@@ -174,10 +222,17 @@ class Pinholes:
         """``struct pinhole_key`` and ``struct pinhole`` of all."""
         return records(self._tables)
 
+    def count(self, host: IPv4Address) -> int:
+        """How many lead to a host."""
+        return len(self._index.of(host))
+
+    def is_open(self, slot: int, remote: IPv4Address | None) -> bool:
+        return abi.pinhole_key(slot, remote) in self._index
+
     # --- writing
 
-    def open(self, owner: bytes, wan: int, wish: Wish) -> Endpoint:
-        """One, or two neighbours; see :meth:`xdpmasq.alg.api.Openings.open`.
+    def open(self, owner: bytes, wan: int, wish: Wish) -> int:
+        """One, or two neighbours; see :meth:`xdpmasq.alg.api.Openings.open`. Returns the slot, of two the first.
 
         Raises:
             Refused: there is no port, or no room.
@@ -190,41 +245,32 @@ class Pinholes:
         except OSError as error:
             self._give_back([slot for slot, owned in places if owned])
             raise Refused("the table of pinholes is full") from error
-        first = places[0][0]
-        return Endpoint(ports.address(first), first % PORTS)
+        return places[0][0]
+
+    def keep_latest(self, owner: bytes, most: int) -> None:
+        """Of the ports that a control session has open, the oldest go; the pool has them again with the next tick."""
+        mine = self._index.of(owner)
+        for held in mine[: max(0, len(mine) - most)]:
+            self._idle.update(each.slot for each in self._index.of(held.slot) if each.owned)
+            self._end(held.key)
 
     def end_those(self, ended: Callable[[bpf.Array, bpf.Array], npt.NDArray[np.bool_]]) -> None:
         """Ends some: which, is asked once, with the keys and values of all."""
         keys, values = self.records()
         gone = keys[ended(keys, values)]
         for key in gone:
-            self._table.delete(key)
-        if len(gone):
-            self._give_back(np.intersect1d(gone["mapping"], keys["mapping"][values["owned"] != 0]))
+            self._end(key.tobytes())
+        self._idle.update(np.intersect1d(gone["mapping"], keys["mapping"][values["owned"] != 0]).tolist())
+        idle, self._idle = self._idle, set()
+        self._give_back(idle)
 
-    def count(self, host: Address) -> int:
-        """How many pinholes lead to a host, and how many calls it has."""
-        (words,) = abi.addr(host if isinstance(host, IPv4Address) else None)[0]
-        tables = (self._table, self._tables.maps["calls"])
-        return sum(
-            int((values["internal"]["word"][:, 0] == words).sum()) for each in tables for _, values in each.items()
-        )
-
-    def keep_latest(self, owner: bytes, most: int) -> None:
-        """Of the ports that a control session has open, the oldest go."""
-        now, mine = bpf.jiffies(), np.frombuffer(owner, self._tables.maps["controls"].key)
-
-        def oldest(keys: bpf.Array, values: bpf.Array) -> npt.NDArray[np.bool_]:
-            own = np.flatnonzero(values["control"] == mine)
-            order = np.lexsort((-keys["mapping"][own].astype(np.int64), _left(now, values[own])))
-            gone = np.zeros(len(keys), bool)  # by ports where they are of the same moment
-            gone[own[order[: max(0, len(own) - most)]]] = True
-            return gone
-
-        self.end_those(oldest)
+    def _end(self, key: bytes) -> None:
+        self._table.delete(key)
+        self._index.drop(key)
 
     def tick(self) -> None:
         """Ends those that are over, and those whose address is no longer ours."""
+        self._clock = bpf.Clock(self._hz)
         calls.forget(self._tables, LASTS_S * self._hz)
 
         def ended(keys: bpf.Array, values: bpf.Array) -> npt.NDArray[np.bool_]:
@@ -251,7 +297,7 @@ class Pinholes:
         """
         for _ in range(OVERTAKEN_MOST):
             before = [ports.mapped(each) for each in endpoints]
-            places = self._places(ports, endpoints) if len(endpoints) > 1 else [self._place(ports, endpoints[0])]
+            places = self._places(ports, endpoints, before)
             try:
                 published = all(ports.publish(each, slot) for each, (slot, _) in zip(endpoints, places, strict=True))
             except OSError as error:
@@ -262,9 +308,10 @@ class Pinholes:
             self._give_back([slot for slot, owned in places if owned])
         raise Refused("it is given other mappings all the time")
 
-    def _places(self, ports: Ports, endpoints: list[Mapped]) -> list[tuple[int, bool]]:
-        """Of neighbours; where one has a mapping already, beside that."""
-        slots = [ports.mapped(each) for each in endpoints]
+    def _places(self, ports: Ports, endpoints: list[Mapped], slots: list[int | None]) -> list[tuple[int, bool]]:
+        """See :meth:`_place`. Of two they are neighbours, beside the slot that one of them has already."""
+        if len(endpoints) == 1:
+            return [self._place(ports, endpoints[0], slots[0])]
         if slots == [None, None]:
             if pair := ports.take_pair(*endpoints):
                 return [(slot, True) for slot in pair]
@@ -275,7 +322,7 @@ class Pinholes:
         found = []
         for nth, endpoint in enumerate(endpoints):
             if slots[nth] is not None:
-                found.append(self._place(ports, endpoint))
+                found.append(self._place(ports, endpoint, slots[nth]))
             elif ports.take(endpoint, (first + nth) % PORTS, exact=True) is not None:
                 found.append((first + nth, True))
             else:
@@ -283,12 +330,10 @@ class Pinholes:
                 raise Refused("the port beside its own is another's")
         return found
 
-    def _place(self, ports: Ports, mapped: Mapped) -> tuple[int, bool]:
-        """The endpoint's slot, and whether it is ours to give back."""
-        slot = ports.mapped(mapped)
+    def _place(self, ports: Ports, mapped: Mapped, slot: int | None) -> tuple[int, bool]:
+        """The endpoint's slot, the one that it has if it has one; and whether it is ours to give back."""
         if slot is not None and ports.is_static(slot):
-            keys, values = self.records()
-            return slot, bool(values["owned"][keys["mapping"] == slot].any())
+            return slot, slot in self._idle or any(each.owned for each in self._index.of(slot))
         held = ports.hold(mapped, slot) if slot is not None else None
         if held is None:
             held = ports.take(mapped)
@@ -299,142 +344,20 @@ class Pinholes:
     def _put(self, owner: bytes, slot: int, wish: Wish, port: int, owned: bool) -> None:
         value = np.zeros((), self._table.value)
         value["left"], value["counted"] = wish.sessions, wish.sessions > 0
-        value["expires"] = (bpf.jiffies() + int(min(wish.lasts_s, LASTS_S) * self._hz)) % 2**32
+        value["expires"] = self._clock.ticks_in(min(wish.lasts_s, LASTS_S))
         value["internal"]["word"][0] = abi.addr(wish.host)[0][0]
         value["internal_port"], value["remote_port"] = socket.htons(port), socket.htons(wish.remote_port)
         value["control"], value["owned"] = np.frombuffer(owner, value["control"].dtype)[0], owned
-        self._table.set((slot, abi.addr(wish.remote)), value)
+        held = Held(abi.pinhole_key(slot, wish.remote), wish.host, owner, owned)
+        self._table.set(held.key, value)
+        self._index.put(held)
+        self._idle.discard(slot)
 
-    def _give_back(self, slots: npt.ArrayLike) -> None:
+    def _give_back(self, slots: Iterable[int]) -> None:
         """Those that no pinhole, and no forward, has by now."""
-        kept = np.concatenate((self.records()[0]["mapping"], forwarding.forwarded_slots(self._tables)))
-        self._tables.reap(self._reaper, np.setdiff1d(np.asarray(slots, np.uint32), kept), REAP_YIELD)
-
-
-@dataclass
-class SessionsOpenings:
-    """What one control session may have: :class:`xdpmasq.alg.api.Openings`.
-
-    Attributes:
-        owner: see :func:`control_key`.
-        most: ports that are open at once; also of :attr:`followed`.
-        followed: ports.
-        asked: calls of :meth:`open` for the message that is being read.
-    """
-
-    pinholes: Pinholes
-    tables: Tables
-    owner: bytes
-    wan: int
-    control: Control
-    most: int
-    alg: str
-    followed: set[int] = field(default_factory=set)
-    asked: int = 0
-
-    def open(
-        self,
-        protocol: str,
-        internal: Endpoint,
-        *,
-        remote: Address | None,
-        remote_port: int | None = None,
-        lasts_s: float = 120.0,
-        sessions: int = 1,
-        pair: bool = False,
-    ) -> Endpoint:
-        self.asked += 1
-        if self.asked > MOST_OF_A_MESSAGE:
-            raise Refused(f"one message asks for more than {MOST_OF_A_MESSAGE}")
-        if internal.address != self.control.internal.address:
-            raise Refused(f"{internal} is not of the host that says so")
-        if self.pinholes.count(internal.address) >= MOST_OF_A_HOST:
-            raise Refused(f"{internal.address} has {MOST_OF_A_HOST} already")
-        if protocol == "gre" and remote == self.control.remote.address:
-            return Endpoint(self.control.external.address, calls.open_(*self._call(internal.port)))
-        if protocol not in CLASSES[:2]:
-            raise Refused(f"no pinholes for {protocol}")
-        if not 1024 <= internal.port <= PORTS - 1 - pair or (pair and internal.port % 2):
-            raise Refused(f"port {internal.port}")
-        assert isinstance(internal.address, IPv4Address)
-        assert remote is None or isinstance(remote, IPv4Address)
-        wish = Wish(
-            protocol, internal.address, internal.port, remote, remote_port or 0, lasts_s, sessions=sessions, pair=pair
-        )
-        if not self._has(wish):
-            self.pinholes.keep_latest(self.owner, self.most - len(wish.endpoints))
-        try:
-            with presence.changing(CLI_S):  # commands take ports, too
-                return self.pinholes.open(self.owner, self.wan, wish)
-        except BusyError as error:
-            raise Refused(error.what) from error
-
-    def external(self, protocol: str, internal: Endpoint) -> Endpoint | None:
-        if internal.address != self.control.internal.address:
-            return None
-        if protocol == "gre":
-            number = calls.outside(*self._call(internal.port))
-            return None if number is None else Endpoint(self.control.external.address, number)
-        ports = self.pinholes.ports(self.wan)
-        slot = ports.mapped(_mapped(protocol, internal))
-        return None if slot is None else Endpoint(ports.address(slot), slot % PORTS)
-
-    def internal(self, protocol: str, external: Endpoint) -> Endpoint | None:
-        if external.address != self.control.external.address:
-            return None
-        if protocol == "gre":
-            number = calls.inside(*self._call(external.port))
-            return None if number is None else Endpoint(self.control.internal.address, number)
-        base = self._external * EXTERNAL_SLOTS
-        row = self.tables.rows(np.array([base + CLASSES.index(protocol) * PORTS + external.port], np.uint32))[0]
-        found = Endpoint(_address(row["in"]["new_addr"]), socket.ntohs(int(row["in"]["new_port"])))
-        mine = int(row["life"]) & LIFE_STATE == LIFE_LIVE and found.address == self.control.internal.address
-        return found if mine else None
-
-    def _call(self, number: int) -> tuple[Tables, int, IPv4Address, int, IPv4Address]:
-        host, remote = self.control.internal.address, self.control.remote.address
-        assert isinstance(host, IPv4Address)
-        assert isinstance(remote, IPv4Address)
-        return self.tables, self._external, host, number, remote
-
-    @property
-    def _external(self) -> int:
-        """The index of the session's external address."""
-        mapping: int = _MAPPING.unpack_from(self.owner)[0]
-        return mapping // EXTERNAL_SLOTS
-
-    def follow(self, endpoint: Endpoint) -> None:
-        host = self.control.internal.address
-        if endpoint.address not in (host, self.control.remote.address):
-            raise Refused(f"{endpoint} is neither of the host nor of its remote")
-        assert isinstance(host, IPv4Address)
-        still = {port for port in self.followed if switches.is_followed(self.tables, host, port)}
-        self.followed.intersection_update(still)
-        if endpoint.port not in still and len(still) >= self.most:
-            raise Refused(f"{self.most} others are followed")
-        self.followed.add(endpoint.port)
-        switches.follow(self.tables, self.alg, host, endpoint.port, self._lasts)
-
-    def follow_on(self, port: int) -> None:
-        """If sessions with that port are read because another one has had them followed: for longer."""
-        host = self.control.internal.address
-        assert isinstance(host, IPv4Address)
-        if switches.is_followed(self.tables, host, port):
-            switches.follow(self.tables, self.alg, host, port, self._lasts)
-
-    @property
-    def _lasts(self) -> int:
-        """Jiffies."""
-        return LASTS_S * int(self.tables.settings["hz"])
-
-    def _has(self, wish: Wish) -> bool:
-        slot = self.pinholes.ports(self.wan).mapped(wish.endpoints[0])
-        return slot is not None and self.tables.maps["pinholes"].get((slot, abi.addr(wish.remote))) is not None
-
-
-def _mapped(protocol: str, internal: Endpoint) -> Mapped:
-    assert isinstance(internal.address, IPv4Address)
-    return Mapped(protocol, internal.address, internal.port)
+        if unused := [slot for slot in slots if not self._index.of(slot)]:
+            free = np.setdiff1d(np.array(unused, np.uint32), forwarding.forwarded_slots(self._tables))
+            self._tables.reap(self._reaper, free, REAP_YIELD)
 
 
 def _address(field: Any) -> IPv4Address:

@@ -6,6 +6,7 @@ Whoever changes something holds :func:`presence.changing`.
 
 from __future__ import annotations
 
+import functools
 import random
 import socket
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from xdpmasq.abi import (
 from xdpmasq.tables import Tables
 
 TRIES = 8  # packets claim ports, too
+DRAWS = 32  # before all ports are looked at
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,7 @@ class Ports:
         return None if slot is None else int(slot)
 
     def is_static(self, slot: int) -> bool:
-        life = int(self._row(slot)["life"])
-        return bool(life & LIFE_STATIC and life & LIFE_STATE == LIFE_LIVE)
+        return _is_static(self._row(slot))
 
     # --- writing
 
@@ -108,9 +109,7 @@ class Ports:
         """Two neighbouring ports that are nobody's, the first one even."""
         base = self._base(one)
         self._provide(one)
-        free = set(self._free(base, one))
-        even = [port for port in free if port % 2 == 0 and port + 1 in free]
-        for port in random.SystemRandom().sample(even, min(TRIES, len(even))):
+        for port in self._pairs(base, self._ranges(one)):
             if not self._take(one, base + port):
                 continue
             if self._take(other, base + port + 1):
@@ -131,9 +130,9 @@ class Ports:
         if sockets.is_taken(endpoint.protocol, slot % PORTS):
             return False
         self._reap(slot, REAP_TAKE)
-        if not self.is_static(slot):
-            return False
         row = self._row(slot)
+        if not _is_static(row):
+            return False
         row["mapping"] = slot
         row["out"]["new_port"], row["in"]["new_port"] = socket.htons(slot % PORTS), socket.htons(endpoint.port)
         row["out"]["new_addr"] = self._tables.settings["external"][slot // EXTERNAL_SLOTS]
@@ -150,29 +149,55 @@ class Ports:
             yield suggested
         if exact:
             return
-        free = self._free(base, endpoint)
+        ranges = self._ranges(endpoint)
+        yield from filter(lambda port: not self._is_claimed(base + port), _drawn(ranges))
+        free = self._free(base, ranges)
         yield from random.SystemRandom().sample(free, min(TRIES, len(free)))
+
+    def _pairs(self, base: int, ranges: list[range]) -> Iterator[int]:
+        """Even ports that are free with the next one, in the same way."""
+        for port in _drawn(ranges):
+            even = port & ~1
+            claimed = self._is_claimed(base + even) or self._is_claimed(base + even + 1)
+            if not claimed and any(even in ports and even + 1 in ports for ports in ranges):
+                yield even
+        free = set(self._free(base, ranges))
+        pairs = [port for port in free if port % 2 == 0 and port + 1 in free]
+        yield from random.SystemRandom().sample(pairs, min(TRIES, len(pairs)))
+
+    def _is_claimed(self, slot: int) -> bool:
+        return bool(int(self._tables.claims[slot // 64]) >> slot % 64 & 1)
 
     def _provide(self, endpoint: Endpoint) -> None:
         """A block with a free port for its host, where ports are given out in blocks."""
-        if blocks.size(self._tables) and not self._free(self._base(endpoint), endpoint):
+        if self._pools.block_size and not self._free(self._base(endpoint), self._ranges(endpoint)):
             blocks.take(self._tables, self._reaper, endpoint.address, self._external_of(endpoint.address))
 
     def _ranges(self, endpoint: Endpoint) -> list[range]:
         """Of the ports that an endpoint may have."""
-        if blocks.size(self._tables):
-            return blocks.of_host(self._tables, endpoint.address, self._external_of(endpoint.address))
-        pool = settings.pools(self._pools)[CLASSES.index(endpoint.protocol)]
-        return [range(first, first + count) for first, count in zip(*pool, strict=True)]
+        if self._pools.block_size:
+            held = blocks.of_host(self._tables, endpoint.address, self._external_of(endpoint.address))
+            return [self._allowed(each) for each in held]
+        return self._pool[CLASSES.index(endpoint.protocol)]
 
-    def _free(self, base: int, endpoint: Endpoint) -> list[int]:
+    @functools.cached_property
+    def _pool(self) -> list[list[range]]:
+        """Of each class, what may be taken."""
+        return [
+            [self._allowed(range(first, first + count)) for first, count in zip(*pool, strict=True)]
+            for pool in settings.pools(self._pools)
+        ]
+
+    def _allowed(self, ports: range) -> range:
+        return range(max(ports.start, self._first), min(ports.stop, self._last + 1))
+
+    def _free(self, base: int, ranges: list[range]) -> list[int]:
         """Unclaimed ones of these."""
         words = self._tables.claims[base // 64 : (base + PORTS) // 64]
         claimed = np.unpackbits(words.view(np.uint8), bitorder="little")
         found: list[int] = []
-        for ports in self._ranges(endpoint):
-            start, end = max(ports.start, self._first), min(ports.stop - 1, self._last)
-            found += (np.flatnonzero(claimed[start : end + 1] == 0) + start).tolist()
+        for ports in ranges:
+            found += (np.flatnonzero(claimed[ports.start : ports.stop] == 0) + ports.start).tolist()
         return found
 
     def _is_allowed(self, port: int) -> bool:
@@ -183,7 +208,7 @@ class Ports:
         """Whether a port that is suggested is one that the host could get."""
         if not self._is_allowed(port):
             return False
-        return not blocks.size(self._tables) or any(
+        return not self._pools.block_size or any(
             port in ports for ports in blocks.of_host(self._tables, host, self._external_of(host))
         )
 
@@ -195,7 +220,7 @@ class Ports:
         return bool(state == 0 or (state == LIFE_RESTING and last_host == host))
 
     def _row(self, slot: int) -> Any:
-        return self._tables.rows(np.array([slot], np.uint32))[0]
+        return self._tables.maps["sessions"].get(slot)
 
     def _reap(self, slot: int, order: int) -> None:
         self._tables.reap(self._reaper, np.array([slot], np.uint32), order)
@@ -206,7 +231,23 @@ class Ports:
     def _base(self, endpoint: Endpoint) -> int:
         return self._external_of(endpoint.address) * EXTERNAL_SLOTS + CLASSES.index(endpoint.protocol) * PORTS
 
-    def _key(self, endpoint: Endpoint) -> tuple[Any, ...]:
-        """``struct mapping_key``."""
+    def _key(self, endpoint: Endpoint) -> bytes:
         class_, wan = CLASSES.index(endpoint.protocol), self._wan_of(endpoint.address)
-        return abi.addr(endpoint.address), socket.htons(endpoint.port), class_, wan
+        return abi.mapping_key(endpoint.address, endpoint.port, class_, wan)
+
+
+def _is_static(session: Any) -> bool:
+    life = int(session["life"])
+    return bool(life & LIFE_STATIC and life & LIFE_STATE == LIFE_LIVE)
+
+
+def _drawn(ranges: list[range]) -> Iterator[int]:
+    """Some at random: of an empty pool nearly all are free, of a full one hardly any."""
+    several = random.SystemRandom()
+    for _ in range(DRAWS):
+        nth = several.randrange(sum(map(len, ranges)) or 1)
+        for ports in ranges:
+            if nth < len(ports):
+                yield ports[nth]
+                break
+            nth -= len(ports)

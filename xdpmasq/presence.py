@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from xdpmasq.errors import BusyError, MasqError
@@ -29,8 +29,7 @@ def _try_lock(path: Path) -> int | None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have removed the file between our two calls: then we hold nothing.
-            if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
+            if _is_at(path, fd):
                 return fd
         except BlockingIOError:
             os.close(fd)
@@ -38,10 +37,16 @@ def _try_lock(path: Path) -> int | None:
         os.close(fd)
 
 
+def _is_at(path: Path, fd: int) -> bool:
+    """The last holder may have removed the file between our opening and locking it: then we hold nothing."""
+    try:
+        return os.fstat(fd).st_ino == os.stat(path).st_ino
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def _held(path: Path, fd: int) -> Iterator[None]:
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     try:
         yield
     finally:
@@ -57,8 +62,13 @@ def changing(patience_s: float = 20) -> Iterator[None]:
         BusyError: another command is still at it after ``patience_s``.
     """
     path = _path("changing")
+    with _held(path, _locked(path, _try_lock, patience_s)):
+        yield
+
+
+def _locked(path: Path, attempt: Callable[[Path], int | None], patience_s: float) -> int:
     deadline = time.monotonic() + patience_s
-    while (fd := _try_lock(path)) is None:
+    while (fd := attempt(path)) is None:
         if time.monotonic() > deadline:
             raise BusyError(
                 "another xdpmasq command is changing this network namespace",
@@ -66,8 +76,42 @@ def changing(patience_s: float = 20) -> Iterator[None]:
                 "wait for it, or end it",
             )
         time.sleep(0.05)
-    with _held(path, fd):
-        yield
+    return fd
+
+
+class Turns:
+    """:func:`changing` for somebody who does it often: the file stays, open, until the next command removes it."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+
+    @contextlib.contextmanager
+    def changing(self, patience_s: float) -> Iterator[None]:
+        """Raises: BusyError, see there."""
+        fd = _locked(_path("changing"), self._try_lock, patience_s)
+        try:
+            yield
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _try_lock(self, path: Path) -> int | None:
+        try:
+            if self._fd >= 0:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(path, self._fd):
+                    return self._fd
+        except BlockingIOError:
+            if _is_at(path, self._fd):
+                return None
+        self.close()
+        fd = _try_lock(path)
+        self._fd = -1 if fd is None else fd
+        return fd
 
 
 @contextlib.contextmanager
@@ -97,6 +141,8 @@ def _being_agent_of(wan: str) -> Iterator[None]:
             f"its agent is process {agent_pid(wan) or '?'}",
             f"see `xdpmasq status`; `xdpmasq detach --wan {wan}` ends it",
         )
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     with _held(path, fd):
         yield
 

@@ -26,11 +26,12 @@ from xdpmasq import abi, bpf
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, PORTS
 from xdpmasq.alg import packets, switches
 from xdpmasq.alg.api import Address, Alg, Control, Endpoint, Refused, Side, Unparsed
+from xdpmasq.alg.openings import SessionsOpenings
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.stream import ROUND, Outcome, Shifts, Step, Stream, before
 from xdpmasq.alg.timelimit import TimeLimit, TooLongError
 from xdpmasq.errors import ConfigError
-from xdpmasq.pinholes import Pinholes, SessionsOpenings, control_key
+from xdpmasq.pinholes import Pinholes
 from xdpmasq.tables import Tables
 
 log = logging.getLogger("xdpmasq")
@@ -209,7 +210,7 @@ class Service:
 
     def _session(self, direction: int, mapping: int, parsed: Packet) -> _Session | None:
         remote = parsed.source if direction else parsed.destination
-        owner = control_key(mapping, remote)
+        owner = abi.control_key(mapping, remote)
         record = self._controls.get(owner)
         if record is None:  # it has just ended
             self._sessions.pop(owner, None)

@@ -18,9 +18,9 @@ import pytest
 from fakes import session
 from scapy.layers.inet import IP, TCP
 
-from xdpmasq import pinholes
 from xdpmasq.alg import packets
 from xdpmasq.alg.api import Alg, Endpoint, Refused, Side, Unparsed
+from xdpmasq.alg.openings import SessionsOpenings
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.service import LATE_MOST, LONG_S, PAUSE_S, Service, _Session
 from xdpmasq.alg.stream import Shifts, Step
@@ -201,7 +201,7 @@ def test_a_pinhole_is_opened_to_the_end(service: Service, asked: _Session) -> No
         count=lambda _: 0, ports=lambda _: time.sleep(1.5 * LONG_S) or SimpleNamespace(mapped=lambda _: None)
     )
     control = asked.control
-    openings = pinholes.SessionsOpenings(slow, None, b"", 0, control, 1, "given")  # type: ignore[arg-type]
+    openings = SessionsOpenings(slow, None, b"", 0, control, 1, "given")  # type: ignore[arg-type]
 
     def opens() -> bytes:
         assert openings.external("tcp", control.internal) is None
