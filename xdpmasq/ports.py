@@ -130,17 +130,16 @@ class Ports:
         if sockets.is_taken(endpoint.protocol, slot % PORTS):
             return False
         self._reap(slot, REAP_TAKE)
-        row = self._row(slot)
-        if not _is_static(row):
+        session = self._tables.maps["sessions"].element(slot)[0]
+        if not _is_static(session):
             return False
-        row["mapping"] = slot
-        row["out"]["new_port"], row["in"]["new_port"] = socket.htons(slot % PORTS), socket.htons(endpoint.port)
-        row["out"]["new_addr"] = self._tables.settings["external"][slot // EXTERNAL_SLOTS]
-        row["in"]["new_addr"]["word"][0] = abi.addr(endpoint.address)[0][0]
-        for side in ("out", "in"):
-            for name in ("new_addr", "new_port"):
-                self._tables.sessions[side][name][slot] = row[side][name]
-        self._tables.sessions["mapping"][slot] = slot
+        session["out"]["new_port"], session["in"]["new_port"] = (
+            socket.htons(slot % PORTS),
+            socket.htons(endpoint.port),
+        )
+        session["out"]["new_addr"] = self._tables.settings["external"][slot // EXTERNAL_SLOTS]
+        session["in"]["new_addr"]["word"][0] = abi.addr(endpoint.address)[0][0]
+        session["mapping"] = slot
         return True
 
     def _candidates(self, base: int, endpoint: Endpoint, suggested: int, exact: bool) -> Iterator[int]:

@@ -279,7 +279,9 @@ class Service:
         record = self._algs.get((bits, class_, socket.htons(port), abi.addr(internal.address)))
         if record is None:
             return None
-        name = record["name"].tobytes().rstrip(b"\0").decode()
+        return self._alg(switches.name_of(record))
+
+    def _alg(self, name: str) -> Alg | None:
         if name not in self._loaded:
             try:
                 self._loaded[name] = self._find(name)
@@ -377,6 +379,8 @@ class Service:
         if self._sessions:
             self._look_after_sessions()
         switches.forget(self._tables)
+        for name in switches.names(self._tables):  # or its first message would wait for its module
+            self._alg(name)
         self.pinholes.tick()
 
     def _look_after_sessions(self) -> None:

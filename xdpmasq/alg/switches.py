@@ -27,11 +27,24 @@ def read(tables: Tables) -> tuple[Use, ...]:
         for key, value in zip(keys, values, strict=True):
             if value["passing"]:
                 continue
-            name = value["name"].tobytes().rstrip(b"\0").decode()
+            name = name_of(value)
             ports[name].add((CLASSES[int(key["class"])], socket.ntohs(int(key["port"]))))
             address = IPv4Address(key["addr"]["word"][:1].tobytes())
             prefixes[name].add(IPv4Network((address, int(key["bits"]) - ALG_ANY)))
     return tuple(Use(name, tuple(sorted(ports[name])), tuple(sorted(prefixes[name]))) for name in sorted(ports))
+
+
+def names(tables: Tables) -> set[str]:
+    """Of those that read something."""
+    table = tables.maps["algs"]
+    found = {bytes(name) for _, values in table.items(chunk=table.max_entries) for name in values["name"]}
+    return {name.rstrip(b"\0").decode() for name in found}
+
+
+def name_of(record: Any) -> str:
+    """Of ``struct alg``."""
+    name: str = record["name"].tobytes().rstrip(b"\0").decode()
+    return name
 
 
 def put(tables: Tables, use: Use) -> None:

@@ -341,6 +341,7 @@ def test_shifts_are_folded(service: Service, asked: _Session, monkeypatch: Any, 
         service.pinholes = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
         monkeypatch.setattr(service, "_alg_of", lambda *_: asked.alg)
         monkeypatch.setattr("xdpmasq.alg.switches.forget", lambda _: None)
+        monkeypatch.setattr("xdpmasq.alg.switches.names", lambda _: set())
         service.tick()
         service.tick()
         assert followed == [21, 21], "what another session has had read is read on, by one look for all"
@@ -359,3 +360,14 @@ def test_behind_a_gap_nothing_is_read(service: Service, asked: _Session) -> None
     ((_, made),) = service._segment(asked, 0, segment(inside, outside, b"PORT 1", flags=packets.ACK, seq=200, ack=1))
     assert made.endswith(b"PORT 1")
     assert asked.control.memory["over"]
+
+
+def test_what_is_on_is_there_before_its_first_message(service: Service, monkeypatch: Any) -> None:
+    asked: list[str] = []
+    service._find = lambda name: asked.append(name) or Given()  # type: ignore[func-returns-value]
+    service.pinholes = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
+    monkeypatch.setattr("xdpmasq.alg.switches.forget", lambda _: None)
+    monkeypatch.setattr("xdpmasq.alg.switches.names", lambda _: {"given"})
+    for _ in range(2):
+        service.tick()
+    assert asked == ["given"]
