@@ -247,7 +247,8 @@ class Map(_Descriptor):
 
     @property
     def _stride(self) -> int:
-        return -(-self.value_size // 8) * 8
+        words: int = -(-self.value_size // 8)
+        return words * 8
 
 
 @dataclass(frozen=True)

@@ -133,11 +133,9 @@ class Ports:
         session = self._tables.maps["sessions"].element(slot)[0]
         if not _is_static(session):
             return False
-        session["out"]["new_port"], session["in"]["new_port"] = (
-            socket.htons(slot % PORTS),
-            socket.htons(endpoint.port),
-        )
+        session["out"]["new_port"] = socket.htons(slot % PORTS)
         session["out"]["new_addr"] = self._tables.settings["external"][slot // EXTERNAL_SLOTS]
+        session["in"]["new_port"] = socket.htons(endpoint.port)
         session["in"]["new_addr"]["word"][0] = abi.addr(endpoint.address)[0][0]
         session["mapping"] = slot
         return True
