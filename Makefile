@@ -44,7 +44,7 @@ test-debian: setup
 	/usr/bin/python3 -m xdpmasq lab demo --no-cpu
 	@# what of numpy and pyroute2 differs most
 	/usr/bin/python3 -m pytest -n $$(nproc) --dist loadgroup tests/netns/test_forwards.py tests/netns/test_netdev.py \
-		tests/netns/test_pcp.py::test_natpmpc tests/netns/test_algs.py::test_ftp_client_inside
+		tests/netns/test_pcp.py::test_natpmpc tests/netns/test_algs.py::test_ftp_client_inside tests/bpf/test_pinholes.py
 
 bench: setup
 	$(RUN) bench
