@@ -36,7 +36,7 @@ test: setup
 
 # not part of `make test`, but of CI: what the Debian package runs on, which is older than what the others run on
 DEBIAN := python3-bpfcc python3-numpy python3-prometheus-client python3-pyroute2 python3-rich python3-typer \
-	python3-hypothesis python3-pytest python3-pytest-xdist
+	python3-hypothesis python3-pytest python3-pytest-xdist python3-scapy
 test-debian: setup
 	dpkg -s $(DEBIAN) >/dev/null 2>&1 || { apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; }

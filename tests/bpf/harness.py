@@ -664,9 +664,10 @@ class Gateway:
         entries, and what is counted (further sessions, hosts' sessions and mappings) is there.
         """
         rows, maps = self.tables.sessions, self.tables.maps
-        live = [slot for slot in self.slots() if rows[slot]["life"] & abi.LIFE_STATE == abi.LIFE_LIVE]
-        running = [slot for slot in live if rows[slot]["life"] & abi.LIFE_SESSION]
-        static = {slot for slot in live if rows[slot]["life"] & abi.LIFE_STATIC}
+        lives = {slot: int(rows[slot]["life"]) for slot in self.slots()}
+        live = [slot for slot, life in lives.items() if life & abi.LIFE_STATE == abi.LIFE_LIVE]
+        running = [slot for slot in live if lives[slot] & abi.LIFE_SESSION]
+        static = {slot for slot in live if lives[slot] & abi.LIFE_STATIC}
         further = [slot for slot in live if slot >= self.tables.further_base]
 
         def key(name: str, *fields: Any) -> bytes:
@@ -687,9 +688,9 @@ class Gateway:
         assert set(mapped.values()) <= set(live), "a mapping leads to a slot that is not live"
         for at, slot in mapped.items():
             assert slot in static or mapping_key(slot) == at, "a slot does not lead back to its mapping"
-        for slot in (slot for slot in live if rows[slot]["life"] & LIFE_COUNTED):
+        for slot in (slot for slot in live if lives[slot] & LIFE_COUNTED):
             assert mapped.get(mapping_key(slot)) == slot, "a mapping that nobody can find"
-        indexed = [slot for slot in running if rows[slot]["out"]["marks"] & INDEXED]
+        indexed = [slot for slot in running if int(rows[slot]["out"]["marks"]) & INDEXED]
         assert Counter(self.indexed()) == Counter([*indexed, *indexed]), "an entry of the index for each flow"
         assert maps["groups"].view().sum() == 2 * len(indexed), "entries that nobody looks for, or for nothing"
         for slot in set(running) - set(indexed):
@@ -699,15 +700,13 @@ class Gateway:
         ahead = [int(entry) & 0xFFFFFF for entry in fronts[fronts != 0]]
         assert not Counter(ahead) - Counter(mapped.values()), "an entry in front of none"
         counts = Counter(int(rows[slot]["mapping"]) for slot in further)
-        for slot in self.slots():
-            assert int(rows[slot]["life"] & abi.LIFE_FURTHER_MASK) >> 8 == counts[slot]
+        for slot, life in lives.items():
+            assert (life & abi.LIFE_FURTHER_MASK) >> 8 == counts[slot]
         sessions = Counter(
-            rows[slot]["in"]["new_addr"].tobytes() for slot in running if rows[slot]["out"]["marks"] & COUNTED
+            rows[slot]["in"]["new_addr"].tobytes() for slot in running if int(rows[slot]["out"]["marks"]) & COUNTED
         )
         mappings = Counter(
-            (rows[slot]["in"]["new_addr"].tobytes(), class_of(slot))
-            for slot in live
-            if rows[slot]["life"] & LIFE_COUNTED
+            (rows[slot]["in"]["new_addr"].tobytes(), class_of(slot)) for slot in live if lives[slot] & LIFE_COUNTED
         )
         for at, host in self.entries("hosts").items():
             assert host["sessions"] == sessions.pop(at, 0), "a host's sessions"

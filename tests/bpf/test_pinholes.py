@@ -109,7 +109,7 @@ def test_its_time_is_over(gateway: Gateway, all_: Pinholes, openings: SessionsOp
     all_.tick()
     assert len(all_.records()[0]) == 0
     gateway.reap([hole.port])
-    assert gateway.tables.rows(np.array([hole.port]))[0]["life"] & abi.LIFE_STATE == abi.LIFE_RESTING
+    assert int(gateway.tables.rows(np.array([hole.port]))[0]["life"]) & abi.LIFE_STATE == abi.LIFE_RESTING
 
 
 def test_some_are_flushed(gateway: Gateway, all_: Pinholes) -> None:
@@ -151,7 +151,7 @@ def test_what_has_given_way_comes_back_before_its_port_is_given_back(
     assert comes_in(gateway, first.port) is None
     all_.tick()
     assert held(all_) == set()
-    assert not gateway.tables.rows(np.array([first.port]))[0]["life"] & abi.LIFE_STATIC
+    assert not int(gateway.tables.rows(np.array([first.port]))[0]["life"]) & abi.LIFE_STATIC
 
 
 def test_a_pair_counts_as_two(gateway: Gateway, all_: Pinholes) -> None:
