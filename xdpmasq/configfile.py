@@ -257,6 +257,7 @@ class _Document:
     def algs(self) -> tuple[algs.Use, ...]:
         """``[[alg]]``, and what is on by default."""
         uses = {use.name: use for use in algs.default()}
+        places: dict[str, int] = {}
         for nth, entries in enumerate(self.tables.get("alg", ())):
             given = {name: self._value("alg", name, value, nth) for name, value in entries.items()}
             if "name" not in given:
@@ -265,13 +266,19 @@ class _Document:
                 )
             try:
                 use = algs.Use.parse(given["name"], *(_several(given.get(key, [])) for key in ("ports", "internal")))
-                uses.pop(use.name, None)
-                if given.get("enabled", True):
-                    uses[use.name] = use
-                algs.check(uses.values())
             except UsageError as error:
                 raise self._error_at(Problem("alg", None, error.why, error.do, nth), error.what) from error
-        return tuple(uses.values())
+            uses.pop(use.name, None)
+            if given.get("enabled", True):
+                uses[use.name], places[use.name] = use, nth
+        found = tuple(uses.values())
+        for number, use in enumerate(found, 1):
+            try:
+                algs.check(found[:number])
+            except UsageError as error:
+                at = places[use.name]
+                raise self._error_at(Problem("alg", None, error.why, error.do, at), error.what) from error
+        return found
 
     def externals(self) -> Externals:
         """``[external]``."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from xdpmasq import configedit, configfile
-from xdpmasq.config import from_fields
+from xdpmasq import algs, configedit, configfile
+from xdpmasq.algs import Use
+from xdpmasq.config import Config, from_fields
 from xdpmasq.errors import ConfigError, HostError, UsageError
 from xdpmasq.forwards import Rule
 
@@ -32,8 +34,9 @@ class Draft:
         taken: the rule that it had.
     """
 
-    def __init__(self, file: Path, old: str, new: str, taken: Rule | None = None) -> None:
-        self.file, self.changes, self.taken = file, old != new, taken
+    def __init__(self, file: Path, old: str, new: str) -> None:
+        self.file, self.changes = file, old != new
+        self.taken: Rule | None = None
         self._old, self._path = old.encode(), file.resolve()  # a symbolic link stays one
         self._temporary = self._write(new.encode()) if self.changes else None
 
@@ -105,7 +108,7 @@ def with_rule(file: Path, rule: Rule) -> Draft:
     rules = _of_kind(before, rule)
     if rule in rules:
         return Draft(file, old, old)
-    return _draft(file, old, configedit.added(old, rule.kind, entry(rule)), rule, (*rules, rule))
+    return _draft(file, old, configedit.added(old, rule.kind, entry(rule)), rule, **{f"{rule.kind}s": (*rules, rule)})
 
 
 def without_rule(file: Path, named: Rule) -> Draft:
@@ -116,7 +119,39 @@ def without_rule(file: Path, named: Rule) -> Draft:
     if nth is None:
         return Draft(file, old, old)
     new, left = configedit.removed(old, named.kind, nth), (*rules[:nth], *rules[nth + 1 :])
-    return _draft(file, old, new, named, left, taken=rules[nth])
+    draft = _draft(file, old, new, named, **{f"{named.kind}s": left})
+    draft.taken = rules[nth]
+    return draft
+
+
+def with_alg(file: Path, use: Use) -> Draft:
+    """With an ALG on, in place of what the file says of it."""
+    return _about_alg(file, use.name, use)
+
+
+def without_alg(file: Path, name: str) -> Draft:
+    """With an ALG off."""
+    return _about_alg(file, name, None)
+
+
+def _about_alg(file: Path, name: str, wanted: Use | None) -> Draft:
+    old = configfile.read(file)
+    before = configfile.parse(file, old).algs
+    if next((use for use in before if use.name == name), None) == wanted:
+        return Draft(file, old, old)
+    new = old
+    said = [each.get("name") for each in tomllib.loads(old).get("alg", ())]
+    for nth in reversed([nth for nth, each in enumerate(said) if each == name]):
+        new = configedit.removed(new, "alg", nth)
+    usual = next((use for use in algs.default() if use.name == name), None)
+    if wanted and wanted != usual:
+        own = algs.Use.parse(name).as_fields()
+        fields = {key: value for key, value in wanted.as_fields().items() if key == "name" or value != own[key]}
+        new = configedit.added(new, "alg", fields)
+    elif usual and not wanted:
+        new = configedit.added(new, "alg", {"name": name, "enabled": False})
+    left = {use.name: use for use in before if use.name != name} | ({name: wanted} if wanted else {})
+    return _draft(file, old, new, f"the ALG {name}", algs=tuple(left.values()))
 
 
 def _of_kind(config: Any, rule: Rule) -> tuple[Rule, ...]:
@@ -124,19 +159,21 @@ def _of_kind(config: Any, rule: Rule) -> tuple[Rule, ...]:
     return rules
 
 
-def _draft(
-    file: Path, old: str, new: str, rule: Rule, rules: tuple[Rule, ...], *, taken: Rule | None = None
-) -> Draft:
-    """Checked by what loads it at the next start."""
-    changed: Any = {f"{rule.kind}s": rules}
+def _draft(file: Path, old: str, new: str, what: object, **changed: Any) -> Draft:
+    """Checked by what loads it at the next start: it differs in what has ``changed``, and in nothing else."""
     wanted = replace(configfile.parse(file, old), **changed)
     try:
         found = configfile.parse(file, new)
     except ConfigError as error:  # its line is none that can be looked at
-        raise ConfigError(f"{rule} cannot be saved in {file}", error.why, error.do) from error
-    if found != wanted:
+        raise ConfigError(f"{what} cannot be saved in {file}", error.why or error.what, error.do) from error
+    if _sorted(found) != _sorted(wanted):
         raise ConfigError(f"{file} would not say what it should", "", "change it with an editor")
-    return Draft(file, old, new, taken)
+    return Draft(file, old, new)
+
+
+def _sorted(config: Config) -> Config:
+    """The order of ALGs means nothing."""
+    return replace(config, algs=tuple(sorted(config.algs)))
 
 
 def entry(rule: Rule) -> dict[str, Any]:

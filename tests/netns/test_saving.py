@@ -17,6 +17,7 @@ import pytest
 from netkit import Gateway
 
 from xdpmasq import configfile, forwarding
+from xdpmasq.alg import switches
 from xdpmasq.lab.servers import EchoServer
 from xdpmasq.lab.topology import PUBLIC
 
@@ -111,6 +112,30 @@ def test_saved_rules_are_there_after_a_restart_and_deleted_ones_are_not(filed: F
     assert [line for line in filed.file.read_text().splitlines() if line.startswith("#")] == comments
     filed.restart()
     assert filed.rules() == set()
+
+
+def test_a_saved_alg_is_on_after_a_restart(filed: Filed) -> None:
+    def on() -> list[str]:
+        return [use.name for use in switches.read(filed.gateway.tables)]
+
+    gateway = filed.gateway
+    said = gateway.masq("alg", "enable", "sip", "--internal", "192.168.0.2/32", "--save").stdout
+    assert said == f"sip reads tcp 5060, udp 5060 of 192.168.0.2/32; saved in {filed.file}\n"
+    told = json.loads(gateway.masq("alg", "disable", "ftp", "--save", "--json").stdout)
+    assert told == {"disabled": True, "saved": True, "file": str(filed.file)}
+    gateway.masq("alg", "enable", "irc")
+    assert filed.file.read_text().startswith(BASE)
+    filed.restart()
+    assert on() == ["sip"]
+    assert gateway.masq("alg", "disable", "irc", "--save").stdout == f"irc was not on; {filed.file} says so already\n"
+    gateway.masq("alg", "disable", "sip", "--save")
+    gateway.masq("alg", "enable", "ftp", "--save")
+    assert filed.file.read_text() == BASE
+    filed.file.write_text(BASE + "[nonsense]\n")
+    before = on()
+    assert "line 13" in filed.refuse("alg", "enable", "irc", "--save")
+    assert "line 13" in filed.refuse("alg", "disable", "ftp", "--save")
+    assert on() == before
 
 
 def test_a_killed_agent_and_a_reload_keep_a_saved_rule(filed: Filed) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from xdpmasq import configedit, configfile, forwards, redirects, saving, triggers
+from xdpmasq.algs import Use
 from xdpmasq.errors import ConfigError, HostError
 from xdpmasq.forwards import Rule
 
@@ -273,3 +274,68 @@ def test_read_only(small_disk: Path) -> None:
 
 def test_texts_are_written_alike_in_both_languages() -> None:
     assert tomllib.loads(added("")) == {"forward": [saving.entry(NEW)]}
+
+
+SIP_OUTSIDE = '[[alg]]\nname = "sip"\nports = ["udp 5070"]\ninternal = ["192.168.0.16/28"]\n'
+FTP_OFF = '[[alg]]\nname = "ftp"\nenabled = false\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "use", "wanted"),
+    [
+        pytest.param(TOP, Use.parse("irc"), TOP + '\n[[alg]]\nname = "irc"\n', id="its own ports, for all"),
+        pytest.param(TOP, Use.parse("sip", ["udp 5070"], ["192.168.0.16/28"]), TOP + "\n" + SIP_OUTSIDE, id="others"),
+        pytest.param(
+            TOP + PHONE + LOG,
+            Use.parse("sip", ["udp 5070"], ["192.168.0.16/28"]),
+            TOP + "\n# Telephones\n" + LOG + "\n" + SIP_OUTSIDE,
+            id="in place of what is there",
+        ),
+        pytest.param(TOP + PHONE, Use.parse("sip"), TOP + PHONE, id="as it is"),
+        pytest.param(TOP, Use.parse("ftp"), TOP, id="as it is by default"),
+        pytest.param(TOP + "\n" + FTP_OFF, Use.parse("ftp"), TOP, id="on again"),
+        pytest.param(
+            'alg = [{ name = "irc" }]\n',
+            Use.parse("pptp"),
+            'alg = [{ name = "irc" }, { name = "pptp" }]\n',
+            id="in an array",
+        ),
+    ],
+)
+def test_an_alg_is_on(tmp_path: Path, text: str, use: Use, wanted: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    with saving.with_alg(file, use) as draft:
+        assert draft.changes == (text != wanted)
+        draft.keep()
+    assert file.read_text() == wanted
+    assert use in configfile.load(file).algs
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "wanted"),
+    [
+        pytest.param(TOP + PHONE + GAME, "sip", TOP + "\n# Telephones\n" + GAME, id="of the file"),
+        pytest.param(TOP, "ftp", TOP + "\n" + FTP_OFF, id="by default"),
+        pytest.param(TOP + '\n[[alg]]\nname = "ftp"\nports = ["tcp 2121"]\n', "ftp", TOP + "\n" + FTP_OFF, id="both"),
+        pytest.param(TOP + PHONE, "irc", TOP + PHONE, id="not on"),
+        pytest.param(TOP + "\n" + FTP_OFF, "ftp", TOP + "\n" + FTP_OFF, id="off already"),
+    ],
+)
+def test_an_alg_is_off(tmp_path: Path, text: str, name: str, wanted: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    with saving.without_alg(file, name) as draft:
+        assert draft.changes == (text != wanted)
+        draft.keep()
+    assert file.read_text() == wanted
+    assert name not in {use.name for use in configfile.load(file).algs}
+
+
+def test_an_alg_whose_ports_the_file_gives_to_another(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(TOP + '\n[[alg]]\nname = "irc"\nports = ["tcp 21", "tcp 6667"]\n\n' + FTP_OFF)
+    assert [use.name for use in configfile.load(file).algs] == ["irc"], "the one that is off has none"
+    with pytest.raises(ConfigError, match=r"the ALG ftp cannot be saved in .*both read tcp port 21"):
+        saving.with_alg(file, Use.parse("ftp"))
+    assert list(tmp_path.iterdir()) == [file]

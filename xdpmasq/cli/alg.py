@@ -1,11 +1,12 @@
 """``xdpmasq alg``: protocols that carry addresses, read and edited on their way."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from xdpmasq.cli import common
+from xdpmasq.cli import common, rules
 from xdpmasq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def enable(
     *,
     port: list[str] = PORTS,
     internal: list[str] = INTERNAL,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
     wan: str = common.WHICH,
     json: bool = common.JSON,
 ) -> None:
@@ -87,42 +90,66 @@ def enable(
 
     \b
     Examples:
-      xdpmasq alg enable irc
+      xdpmasq alg enable irc --save
       xdpmasq alg enable ftp --port 'tcp 21' --port 'tcp 2121' --internal 192.168.0.0/24
     """
     common.require_root("alg enable")
-    from xdpmasq import algs, presence  # noqa: PLC0415  heavy
+    from xdpmasq import algs, presence, saving  # noqa: PLC0415  heavy
     from xdpmasq.alg import switches  # noqa: PLC0415
 
     use = algs.Use.parse(name, port, internal)
-    with presence.changing():
-        switches.put(_find(wan), use)
+    with presence.changing(), contextlib.ExitStack() as undo:
+        attached = _find(wan)
+        draft = rules.Saving(save, config).draft(attached, saving.with_alg, use)
+        if draft:
+            undo.enter_context(draft)
+        before = switches.read(attached)
+        switches.put(attached, use)
+        undo.callback(switches.replace, attached, before)
+        if draft:
+            draft.keep()
+        undo.pop_all()
+    saved = rules.Saved.of(draft)
     if json:
-        common.print_json(use.as_fields())
+        common.print_json(use.as_fields() | saved.fields())
     else:
-        print(f"{name} reads {_ports(use.as_fields())} of {_hosts(use.as_fields())}")
+        print(f"{name} reads {_ports(use.as_fields())} of {_hosts(use.as_fields())}{saved.words('says so already')}")
 
 
 @app.command()
-def disable(name: str = NAME, *, wan: str = common.WHICH, json: bool = common.JSON) -> None:
+def disable(
+    name: str = NAME,
+    *,
+    save: bool = rules.SAVE,
+    config: str = rules.CONFIG,
+    wan: str = common.WHICH,
+    json: bool = common.JSON,
+) -> None:
     """Switch an ALG off. Sessions that it reads go on; it edits nothing in them any more.
 
     \b
-    Example:
+    Examples:
       xdpmasq alg disable ftp
+      xdpmasq alg disable sip --save
     """
     common.require_root("alg disable")
-    from xdpmasq import presence  # noqa: PLC0415  heavy
+    from xdpmasq import presence, saving  # noqa: PLC0415  heavy
     from xdpmasq.alg import registry, switches  # noqa: PLC0415
 
-    with presence.changing():
-        was_on = switches.take(_find(wan), name)
-    if not was_on and name not in registry.names():
-        raise UsageError(f"there is no ALG {name}", "", f"there are {', '.join(registry.names())}")
+    with presence.changing(), contextlib.ExitStack() as undo:
+        attached = _find(wan)
+        on = {use.name for use in switches.read(attached)}
+        if name not in (*on, *registry.names()):
+            raise UsageError(f"there is no ALG {name}", "", f"there are {', '.join(registry.names())}")
+        draft = rules.Saving(save, config).draft(attached, saving.without_alg, name)
+        if draft:
+            undo.enter_context(draft).keep()
+        was_on = switches.take(attached, name)
+    saved = rules.Saved.of(draft)
     if json:
-        common.print_json({"disabled": was_on})
+        common.print_json({"disabled": was_on} | saved.fields())
     else:
-        print(f"{name} is off" if was_on else f"{name} was not on")
+        print((f"{name} is off" if was_on else f"{name} was not on") + saved.words("says so already"))
 
 
 def _find(wan: str) -> "Attached":

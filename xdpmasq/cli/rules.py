@@ -1,4 +1,7 @@
-"""What `forward`, `redirect` and `trigger` share: rules of one kind are put in place, taken out and listed alike."""
+"""What `forward`, `redirect` and `trigger` share: rules of one kind are put in place, taken out and listed alike.
+
+`alg` has changes saved as they do.
+"""
 
 import contextlib
 import sys
@@ -6,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from xdpmasq.sessions import Table
 
 PROTOCOL = typer.Argument(..., metavar="tcp|udp", show_default=False)
+T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 KILL = typer.Option(False, "--kill", help="End its running sessions, too.")
 SAVE = typer.Option(False, "--save", help="Change the configuration file as well, for the next start.")
@@ -51,11 +55,11 @@ class Saving:
         if self.file and not self.wanted:
             raise UsageError("--config is given without --save", "", "add --save, or leave it out")
 
-    def draft(self, attached: "Attached", make: "Callable[[Path, Rule], Draft]", rule: Rule) -> "Draft | None":
+    def draft(self, attached: "Attached", make: "Callable[[Path, T], Draft]", what: T) -> "Draft | None":
         """What ``make`` makes of the file that is meant."""
         from xdpmasq import saving  # noqa: PLC0415  heavy
 
-        return make(saving.file_of(attached, self.file), rule) if self.wanted else None
+        return make(saving.file_of(attached, self.file), what) if self.wanted else None
 
 
 @dataclass(frozen=True)
