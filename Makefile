@@ -60,7 +60,7 @@ check: setup
 # not part of `make test`: fetches a kernel once, and emulates a machine
 test-vm: setup
 	@# compiled here, and found in the cache there: an emulated machine takes minutes for it
-	$(PYTHON) -c 'from xdpmasq import programs; programs.compile_ahead(); programs.compile_ahead(L3=1)'
+	$(PYTHON) -c 'from xdpmasq import programs; programs.compile_ahead(); programs.compile_ahead(ethernet=False)'
 	tests/vm/run $(PYTHON) -m pytest tests/vm
 
 # not part of `make test`: 90 MB of packages, and calls and films that last as long as they last

@@ -222,7 +222,6 @@ static __always_inline enum verdict fast_walk(struct xdp_md *ctx, struct fast *f
 	return CONTINUE;
 }
 
-#ifndef L3
 /* One program for both roles: VLANs of either may share a device. */
 int masq_xdp(struct xdp_md *ctx)
 {
@@ -240,4 +239,3 @@ int masq_xdp(struct xdp_md *ctx)
 		verdict = pass(COUNT_up_not_for_us);
 	return verdict == CONTINUE ? transmitters.redirect_map(egress, 0) : XDP_PASS;
 }
-#endif

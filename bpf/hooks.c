@@ -1,91 +1,68 @@
-/* The TC programs. The suffix _l3 is for interfaces without Ethernet header (tun, ppp); those are compiled on demand, with
- * -DL3.
- */
+/* The TC programs, each as a function of its own. The suffix _l3 is for interfaces without Ethernet header (tun, ppp). */
+#define WITH_ETHERNET sizeof(struct ethernet_header)
+#define WITHOUT 0
 
-#ifdef L3
-int masq_wan_out_l3(struct __sk_buff *skb)
+static __always_inline int wan_out(struct __sk_buff *skb, u32 l3)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now() };
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = l3 };
 
 	trace_begin(&p);
 	return trace_end(&p, TRACE_WAN_OUT, slow_outbound(&p));
 }
 
-int masq_wan_in_l3(struct __sk_buff *skb)
+static __always_inline int wan_in(struct __sk_buff *skb, u32 l3)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now() };
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = l3 };
 
 	trace_begin(&p);
 	return trace_end(&p, TRACE_WAN_IN, slow_inbound(&p));
 }
 
-int masq_lan_in_l3(struct __sk_buff *skb)
+/* @whole: with redirects, too. */
+static __always_inline int lan_in(struct __sk_buff *skb, u32 l3, bool whole)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now() };
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = l3 };
 
 	trace_begin(&p);
-	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, true));
+	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, whole));
 }
 
-int masq_lan_lean_l3(struct __sk_buff *skb)
+static __always_inline int lan_out(struct __sk_buff *skb, u32 l3)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now() };
-
-	trace_begin(&p);
-	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, false));
-}
-
-int masq_lan_out_l3(struct __sk_buff *skb)
-{
-	struct packet p = { .skb = skb, .now = jiffies_now() };
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = l3 };
 
 	trace_begin(&p);
 	return trace_end(&p, TRACE_LAN_OUT, slow_lan_out(&p));
 }
-#else
+
 int masq_wan_out(struct __sk_buff *skb)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-
-	trace_begin(&p);
-	return trace_end(&p, TRACE_WAN_OUT, slow_outbound(&p));
+	return wan_out(skb, WITH_ETHERNET);
 }
 
 int masq_wan_in(struct __sk_buff *skb)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-
-	trace_begin(&p);
-	return trace_end(&p, TRACE_WAN_IN, slow_inbound(&p));
+	return wan_in(skb, WITH_ETHERNET);
 }
 
 int masq_lan_in(struct __sk_buff *skb)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-
-	trace_begin(&p);
-	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, true));
+	return lan_in(skb, WITH_ETHERNET, true);
 }
 
 int masq_lan_lean(struct __sk_buff *skb)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-
-	trace_begin(&p);
-	return trace_end(&p, TRACE_LAN_IN, slow_lan(&p, false));
+	return lan_in(skb, WITH_ETHERNET, false);
 }
 
 int masq_lan_out(struct __sk_buff *skb)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
-
-	trace_begin(&p);
-	return trace_end(&p, TRACE_LAN_OUT, slow_lan_out(&p));
+	return lan_out(skb, WITH_ETHERNET);
 }
 
 int masq_lo_out(struct __sk_buff *skb)
 {
-	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = sizeof(struct ethernet_header) };
+	struct packet p = { .skb = skb, .now = jiffies_now(), .l3 = WITH_ETHERNET };
 
 	trace_begin(&p);
 	return trace_end(&p, TRACE_LO_OUT, slow_loopback(&p));
@@ -95,4 +72,28 @@ int masq_punt_in(struct __sk_buff *skb)
 {
 	return tc_verdict(punt_back(skb));
 }
-#endif
+
+int masq_wan_out_l3(struct __sk_buff *skb)
+{
+	return wan_out(skb, WITHOUT);
+}
+
+int masq_wan_in_l3(struct __sk_buff *skb)
+{
+	return wan_in(skb, WITHOUT);
+}
+
+int masq_lan_in_l3(struct __sk_buff *skb)
+{
+	return lan_in(skb, WITHOUT, true);
+}
+
+int masq_lan_lean_l3(struct __sk_buff *skb)
+{
+	return lan_in(skb, WITHOUT, false);
+}
+
+int masq_lan_out_l3(struct __sk_buff *skb)
+{
+	return lan_out(skb, WITHOUT);
+}

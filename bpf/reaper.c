@@ -119,7 +119,6 @@ static __always_inline void slot_open(u32 slot)
 		slot_release(slot);
 }
 
-#ifndef L3
 int masq_reap(struct __sk_buff *skb)
 {
 	struct settings *cfg = settings_get();
@@ -181,4 +180,3 @@ int masq_reap(struct __sk_buff *skb)
 	}
 	return now;
 }
-#endif

@@ -16,7 +16,7 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -437,9 +437,10 @@ def compile(
     defines: Mapping[str, object] | None = None,
     maps: Mapping[str, Map] | None = None,
     sizes: Mapping[str, int] | None = None,
+    functions: Sequence[str] | None = None,
 ) -> Object:
     """Compiles C (:func:`xdpmasq.compiler.compile`, which see for errors) and creates the maps that are not there."""
-    return Object(compiler.compile(text, defines), maps or {}, sizes or {})
+    return Object(compiler.compile(text, defines, functions), maps or {}, sizes or {})
 
 
 # --- TCX -------------------------------------------------------------------------------------------

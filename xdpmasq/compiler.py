@@ -1,8 +1,9 @@
 """C to bytecode, by bcc, and a cache of the results; the only importer of bcc.
 
-Compiling takes some 15 s of CPU time, on a small router a minute; what it gives depends on the text, the options, the
-compiler and the headers only, so it is kept. The compiler works in a child process: clang and LLVM would otherwise
-stay in the caller's memory (100 MB), and a crash of theirs would be ours.
+Compiling takes some 16 s of CPU time, on a small router a minute; what it gives depends on the text, the options, the
+compiler and the headers only, so it is kept. The compiler works in child processes: clang and LLVM would otherwise
+stay in the caller's memory (100 MB), and a crash of theirs would be ours. Each function has one of its own, so that
+all CPUs are used.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import signal
 import stat
 import sysconfig
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +38,8 @@ from xdpmasq.errors import DatapathError, HostError
 CACHE = Path("/var/cache/xdpmasq")
 _KEPT = 64  # results of half a megabyte; the oldest give way
 _FORMAT = 1  # of a result: counts up when Compiled changes
+_CHILD_KB = 200_000  # what one needs
+_FUNCTION = re.compile(r"^int (\w+)\(", re.MULTILINE)
 _UAPI = Path("/usr/include/linux/bpf.h")
 # Four tenths of the time, for nothing: nobody reads the debug information, and what is to be inlined says so itself.
 _LEAN = ("-g0", "-fno-inline-functions")
@@ -88,8 +94,13 @@ def layout(plain: Any) -> Any:
     return [(name, layout(kind), *(tuple(shape) for shape in rest)) for name, kind, *rest in plain]
 
 
-def compile(text: str, defines: Mapping[str, object] | None = None) -> Compiled:
+def compile(
+    text: str, defines: Mapping[str, object] | None = None, functions: Sequence[str] | None = None
+) -> Compiled:
     """Compiles C with bcc, or finds the result of an earlier time.
+
+    Args:
+        functions: of those in the text (:func:`functions_of`); default: all.
 
     Raises:
         HostError: bcc or the UAPI headers are missing.
@@ -100,17 +111,23 @@ def compile(text: str, defines: Mapping[str, object] | None = None) -> Compiled:
             "the kernel's UAPI headers are missing", f"{_UAPI} is not there", "apt install linux-libc-dev"
         )
     cflags = [*_LEAN, *_include_flags(), *(f"-D{name}={value}" for name, value in (defines or {}).items())]
-    file = _cache_file(text, cflags)
+    wanted = functions_of(text) if functions is None else functions
+    file = _cache_file(text, [*cflags, *wanted])
     if not file:
-        return _compile(text, cflags)
+        return _compile(text, cflags, wanted)
     if found := _read(file):
         return found
     with _one_at_a_time(file):
         if found := _read(file):
             return found
-        compiled = _compile(text, cflags)
+        compiled = _compile(text, cflags, wanted)
         _write(file, compiled)
         return compiled
+
+
+def functions_of(text: str) -> list[str]:
+    """Those that can be loaded: ``int NAME(`` at the beginning of a line."""
+    return _FUNCTION.findall(text)
 
 
 def _include_flags() -> list[str]:
@@ -194,28 +211,82 @@ def _no_bcc(why: str) -> HostError:
     return HostError("bcc is missing", why, do)
 
 
-def _compile(text: str, cflags: list[str]) -> Compiled:
-    said, result = os.memfd_create("stderr"), os.memfd_create("result")
-    with open(said, "rb") as stderr, open(result, "rb") as answer:
-        child = os.fork()
-        if child == 0:
-            _compile_in_child(text, cflags, said, result)
-        _, status = os.waitpid(child, 0)
-        stderr.seek(0)  # the child shares the position
-        words = stderr.read().decode(errors="replace").strip()
-        if status == 0:
-            return Compiled.from_json(answer.read())
-    if os.waitstatus_to_exitcode(status) == _NO_BCC:
-        raise _no_bcc(words)
-    raise DatapathError("the BPF programs do not compile", words or "the compiler crashed")
+def _compile(text: str, cflags: list[str], functions: Sequence[str]) -> Compiled:
+    """As many at once as there are CPUs, and memory: with the same tables in each, they can be put together."""
+    parts, running, found = [_alone(text, each) for each in functions] or [text], deque[_Child](), []
+    most = _at_once()
+    try:
+        for part in parts:
+            if len(running) >= most:
+                found.append(running.popleft().result())
+            running.append(_Child(part, cflags))
+        while running:
+            found.append(running.popleft().result())
+    finally:
+        for child in running:
+            child.kill()
+    if any(each.maps != found[0].maps for each in found):
+        raise DatapathError("the BPF programs do not fit together", "their tables differ", "report it, please")
+    return Compiled({name: code for each in found for name, code in each.code.items()}, found[0].maps)
+
+
+def _alone(text: str, function: str) -> str:
+    """The text with this one function to be loaded; of the others nothing is left when nobody calls them."""
+    unused = "static inline __attribute__((unused)) "
+    return _FUNCTION.sub(lambda found: found[0] if found[1] == function else unused + found[0], text)
+
+
+def _at_once() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        (free,) = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        return max(1, min(len(os.sched_getaffinity(0)), int(free) // _CHILD_KB))
+    return 1
+
+
+class _Child:
+    """A process that compiles."""
+
+    def __init__(self, text: str, cflags: list[str]) -> None:
+        self._said, self._result = (open(os.memfd_create(name), "rb") for name in ("stderr", "result"))  # noqa: SIM115
+        self._process = os.fork()
+        if self._process == 0:
+            _compile_in_child(text, cflags, self._said.fileno(), self._result.fileno())
+
+    def result(self) -> Compiled:
+        """Waits for it.
+
+        Raises:
+            HostError: there is no bcc.
+            DatapathError: the compiler's words.
+        """
+        with self._said, self._result:
+            _, status = os.waitpid(self._process, 0)
+            self._said.seek(0)  # the child shares the position
+            words = self._said.read().decode(errors="replace").strip()
+            if status == 0:
+                return Compiled.from_json(self._result.read())
+        if os.waitstatus_to_exitcode(status) == _NO_BCC:
+            raise _no_bcc(words)
+        raise DatapathError("the BPF programs do not compile", words or "the compiler crashed")
+
+    def kill(self) -> None:
+        os.kill(self._process, signal.SIGKILL)
+        with contextlib.suppress(DatapathError):
+            self.result()
 
 
 _FAILED, _NO_BCC = 1, 2  # exit codes of the child
 
 
 def _compile_in_child(text: str, cflags: list[str], said: int, result: int) -> NoReturn:
-    """Compiles, leaves a :class:`Compiled` in ``result``, or words in ``said``, and exits."""
+    """Compiles, leaves a :class:`Compiled` in ``result``, or words in ``said``, and exits.
+
+    Nothing else is open in it, so the tables have the same descriptors in every child.
+    """
     os.dup2(said, 2)
+    os.dup2(result, 3)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    said, result = 2, 3
     code = _FAILED
     try:
         import bcc  # noqa: PLC0415  only here: see the module's words

@@ -15,6 +15,7 @@ from xdpmasq.abi import BLOCKS, EXTERNAL_ROOM, EXTERNAL_SLOTS
 from xdpmasq.errors import DatapathError
 from xdpmasq.tables import Tables
 
+_WITHOUT = "_l3"  # Ethernet header
 TENANTS = 16384  # internal hosts that may have port blocks at once
 
 
@@ -39,13 +40,16 @@ def _sizes(further: int, externals: int, blocks: bool) -> dict[str, int]:
     }
 
 
-def compile_ahead(**defines: int) -> None:
-    """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted.
+def compile_ahead(*, ethernet: bool = True) -> None:
+    """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted."""
+    text, defines = source.flatten(), _defines(1, 1, False)
+    compiler.compile(text, defines, _functions(text, ethernet=ethernet))
+    compiler.compile(source.flatten(source.RESTORE), defines)
 
-    ``L3=1``: that for interfaces without Ethernet header.
-    """
-    for files in (source.DATAPATH, source.RESTORE):
-        compiler.compile(source.flatten(files), _defines(1, 1, False) | defines)
+
+def _functions(text: str, *, ethernet: bool) -> list[str]:
+    """Those for interfaces with Ethernet header and all others, or those for interfaces without."""
+    return [each for each in compiler.functions_of(text) if each.endswith(_WITHOUT) != ethernet]
 
 
 def restorer(tables: Tables) -> bpf.Program:
@@ -90,7 +94,7 @@ class Programs:
         self._kind = (externals, wans, blocks)
         self._sizes = _sizes(further, externals, blocks) | dict(sizes or {})
         self.maps = dict(maps or {})
-        self._object = self._compile()
+        self._object = self._compile(ethernet=True)
         self.maps |= self._object.maps
         self._loaded: dict[str, bpf.Program] = {}
         self.tables = Tables(self.maps)
@@ -104,13 +108,14 @@ class Programs:
                 fronts=self._sizes["fronts"],
             )
 
-    def _compile(self, **defines: int) -> bpf.Object:
-        return bpf.compile(source.flatten(), _defines(*self._kind) | defines, self.maps, self._sizes)
+    def _compile(self, *, ethernet: bool) -> bpf.Object:
+        text = source.flatten()
+        return bpf.compile(text, _defines(*self._kind), self.maps, self._sizes, _functions(text, ethernet=ethernet))
 
     @cached_property
     def _without_ethernet(self) -> bpf.Object:
         """The functions for interfaces without Ethernet header; compiling takes its time, and few have such a one."""
-        return self._compile(L3=1)
+        return self._compile(ethernet=False)
 
     @contextlib.contextmanager
     def being_last(self) -> Iterator[None]:
@@ -140,7 +145,7 @@ class Programs:
             list(pool.map(self.__getitem__, wanted))
 
     def _compiled(self, function: str) -> bpf.Object:
-        return self._without_ethernet if function.endswith("_l3") else self._object
+        return self._without_ethernet if function.endswith(_WITHOUT) else self._object
 
     def __getitem__(self, function: str) -> bpf.Program:
         """The loaded program, holding every map of the datapath."""

@@ -12,6 +12,7 @@ import pytest
 
 from xdpmasq import compiler
 from xdpmasq.compiler import Compiled, MapPlan
+from xdpmasq.errors import DatapathError
 
 RECORD = np.dtype([("mac", "u1", (6,)), ("mtu", "<u4")])
 PLAN = MapPlan(7, 1, 64, 0, compiler.plain("<u4"), compiler.plain(RECORD))
@@ -23,7 +24,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
     """The texts that were really compiled, with the cache in a folder of its own."""
     texts: list[str] = []
 
-    def compile_text(text: str, _: list[str]) -> Compiled:
+    def compile_text(text: str, *_: object) -> Compiled:
         texts.append(text)
         return RESULT
 
@@ -46,7 +47,7 @@ def test_once_for_all_times(compiled: list[str]) -> None:
 def test_once_for_several_at_a_time(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     all_there = threading.Barrier(3)
 
-    def compile_text(text: str, _: list[str]) -> Compiled:
+    def compile_text(text: str, *_: object) -> Compiled:
         compiled.append(text)
         time.sleep(0.2)  # the others are at the door
         return RESULT
@@ -119,3 +120,58 @@ def test_layouts_survive() -> None:
     found = Compiled.from_json(RESULT.as_json()).maps["interfaces"]
     assert np.dtype(compiler.layout(found.value)) == RECORD
     assert np.dtype(compiler.layout(found.key)) == np.dtype("<u4")
+
+
+TWO = """
+#include <uapi/linux/bpf.h>
+BPF_ARRAY(first, u64, 4);
+BPF_HASH(second, u32, u64, 8);
+
+static __always_inline int both(u32 key)
+{
+	u64 *value = first.lookup(&key);
+
+	return value ? *value : 0;
+}
+
+int one(struct __sk_buff *skb)
+{
+	return both(skb->mark);
+}
+
+int other(struct __sk_buff *skb)
+{
+	u32 key = skb->mark;
+	u64 *value = second.lookup(&key);
+
+	return value ? *value : both(key);
+}
+"""
+
+
+def test_functions_are_compiled_each_by_itself(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes of one does not depend on the others, on what is open here, or on how many are made at once."""
+    monkeypatch.undo()
+    flags = [*compiler._LEAN, *compiler._include_flags()]
+    assert compiler.functions_of(TWO) == ["one", "other"]
+    found = []
+    for most in (1, 2):
+        monkeypatch.setattr(compiler, "_at_once", lambda most=most: most)
+        with open("/dev/null") as _:
+            found.append(compiler._compile(TWO, flags, ["one", "other"]))
+    alone = compiler._compile(TWO, flags, ["other"])
+    assert found[0] == found[1]
+    assert found[0].maps.keys() == {"first", "second"}
+    assert alone.maps == found[0].maps
+    assert alone.code == {"other": found[0].code["other"]}
+
+
+@pytest.mark.parametrize("wrong", ["int one(struct", "int other(struct"])
+def test_the_compilers_words(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """Nobody waits for the others then."""
+    monkeypatch.setattr(compiler, "_at_once", lambda: 2)
+    text = TWO.replace(wrong, f"#error not this\n{wrong}")
+    with pytest.raises(DatapathError, match="not this"):
+        compiler._compile(text, [*compiler._LEAN, *compiler._include_flags()], ["one", "other"])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
