@@ -134,9 +134,9 @@ class Agent:
     def _with_algs(self, before: Service | None, port: Punt | None) -> tuple[Service, Punting]:
         """The ALGs, and the port by which they get packets."""
         tables, config = self.tables, self.config
-        pinholes = Pinholes(tables, self._reaper, config.ports, self._hz)
-        algs = before or Service(tables, pinholes, registry.find)
-        algs.pinholes = pinholes
+        if before:
+            before.pinholes.set(self._reaper, config.ports)  # the same for sessions that are read already
+        algs = before or Service(tables, Pinholes(tables, self._reaper, config.ports, self._hz), registry.find)
         if port:
             port.set(config.timeouts.fragment_s, config.limits.refusal)
         return algs, Punting(

@@ -204,14 +204,20 @@ class Pinholes:
     """All of a datapath."""
 
     def __init__(self, tables: Tables, reaper: bpf.Program, pools: config.Ports, hz: int) -> None:
-        self._tables, self._reaper, self._pools, self._hz = tables, reaper, pools, hz
+        self._tables, self._hz = tables, hz
         self._table = tables.maps["pinholes"]
         self._index = _Index(*self.records())
-        self._ports: dict[int, Ports] = {}
         self._clock = bpf.Clock(hz)
+        self.set(reaper, pools)
         self._idle: set[int] = set()  # slots of ours that have no pinhole any more
 
+    def set(self, reaper: bpf.Program, pools: config.Ports) -> None:
+        """As another configuration has it; what is open stays."""
+        self._reaper, self._pools = reaper, pools
+        self._ports: dict[int, Ports] = {}
+
     def ports(self, wan: int) -> Ports:
+        """Those of a WAN."""
         if wan not in self._ports:
             self._ports[wan] = Ports(self._tables, self._reaper, self._pools, lambda _: wan)
         return self._ports[wan]
