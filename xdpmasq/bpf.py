@@ -533,7 +533,8 @@ class Clock:
     """
 
     def __init__(self, hz: int) -> None:
-        self._hz, self._since, self._jiffies = hz, time.monotonic(), jiffies()
+        self._hz, self._jiffies = hz, jiffies()
+        self._since = time.monotonic()  # afterwards: whoever has to wait in between is early, not late
 
     def ticks_in(self, seconds: float) -> int:
         """What the counter will be in so long."""
