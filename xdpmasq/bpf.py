@@ -437,10 +437,10 @@ def compile(
     defines: Mapping[str, object] | None = None,
     maps: Mapping[str, Map] | None = None,
     sizes: Mapping[str, int] | None = None,
-    functions: Sequence[str] | None = None,
+    groups: Sequence[Sequence[str]] | None = None,
 ) -> Object:
     """Compiles C (:func:`xdpmasq.compiler.compile`, which see for errors) and creates the maps that are not there."""
-    return Object(compiler.compile(text, defines, functions), maps or {}, sizes or {})
+    return Object(compiler.compile(text, defines, groups), maps or {}, sizes or {})
 
 
 # --- TCX -------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """C to bytecode, by bcc, and a cache of the results; the only importer of bcc.
 
-Compiling takes some 16 s of CPU time, on a small router a minute; what it gives depends on the text, the options, the
+Compiling takes some 13 s of CPU time, on a small router a minute; what it gives depends on the text, the options, the
 compiler and the headers only, so it is kept. The compiler works in child processes: clang and LLVM would otherwise
-stay in the caller's memory (100 MB), and a crash of theirs would be ours. Each function has one of its own, so that
-all CPUs are used.
+stay in the caller's memory (160 MB), and a crash of theirs would be ours. There are several at once, where there are
+CPUs and memory for them.
 """
 
 from __future__ import annotations
@@ -95,12 +95,13 @@ def layout(plain: Any) -> Any:
 
 
 def compile(
-    text: str, defines: Mapping[str, object] | None = None, functions: Sequence[str] | None = None
+    text: str, defines: Mapping[str, object] | None = None, groups: Sequence[Sequence[str]] | None = None
 ) -> Compiled:
     """Compiles C with bcc, or finds the result of an earlier time.
 
     Args:
-        functions: of those in the text (:func:`functions_of`); default: all.
+        groups: of functions in the text (:func:`functions_of`), each for a process of its own; default: all of them
+            in one. A process more takes half a second.
 
     Raises:
         HostError: bcc or the UAPI headers are missing.
@@ -111,8 +112,8 @@ def compile(
             "the kernel's UAPI headers are missing", f"{_UAPI} is not there", "apt install linux-libc-dev"
         )
     cflags = [*_LEAN, *_include_flags(), *(f"-D{name}={value}" for name, value in (defines or {}).items())]
-    wanted = functions_of(text) if functions is None else functions
-    file = _cache_file(text, [*cflags, *wanted])
+    wanted = groups or [functions_of(text)]
+    file = _cache_file(text, [*cflags, *(" ".join(group) for group in wanted)])
     if not file:
         return _compile(text, cflags, wanted)
     if found := _read(file):
@@ -211,15 +212,15 @@ def _no_bcc(why: str) -> HostError:
     return HostError("bcc is missing", why, do)
 
 
-def _compile(text: str, cflags: list[str], functions: Sequence[str]) -> Compiled:
+def _compile(text: str, cflags: list[str], groups: Sequence[Sequence[str]]) -> Compiled:
     """As many at once as there are CPUs, and memory: with the same tables in each, they can be put together."""
-    parts, running, found = [_alone(text, each) for each in functions] or [text], deque[_Child](), []
+    running, found = deque[_Child](), list[Compiled]()
     most = _at_once()
     try:
-        for part in parts:
+        for group in groups:
             if len(running) >= most:
                 found.append(running.popleft().result())
-            running.append(_Child(part, cflags))
+            running.append(_Child(_only(text, group), cflags))
         while running:
             found.append(running.popleft().result())
     finally:
@@ -230,10 +231,10 @@ def _compile(text: str, cflags: list[str], functions: Sequence[str]) -> Compiled
     return Compiled({name: code for each in found for name, code in each.code.items()}, found[0].maps)
 
 
-def _alone(text: str, function: str) -> str:
-    """The text with this one function to be loaded; of the others nothing is left when nobody calls them."""
+def _only(text: str, functions: Sequence[str]) -> str:
+    """The text with these functions to be loaded; of the others nothing is left when nobody calls them."""
     unused = "static inline __attribute__((unused)) "
-    return _FUNCTION.sub(lambda found: found[0] if found[1] == function else unused + found[0], text)
+    return _FUNCTION.sub(lambda found: found[0] if found[1] in functions else unused + found[0], text)
 
 
 def _at_once() -> int:

@@ -149,7 +149,7 @@ int other(struct __sk_buff *skb)
 """
 
 
-def test_functions_are_compiled_each_by_itself(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_can_be_compiled_each_by_itself(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes of one does not depend on the others, on what is open here, or on how many are made at once."""
     monkeypatch.undo()
     flags = [*compiler._LEAN, *compiler._include_flags()]
@@ -158,9 +158,9 @@ def test_functions_are_compiled_each_by_itself(compiled: list[str], monkeypatch:
     for most in (1, 2):
         monkeypatch.setattr(compiler, "_at_once", lambda most=most: most)
         with open("/dev/null") as _:
-            found.append(compiler._compile(TWO, flags, ["one", "other"]))
-    alone = compiler._compile(TWO, flags, ["other"])
-    assert found[0] == found[1]
+            found.append(compiler._compile(TWO, flags, [["one"], ["other"]]))
+    alone, together = (compiler._compile(TWO, flags, [group]) for group in (["other"], ["one", "other"]))
+    assert found[0] == found[1] == together
     assert found[0].maps.keys() == {"first", "second"}
     assert alone.maps == found[0].maps
     assert alone.code == {"other": found[0].code["other"]}
@@ -172,6 +172,6 @@ def test_the_compilers_words(monkeypatch: pytest.MonkeyPatch, wrong: str) -> Non
     monkeypatch.setattr(compiler, "_at_once", lambda: 2)
     text = TWO.replace(wrong, f"#error not this\n{wrong}")
     with pytest.raises(DatapathError, match="not this"):
-        compiler._compile(text, [*compiler._LEAN, *compiler._include_flags()], ["one", "other"])
+        compiler._compile(text, [*compiler._LEAN, *compiler._include_flags()], [["one"], ["other"]])
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
