@@ -3,6 +3,7 @@
 # make bench   the benchmark table
 # make dashboards    lab, agent and Prometheus to look at, until Ctrl-C
 # make check   lint and types only
+# make coverage    the suite, and which lines of the Python code it runs: half an hour
 # make test-debian    the demo, and some tests, on Debian 12's own libraries, without a virtual environment
 # make test-vm   what needs VLANs, PPP, flowtables, cards of several queues: in a virtual machine, minutes
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
@@ -17,7 +18,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 RUN    := $(VENV)/bin/xdpmasq
 
-.PHONY: setup demo test test-debian test-programs test-vm fuzz fuzz-packets soak bench dashboards check conformance deb test-fresh clean
+.PHONY: setup demo test coverage test-debian test-programs test-vm fuzz fuzz-packets soak bench dashboards check conformance deb test-fresh clean
 
 setup: $(VENV)/ready
 
@@ -56,6 +57,14 @@ check: setup
 	$(PYTHON) -m ruff check xdpmasq tests tools
 	$(PYTHON) -m ruff format --check xdpmasq tests tools
 	$(PYTHON) -m mypy
+
+# the suite once more, with which lines of xdpmasq/ it runs: in tests, in commands, and in agents that are not killed
+coverage: setup
+	$(VENV)/bin/pip install -q 'coverage>=7.10'
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(PYTHON) -m coverage run -m pytest -n $$(nproc) --dist loadgroup
+	$(PYTHON) -m coverage combine -q
+	$(PYTHON) -m coverage report --skip-covered --sort=cover --fail-under=90
 
 # not part of `make test`: fetches a kernel once, and emulates a machine
 test-vm: setup

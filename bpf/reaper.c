@@ -12,7 +12,7 @@ enum reap_order {
 	REAP_KEEP, /* make them static: forwarded ports */
 	REAP_YIELD, /* static no more; running sessions go on */
 	REAP_HOLD, /* make a mapping static as it is, with its sessions */
-	REAP_TAKE, /* make a port static that is nobody's */
+	REAP_TAKE, /* make a port static that is nobody's, for an internal endpoint: a struct reap_taken in place of slots */
 	REAP_OPEN, /* return to the pool what another configuration had kept out of it */
 	REAP_BLOCK_IDLE, /* say of port blocks, in place of slots, that nothing seems to be in them */
 	REAP_BLOCK_FREE, /* give back those that are idle still */
@@ -24,6 +24,13 @@ enum reap_order {
 struct reap_request {
 	u32 order;
 	u32 count;
+};
+
+struct reap_taken {
+	u32 slot;
+	addr_t internal;
+	__be16 port;
+	u16 pad;
 };
 
 static __always_inline void slot_return(const struct settings *cfg, u32 slot)
@@ -69,18 +76,23 @@ static __always_inline void slot_hold(const struct settings *cfg, u32 slot)
 		host_mapping_ended(s->in.new_addr, slot_class(slot));
 }
 
-static __always_inline void slot_take(const struct settings *cfg, u32 slot)
+/* Whose it is stands there before a packet can meet it, which would else be led to whoever had the port last. */
+static __always_inline bool slot_take(const struct settings *cfg, const struct reap_taken *taken, u32 now)
 {
-	struct session *s = session_at(slot);
+	struct ends e = { .internal = taken->internal, .internal_port = taken->port };
+	struct session *s = session_at(taken->slot);
 	u64 life;
 
-	if (!s || slot >= further_base(cfg))
-		return;
+	if (!s || taken->slot >= further_base(cfg))
+		return false;
 	life = s->life;
-	if ((life & LIFE_STATE) == LIFE_LIVE ||
-	    (!(life & LIFE_STATE) && slot_is_of_pool(cfg, slot) && !slot_claim(slot)))
-		return;
-	life_swap(s, life, (life & ~LIFE_STATE) | LIFE_LIVE | LIFE_STATIC);
+	if (life & LIFE_LIVE || (!(life & LIFE_STATE) && slot_is_of_pool(cfg, taken->slot) && !slot_claim(taken->slot)))
+		return false;
+	if (!life_swap(s, life, ((life & ~LIFE_STATE) + LIFE_CHANGE) | LIFE_OPENING | LIFE_STATIC))
+		return false;
+	mapping_init(cfg, s, taken->slot, &e, now);
+	life_settle(s, 0);
+	return true;
 }
 
 static __always_inline void slot_yield(u32 slot)
@@ -123,10 +135,13 @@ int masq_reap(struct __sk_buff *skb)
 {
 	struct settings *cfg = settings_get();
 	struct reap_request request;
+	struct reap_taken taken;
 	u32 now = jiffies_now();
 
 	if (!cfg || bpf_skb_load_bytes(skb, REAP_SLOTS - sizeof(request), &request, sizeof(request)))
 		return 0;
+	if (request.order == REAP_TAKE)
+		return !bpf_skb_load_bytes(skb, REAP_SLOTS, &taken, sizeof(taken)) && slot_take(cfg, &taken, now);
 	if (request.order == REAP_BLOCK_TAKE) {
 		block_take_for(cfg, skb, now);
 		return now;
@@ -157,9 +172,6 @@ int masq_reap(struct __sk_buff *skb)
 			break;
 		case REAP_HOLD:
 			slot_hold(cfg, slot);
-			break;
-		case REAP_TAKE:
-			slot_take(cfg, slot);
 			break;
 		case REAP_OPEN:
 			slot_open(slot);

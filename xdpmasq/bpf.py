@@ -234,21 +234,11 @@ class Map(_Descriptor):
 
     def view(self, writable: bool = True) -> Array:
         """The values of a BPF_F_MMAPABLE array as one numpy array over the kernel's own memory."""
-        size = -(-self._stride * self.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
+        stride = -(-self.value_size // 8) * 8
+        size = -(-stride * self.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         memory = mmap.mmap(self.fd, size, mmap.MAP_SHARED, protection)
         return np.frombuffer(memory, self.value, self.max_entries)
-
-    def element(self, index: int) -> Array:
-        """The same of one entry, in an array of one: a large table takes some 20 ms to be mapped whole."""
-        page, start = divmod(index * self._stride, mmap.PAGESIZE)
-        memory = mmap.mmap(self.fd, start + self._stride, mmap.MAP_SHARED, offset=page * mmap.PAGESIZE)
-        return np.frombuffer(memory, self.value, 1, start)
-
-    @property
-    def _stride(self) -> int:
-        words: int = -(-self.value_size // 8)
-        return words * 8
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import random
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -26,7 +25,6 @@ from xdpmasq.abi import (
     LIFE_STATIC,
     PORTS,
     REAP_HOLD,
-    REAP_TAKE,
     REAP_YIELD,
 )
 from xdpmasq.tables import Tables
@@ -82,7 +80,8 @@ class Ports:
         return None if slot is None else int(slot)
 
     def is_static(self, slot: int) -> bool:
-        return _is_static(self._row(slot))
+        life = int(self._row(slot)["life"])
+        return bool(life & LIFE_STATIC and life & LIFE_STATE == LIFE_LIVE)
 
     # --- writing
 
@@ -129,16 +128,7 @@ class Ports:
     def _take(self, endpoint: Endpoint, slot: int) -> bool:
         if sockets.is_taken(endpoint.protocol, slot % PORTS):
             return False
-        self._reap(slot, REAP_TAKE)
-        session = self._tables.maps["sessions"].element(slot)[0]
-        if not _is_static(session):
-            return False
-        session["out"]["new_port"] = socket.htons(slot % PORTS)
-        session["out"]["new_addr"] = self._tables.settings["external"][slot // EXTERNAL_SLOTS]
-        session["in"]["new_port"] = socket.htons(endpoint.port)
-        session["in"]["new_addr"]["word"][0] = abi.addr(endpoint.address)[0][0]
-        session["mapping"] = slot
-        return True
+        return self._tables.take(self._reaper, slot, endpoint.address, endpoint.port)
 
     def _candidates(self, base: int, endpoint: Endpoint, suggested: int, exact: bool) -> Iterator[int]:
         host = endpoint.address
@@ -231,11 +221,6 @@ class Ports:
     def _key(self, endpoint: Endpoint) -> bytes:
         class_, wan = CLASSES.index(endpoint.protocol), self._wan_of(endpoint.address)
         return abi.mapping_key(endpoint.address, endpoint.port, class_, wan)
-
-
-def _is_static(session: Any) -> bool:
-    life = int(session["life"])
-    return bool(life & LIFE_STATIC and life & LIFE_STATE == LIFE_LIVE)
 
 
 def _drawn(ranges: list[range]) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
@@ -23,6 +24,7 @@ from xdpmasq.abi import (
     LIFE_STATE,
     LIFE_STATIC,
     REAP_MAX,
+    REAP_TAKE,
     ROLES,
     XDP_FROM,
     XDP_TO,
@@ -313,9 +315,20 @@ class Tables:
         """Has the kernel change ``slots`` by an order of ``enum reap_order``."""
         for start in range(0, len(slots), REAP_MAX):
             chunk = np.ascontiguousarray(slots[start : start + REAP_MAX], np.uint32)
-            request = np.array([order, len(chunk)], np.uint32)
-            # an EtherType for local experiments (IEEE 802), which keeps the kernel from reading more
-            program.test_run(bytes(12) + b"\x88\xb5" + bytes(2) + request.tobytes() + chunk.tobytes())
+            program.test_run(_reap_request(order, len(chunk), chunk.tobytes()))
+
+    def take(self, program: bpf.Program, slot: int, address: IPv4Address, port: int) -> bool:
+        """Has the kernel give an internal endpoint a port that is nobody's, for good; False: it is somebody's."""
+        taken = struct.pack("=I4s", slot, address.packed) + struct.pack("!H2x", port)
+        return bool(program.test_run(_reap_request(REAP_TAKE, 1, taken)).verdict)
+
+
+def _reap_request(order: int, count: int, what: bytes) -> bytes:
+    """``struct reap_request`` of bpf/reaper.c, and what follows it.
+
+    The frame has an EtherType for local experiments (IEEE 802), which keeps the kernel from reading more.
+    """
+    return bytes(12) + b"\x88\xb5" + bytes(2) + struct.pack("=II", order, count) + what
 
 
 def _replace(table: bpf.Map, wanted: Mapping[Any, Any]) -> None:

@@ -23,7 +23,16 @@ from harness import (
 from scapy.packet import Packet
 
 from xdpmasq import forwarding
-from xdpmasq.abi import LIFE_STATIC, PORTS, REAP_EXPIRED, REAP_RESTED, REAP_TAKE
+from xdpmasq.abi import (
+    LIFE_LIVE,
+    LIFE_OPENING,
+    LIFE_STATE,
+    LIFE_STATIC,
+    PORTS,
+    REAP_EXPIRED,
+    REAP_FORCED,
+    REAP_RESTED,
+)
 from xdpmasq.config import Config, Pcp, Ports
 from xdpmasq.leases import EVERYBODY, Book, Filters, Held
 from xdpmasq.ports import Endpoint
@@ -194,9 +203,33 @@ def test_a_port_that_a_packet_has_just_claimed(gateway: Gateway, book: Book) -> 
     """Its bit is set before its record is filled in: the reaper then leaves it alone."""
     slot = PORTS + 6000
     gateway.tables.claims[slot // 64] |= np.uint64(1 << slot % 64)
-    gateway.reap([slot], REAP_TAKE)
+    assert not gateway.tables.take(gateway.bench.programs["masq_reap"], slot, IPv4Address(HOST), 5000)
     assert gateway.tables.sessions["life"][slot] == 0
     assert given(book, suggested=6000) != 6000
+
+
+@pytest.mark.parametrize("state", ["free", "at rest", "a session's", "being opened"])
+def test_what_is_taken_is_its_hosts_at_once(gateway: Gateway, state: str) -> None:
+    """There is no moment in which the port is static, and still the one's who had it last."""
+    reaper, slot = gateway.bench.programs["masq_reap"], PORTS + 6000
+    if state != "free":
+        slot = PORTS + gateway.open(udp(OTHER_HOST, 5000, SERVER, 53))
+    if state == "at rest":
+        gateway.reap([slot], REAP_FORCED)
+    if state == "being opened":
+        gateway.tables.sessions["life"][slot] |= np.uint64(LIFE_OPENING)
+    before = gateway.tables.rows(np.array([slot]))[0].copy()
+    taken = gateway.tables.take(reaper, slot, IPv4Address(HOST), 5001)
+    assert taken == (state in ("free", "at rest"))
+    after = gateway.tables.rows(np.array([slot]))[0]
+    if not taken:
+        assert after == before
+        return
+    assert int(after["life"]) & (LIFE_STATE | LIFE_STATIC) == LIFE_LIVE | LIFE_STATIC
+    for side, address, port in (("in", HOST, 5001), ("out", GATEWAY, slot % PORTS)):
+        assert after[side]["new_addr"].tobytes() == IPv4Address(address).packed
+        assert int(after[side]["new_port"]) == socket.htons(port)
+    assert int(after["mapping"]) == slot
 
 
 def test_a_mapping_that_has_just_become_anothers(gateway: Gateway, book: Book) -> None:
