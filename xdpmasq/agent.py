@@ -412,6 +412,7 @@ class Agent:
     def stop(self) -> None:
         """After :meth:`serve`. With no interface left nothing holds the tables: then things are put back here."""
         self._let_go()
+        self.algs.pinholes.turns.close()
         if not datapath.find_of(self.config.wans):
             attachment.take_down(self.manifest)
 

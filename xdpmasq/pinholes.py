@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from xdpmasq import abi, bpf, calls, config, expiry, forwarding, sessions
+from xdpmasq import abi, bpf, calls, config, expiry, forwarding, presence, sessions
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS, REAP_YIELD
 from xdpmasq.alg.api import Endpoint, Refused
 from xdpmasq.ports import Endpoint as Mapped
@@ -201,7 +201,11 @@ def _groups(held: Held) -> tuple[int, IPv4Address, bytes]:
 
 
 class Pinholes:
-    """All of a datapath."""
+    """All of a datapath.
+
+    Attributes:
+        turns: for opening; commands take ports, too.
+    """
 
     def __init__(self, tables: Tables, reaper: bpf.Program, pools: config.Ports, hz: int) -> None:
         self._tables, self._hz = tables, hz
@@ -210,6 +214,7 @@ class Pinholes:
         self._clock = bpf.Clock(hz)
         self.set(reaper, pools)
         self._idle: set[int] = set()  # slots of ours that have no pinhole any more
+        self.turns = presence.Turns()
 
     def set(self, reaper: bpf.Program, pools: config.Ports) -> None:
         """As another configuration has it; what is open stays."""

@@ -26,7 +26,7 @@ def _path(name: str) -> Path:
 def _try_lock(path: Path) -> int | None:
     """A descriptor that holds the lock, or None while another process does."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = _opened(path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, fd):
@@ -35,6 +35,10 @@ def _try_lock(path: Path) -> int | None:
             os.close(fd)
             return None
         os.close(fd)
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _is_at(path: Path, fd: int) -> bool:
@@ -83,35 +87,37 @@ class Turns:
     """:func:`changing` for somebody who does it often: the file stays, open, until the next command removes it."""
 
     def __init__(self) -> None:
-        self._fd = -1
+        self._path, self._fd = _path("changing"), -1
 
     @contextlib.contextmanager
     def changing(self, patience_s: float) -> Iterator[None]:
         """Raises: BusyError, see there."""
-        fd = _locked(_path("changing"), self._try_lock, patience_s)
+        fd = _locked(self._path, self._try_lock, patience_s)
         try:
             yield
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
+        """Removes the file; should somebody else be at work, he will."""
         if self._fd >= 0:
+            with contextlib.suppress(BusyError), self.changing(0):
+                self._path.unlink(missing_ok=True)
             os.close(self._fd)
         self._fd = -1
 
     def _try_lock(self, path: Path) -> int | None:
+        if self._fd < 0:
+            self._fd = _opened(path)
         try:
-            if self._fd >= 0:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(path, self._fd):
-                    return self._fd
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if _is_at(path, self._fd):
-                return None
-        self.close()
-        fd = _try_lock(path)
-        self._fd = -1 if fd is None else fd
-        return fd
+            return None
+        if not _is_at(path, self._fd):
+            os.close(self._fd)
+            self._fd = -1
+            return self._try_lock(path)
+        return self._fd
 
 
 @contextlib.contextmanager

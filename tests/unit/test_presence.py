@@ -50,6 +50,20 @@ def test_a_file_that_a_command_has_removed_is_no_turn(run: Path) -> None:
     turns.close()
 
 
+def test_the_file_goes_at_the_end(run: Path) -> None:
+    turns = presence.Turns()
+    with turns.changing(0):
+        pass
+    turns.close()
+    assert list(run.iterdir()) == []
+    with turns.changing(0):
+        pass
+    with presence.changing(0):
+        turns.close()
+        assert len(list(run.iterdir())) == 1, "somebody is at work, and removes it himself"
+    assert list(run.iterdir()) == []
+
+
 def test_a_turn_ends_with_an_error(run: Path) -> None:
     turns = presence.Turns()
     with pytest.raises(ZeroDivisionError), turns.changing(0):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpmasq import abi, calls, presence
+from xdpmasq import abi, calls
 from xdpmasq.abi import CLASSES, EXTERNAL_SLOTS, LIFE_LIVE, LIFE_STATE, PORTS
 from xdpmasq.alg import switches
 from xdpmasq.alg.api import Address, Control, Endpoint, Refused
@@ -24,8 +24,6 @@ from xdpmasq.tables import Tables
 MOST_OF_A_HOST = 256  # pinholes; and calls
 MOST_OF_A_MESSAGE = 64  # calls of SessionsOpenings.open
 CLI_S = 0.2  # that a message may wait for a command at work
-
-_turns = presence.Turns()  # this process's
 
 
 @dataclass
@@ -83,7 +81,7 @@ class SessionsOpenings:
         if not self._has(wish):
             self.pinholes.keep_latest(self.owner, self.most - len(wish.endpoints))
         try:
-            with _turns.changing(CLI_S):  # commands take ports, too
+            with self.pinholes.turns.changing(CLI_S):
                 return self._outside(self.pinholes.open(self.owner, self.wan, wish))
         except BusyError as error:
             raise Refused(error.what) from error
