@@ -5,7 +5,7 @@
 # make check   lint and types only
 # make coverage    the suite, and which lines of the Python code it runs: half an hour
 # make test-debian    the demo, and some tests, on Debian 12's own libraries, without a virtual environment
-# make test-vm   what needs VLANs, PPP, flowtables, cards of several queues: in a virtual machine, minutes
+# make test-vm   what needs another kernel, VLANs, PPP, flowtables, cards of several queues: in a virtual machine, an hour
 # make test-programs   the ALGs with telephones, players and games that are too big for make test: two minutes
 # make fuzz      every ALG is told a million spoilt talks: an hour of one CPU, and more
 # make fuzz-packets   a hundred million mutated packets through every program: up to an hour; PACKETS=1000000 for fewer
@@ -66,11 +66,12 @@ coverage: setup
 	$(PYTHON) -m coverage combine -q
 	$(PYTHON) -m coverage report --skip-covered --sort=cover --fail-under=90
 
-# not part of `make test`: fetches a kernel once, and emulates a machine
+# not part of `make test`: fetches the kernels of Debian 12 and of its backports once, and emulates a machine
+VM_SUITES := bookworm bookworm-backports
 test-vm: setup
 	@# compiled here, and found in the cache there: an emulated machine takes minutes for it
-	$(PYTHON) -c 'from xdpmasq import programs; programs.compile_ahead(); programs.compile_ahead(ethernet=False)'
-	tests/vm/run $(PYTHON) -m pytest tests/vm
+	PYTHONPATH=. $(PYTHON) tests/vm/test_programs.py
+	for suite in $(VM_SUITES); do VM_SUITE=$$suite tests/vm/run $(PYTHON) -m pytest tests/vm || exit 1; done
 
 # not part of `make test`: 90 MB of packages, and calls and films that last as long as they last
 PROGRAMS := baresip-core kamailio ffmpeg gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good python3-gi darkplaces-server qstat

@@ -53,12 +53,14 @@ static __always_inline long sequences_change(const struct packet *p, const struc
 	u32 sack = option_find(p, p->l4 + sizeof(struct tcp_header), p->payload, TCP_OPTION_SACK, TCP_OPTION_SACK);
 
 #pragma clang loop unroll(disable)
-	for (u32 i = p->alg & ALG_READ; i < 2 + SACK_EDGES; i++) {
+	for (u32 i = 0; i < 2 + SACK_EDGES; i++) { /* from a constant: Linux 6.1 would count on for ever */
 		u32 at = i < 2 ? p->l4 + offsetof(struct tcp_header, seq) + i * sizeof(__be32) : sack + 2 + (i - 2) * sizeof(__be32);
 		__be32 *place = packet_at(p, at, sizeof(*place));
 		addr_t old, new;
 		u32 delta;
 
+		if (!i && p->alg & ALG_READ)
+			continue;
 		if ((i && !(p->tcp_flags & TCP_ACK)) || (i > 1 && (!sack || at + sizeof(*place) > p->payload)))
 			break;
 		if (!place)

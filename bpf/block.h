@@ -24,7 +24,8 @@ static __always_inline struct tenant *tenant_get(addr_t addr)
 
 static __always_inline struct block *block_at(u32 number)
 {
-	return blocks.lookup(&number);
+	u64 key = number;
+	return blocks.lookup((u32 *)&key);
 }
 
 static __always_inline bool block_swap(u32 number, enum block_state from, enum block_state to)
@@ -53,14 +54,14 @@ static __always_inline u32 block_with_room(const struct settings *cfg, const str
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < CLAIM_WORDS; i++) {
-		u32 nth = (start + i) % (cfg->host_blocks << shift), number, word;
-		u64 *claim;
+		u32 nth = (start + i) % (cfg->host_blocks << shift), number;
+		u64 word, *claim;
 
 		number = tenant->block[(nth >> shift) & (HOST_BLOCKS - 1)] - 1;
 		if (number / BLOCKS != external)
 			continue;
 		word = slot_of(external, class, 0) / 64 + (number % BLOCKS << shift) + (nth & ((1 << shift) - 1));
-		claim = claims.lookup(&word);
+		claim = claims.lookup((u32 *)&word);
 		if (claim && ~*claim & fitting)
 			return number;
 	}

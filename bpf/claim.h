@@ -4,9 +4,8 @@
 
 static __always_inline bool slot_claim(u32 slot)
 {
-	u64 bit = 1ULL << (slot % 64);
-	u32 word = slot / 64;
-	u64 *claim = claims.lookup(&word);
+	u64 bit = 1ULL << (slot % 64), word = slot / 64;
+	u64 *claim = claims.lookup((u32 *)&word);
 
 	/* Look before the atomic: most tries on a full pool then cost no locked access. */
 	return claim && !(*claim & bit) && !(__sync_fetch_and_or(claim, bit) & bit);
@@ -14,8 +13,7 @@ static __always_inline bool slot_claim(u32 slot)
 
 static __always_inline void slot_release(u32 slot)
 {
-	u32 word = slot / 64;
-	u64 *claim = claims.lookup(&word);
+	u64 word = slot / 64, *claim = claims.lookup((u32 *)&word);
 
 	if (claim)
 		__sync_fetch_and_and(claim, ~(1ULL << (slot % 64)));
@@ -39,8 +37,8 @@ static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool, u6
 	u32 low = (base + pool->first[0]) / 64, high = (base + pool->first[1]) / 64;
 	u32 low_words = (pool->first[0] % 64 + pool->count[0] + 63) / 64;
 	u32 words = low_words + (pool->first[1] % 64 + pool->count[1] + 63) / 64;
-	u32 start = bpf_get_prandom_u32(), gap = high - low - low_words, word = 0;
-	u64 free = 0;
+	u32 start = bpf_get_prandom_u32(), gap = high - low - low_words;
+	u64 word = 0, free = 0;
 
 	if (!words)
 		return NO_SLOT;
@@ -50,7 +48,7 @@ static __always_inline u32 slot_claim_scan(u32 base, const struct pool *pool, u6
 		u64 *claim;
 
 		word = low + nth + ((is_below(nth, low_words) - 1) & gap);
-		claim = claims.lookup(&word);
+		claim = claims.lookup((u32 *)&word);
 		if (!claim)
 			return NO_SLOT;
 		free = ~*claim & fitting;
@@ -108,8 +106,8 @@ static __always_inline bool slot_is_of_pool(const struct settings *cfg, u32 slot
 static __always_inline u32 slot_claim_further(const struct settings *cfg, u32 place)
 {
 	u32 first = further_base(cfg) / 64, mask = cfg->further / 64 - 1; /* their number is a power of two */
-	u32 start = bpf_get_prandom_u32(), stride = bpf_get_prandom_u32() | 1, word = 0; /* odd: it meets every word */
-	u64 free = 0;
+	u32 start = bpf_get_prandom_u32(), stride = bpf_get_prandom_u32() | 1; /* odd: it meets every word */
+	u64 word = 0, free = 0;
 
 	if (slot_claim(place))
 		return place;
@@ -120,7 +118,7 @@ static __always_inline u32 slot_claim_further(const struct settings *cfg, u32 pl
 		u64 *claim;
 
 		word = first + ((start + i * stride) & mask);
-		claim = claims.lookup(&word);
+		claim = claims.lookup((u32 *)&word);
 		if (!claim)
 			return NO_SLOT;
 		free = ~*claim;

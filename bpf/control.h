@@ -5,7 +5,8 @@
 static __always_inline u8 alg_mark(u32 class, __be16 server_port, addr_t internal)
 {
 	struct scratch *scratch = scratch_get();
-	u32 zero = 0, *some = alg_count.lookup(&zero);
+	u64 zero = 0;
+	u32 *some = alg_count.lookup((u32 *)&zero);
 
 	if (!some || !*some || !scratch)
 		return 0;

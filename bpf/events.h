@@ -8,14 +8,14 @@
 /* The place of the next event; NULL when nobody watches. */
 static __always_inline struct event *event_begin(u32 now, u64 *number)
 {
-	u32 zero = 0, place;
-	struct watch *watcher = watch.lookup(&zero);
+	u64 zero = 0, place;
+	struct watch *watcher = watch.lookup((u32 *)&zero);
 
 	if (!watcher || watcher->until - now >= WATCH_MOST)
 		return NULL;
 	*number = __sync_fetch_and_add(&watcher->next, 1);
 	place = *number & (EVENTS - 1);
-	return events.lookup(&place);
+	return events.lookup((u32 *)&place);
 }
 
 static __always_inline void event_note(struct event *e, const struct session *s)

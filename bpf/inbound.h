@@ -32,7 +32,8 @@ static __always_inline u32 forward_index(const struct packet *p, u32 external)
 
 static __always_inline struct forward *forward_at(u32 index)
 {
-	return forward_rules.lookup(&index);
+	u64 key = index;
+	return forward_rules.lookup((u32 *)&key);
 }
 
 /* Some rules have an end, and a triggered one is none before somebody has it. */
@@ -197,7 +198,8 @@ static __always_inline bool session_is_embryo(const struct session *s)
 
 static __always_inline bool embryo_is_at(u32 place)
 {
-	u32 *embryo = embryos.lookup(&place);
+	u64 key = place;
+	u32 *embryo = embryos.lookup((u32 *)&key);
 	struct session *s = embryo ? session_at(*embryo) : NULL;
 
 	return s && session_is_embryo(s);
@@ -208,10 +210,11 @@ static __always_inline bool embryo_is_at(u32 place)
  */
 static __always_inline void embryo_admit(const struct settings *cfg, u32 slot, u32 now)
 {
-	u32 first = random_below(EMBRYOS), place = embryo_is_at(first) ? random_below(EMBRYOS) : first;
-	u32 *embryo = embryos.lookup(&place);
+	u32 first = random_below(EMBRYOS), *embryo;
+	u64 place = embryo_is_at(first) ? random_below(EMBRYOS) : first;
 	struct session *old;
 
+	embryo = embryos.lookup((u32 *)&place);
 	if (!embryo)
 		return;
 	old = session_at(*embryo);
@@ -325,6 +328,11 @@ static __always_inline struct session *session_admit(const struct settings *cfg,
 		*verdict = drop(COUNT_drop_reply_taken);
 		return NULL;
 	}
+	if (!packet_blur(p)) { /* as in session_open() */
+		*verdict = DROP;
+		return NULL;
+	}
+	slot = slot_blur(slot);
 	if (s && session_reopen(cfg, s, e, p->now))
 		return s;
 	if (f && !slot_adopt(cfg, slot, e, p->now)) {

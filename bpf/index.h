@@ -90,8 +90,8 @@ static __always_inline u32 flow_hash(const struct settings *cfg, const struct fl
  */
 static __always_inline struct front *front_of(const struct settings *cfg, u64 hash)
 {
-	u32 nth = (hash >> 32) * cfg->fronts >> 32;
-	return fronts.lookup(&nth);
+	u64 nth = (hash >> 32) * cfg->fronts >> 32;
+	return fronts.lookup((u32 *)&nth);
 }
 
 static __always_inline u64 front_entry(u64 hash, u32 slot)
@@ -117,13 +117,15 @@ static __always_inline void front_put(const struct settings *cfg, struct mapping
 {
 	u64 hash = endpoint_hash(cfg, internal);
 	struct front *front = front_of(cfg, hash);
+	u32 free = FRONT_ENTRIES;
 
 	if (!front || front_find(front, hash) != NO_SLOT)
 		return;
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < FRONT_ENTRIES; i++)
-		if (!front->entry[i] && !__sync_val_compare_and_swap(&front->entry[i], 0, front_entry(hash, slot)))
-			break;
+		free = choose(is_any(front->entry[i]), free, i);
+	if (free < FRONT_ENTRIES)
+		__sync_val_compare_and_swap(&front->entry[free], 0, front_entry(hash, slot));
 }
 
 static __always_inline void front_take(const struct settings *cfg, struct mapping_key internal, u32 slot)
@@ -158,15 +160,15 @@ static __always_inline u32 further_place(const struct settings *cfg, u32 mapping
 
 static __always_inline struct bucket *bucket_of(const struct settings *cfg, u32 hash)
 {
-	u32 nth = (u64)hash * cfg->buckets >> 32;
-	return buckets.lookup(&nth);
+	u64 nth = (u64)hash * cfg->buckets >> 32;
+	return buckets.lookup((u32 *)&nth);
 }
 
 /* How many entries the buckets near that of a hash have. Mostly none, and then no cold line of theirs need be read. */
 static __always_inline u64 *group_of(u32 hash)
 {
-	u32 nth = hash >> (32 - GROUP_BITS);
-	return groups.lookup(&nth);
+	u64 nth = hash >> (32 - GROUP_BITS);
+	return groups.lookup((u32 *)&nth);
 }
 
 /* Never 0, which is no entry. */

@@ -1,6 +1,9 @@
 /* Every map with a line of purpose, and its small accessors. Map methods work only in the main text and never
  * through a macro or an argument (bcc), hence one accessor for each.
  *
+ * A number that is a key is written as a whole word of the stack. Of one that is written by half the verifier believes that
+ * what stood there before is still wanted, and tells ways apart by it. The kernel reads the half (of a little-endian word).
+ *
  * How large those are that are SIZED is a setting: the control plane, which creates the maps, knows (programs.py).
  */
 #define SIZED 64
@@ -54,8 +57,8 @@ BPF_TABLE("array", u32, struct manifest, manifest, 1);
 
 static __always_inline struct scratch *scratch_get(void)
 {
-	u32 zero = 0;
-	return scratches.lookup(&zero);
+	u64 zero = 0;
+	return scratches.lookup((u32 *)&zero);
 }
 
 static __always_inline u32 jiffies_now(void)
@@ -65,18 +68,20 @@ static __always_inline u32 jiffies_now(void)
 
 static __always_inline struct session *session_at(u32 slot)
 {
-	return sessions.lookup(&slot);
+	u64 key = slot;
+	return sessions.lookup((u32 *)&key);
 }
 
 static __always_inline struct settings *settings_get(void)
 {
-	u32 zero = 0;
-	return settings.lookup(&zero);
+	u64 zero = 0;
+	return settings.lookup((u32 *)&zero);
 }
 
 static __always_inline struct interface *interface_at(u32 ifindex)
 {
-	return interfaces.lookup(&ifindex);
+	u64 key = ifindex;
+	return interfaces.lookup((u32 *)&key);
 }
 
 static __always_inline struct ends *ends_blank(void)
@@ -90,19 +95,21 @@ static __always_inline struct ends *ends_blank(void)
 }
 
 /* Makes the verifier forget what it has concluded about a packet. It would otherwise follow the long way of opening a
- * session once for every way in which a packet may have been parsed, and give up. Only for cold paths.
+ * session once for every way in which a packet may have been parsed, and give up. Only for cold paths. What does not heed
+ * that it failed, which never happens, is walked once more with all that was to be forgotten.
  */
-static __always_inline void packet_blur(struct packet *p)
+static __always_inline bool packet_blur(struct packet *p)
 {
 	struct scratch *scratch = scratch_get();
 	struct packet *blur;
 
 	if (!scratch)
-		return;
+		return false;
 	blur = &scratch->blurred;
 	__builtin_memcpy(&blur->now, &p->now, sizeof(*p) - offsetof(struct packet, now));
 	asm volatile("" : : "r"(blur) : "memory");
 	__builtin_memcpy(&p->now, &blur->now, sizeof(*p) - offsetof(struct packet, now));
+	return true;
 }
 
 static __always_inline u32 slot_blur(u32 slot)

@@ -68,9 +68,9 @@ static __always_inline u32 route_to(const struct packet *p, addr_t dst)
 /* bpf_check_mtu is the cheapest helper that knows. */
 static __always_inline bool device_is_there(const struct packet *p, u32 ifindex)
 {
-	u32 mtu = 0;
+	u64 mtu = 0; /* as keys are, see maps.h */
 
-	return bpf_check_mtu(p->skb, ifindex, &mtu, 0, 0) != NO_SUCH_DEVICE;
+	return bpf_check_mtu(p->skb, ifindex, (u32 *)&mtu, 0, 0) != NO_SUCH_DEVICE;
 }
 
 /* bcc declares this helper with an argument too few. */

@@ -268,7 +268,7 @@ static __always_inline enum verdict parse(struct packet *p)
 
 	p->l4 = p->l3 + header;
 	p->l4_len = total - header;
-	p->options = header > sizeof(*ip);
+	p->options = is_below(sizeof(*ip), header); /* by a jump, Linux 6.1 would walk on with a header longer than 20 and shorter than 21 */
 	p->src = ip->src;
 	p->dst = ip->dst;
 	p->ttl = ip->ttl;

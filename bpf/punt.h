@@ -7,7 +7,8 @@
 
 static __always_inline bool budget_spend(const struct settings *cfg, u32 reason, u32 now)
 {
-	struct budget *budget = budgets.lookup(&reason);
+	u64 key = reason;
+	struct budget *budget = budgets.lookup((u32 *)&key);
 
 	if (!budget)
 		return false;

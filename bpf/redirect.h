@@ -179,8 +179,9 @@ static __always_inline struct redirected *redirected_open(const struct settings 
 	struct forward *f;
 	u32 index;
 
-	packet_blur(p);
 	*verdict = PASS;
+	if (!packet_blur(p))
+		return NULL;
 	f = redirect_for(p, &index);
 	if (!f || runs_already(cfg, p))
 		return NULL;

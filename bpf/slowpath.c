@@ -86,8 +86,7 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 	struct ends *e = ends_blank();
 	u32 external;
 
-	packet_blur(p);
-	if (!e) {
+	if (!e || !packet_blur(p)) {
 		*verdict = DROP;
 		return NULL;
 	}
@@ -112,13 +111,14 @@ static __always_inline struct session *session_open(const struct settings *cfg, 
 		host = host_get(cfg, p->src, p->now);
 	if (host)
 		*verdict = host_may_open(cfg, host, p->class, slot == NO_SLOT, p->now);
+	if (*verdict == CONTINUE && !packet_blur(p)) /* again: what was asked since leaves many ways */
+		*verdict = DROP;
 	if (*verdict != CONTINUE)
 		return NULL;
 	/* Counted before others can see it: it could end, and be counted off, at once-> */
 	if (host)
 		__sync_fetch_and_add(&host->sessions, 1);
 	e->marks |= host ? SESSION_COUNTED : 0;
-	asm volatile("" : : "r"(e) : "memory"); /* or the verifier has much more to walk */
 	s = NULL;
 	e->is_mapped = true;
 	if (slot == NO_SLOT) {
@@ -159,6 +159,8 @@ static __always_inline enum verdict translate_outbound(const struct settings *cf
 			event_refused(endpoint(p->src, p->src_port, p->class, p->wan), p->dst, p->dst_port, p->now);
 			return refusal_send(cfg, p, verdict);
 		}
+		if (!packet_blur(p)) /* from here on a new session is like any other */
+			return DROP;
 	}
 	if (s->out.marks & SESSION_ALG) {
 		verdict = alg_read(cfg, p, s, PUNT_ALG_OUT);
@@ -257,7 +259,8 @@ static __always_inline enum verdict packet_read(struct packet *p)
 	p->alg = alg_marks(p->skb);
 	if (p->alg)
 		p->skb->mark = 0;
-	packet_blur(p);
+	if (verdict == CONTINUE && !packet_blur(p))
+		verdict = DROP;
 	return verdict;
 }
 
@@ -301,6 +304,8 @@ static __always_inline enum verdict translate_inbound(const struct settings *cfg
 		s = session_admit(cfg, p, slot, s, &verdict);
 		if (!s)
 			return verdict;
+		if (!packet_blur(p)) /* as on the way out */
+			return DROP;
 	}
 	if (s->out.marks & SESSION_ALG) {
 		verdict = alg_read(cfg, p, s, PUNT_ALG_IN);

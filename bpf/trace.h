@@ -6,14 +6,14 @@ _Static_assert(COUNTER_MAX <= 64 * TRACE_WORDS, "a bit for each counter");
 
 static __always_inline struct tracing *tracing_get(void)
 {
-	u32 zero = 0;
-	return tracing.lookup(&zero);
+	u64 zero = 0;
+	return tracing.lookup((u32 *)&zero);
 }
 
 static __always_inline struct sight *sight_get(void)
 {
-	u32 zero = 0;
-	return sights.lookup(&zero);
+	u64 zero = 0;
+	return sights.lookup((u32 *)&zero);
 }
 
 static __always_inline bool is_traced_now(const struct tracing *t, u32 now)
@@ -55,8 +55,7 @@ static __always_inline void trace_begin(const struct packet *p)
 	look_at(p->skb, p->l3, &sight->before);
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < COUNTER_MAX; i++) {
-		u32 reason = i;
-		u64 *counter = counters.lookup(&reason);
+		u64 reason = i, *counter = counters.lookup((u32 *)&reason);
 
 		if (!counter)
 			return;
@@ -80,8 +79,8 @@ static __always_inline void trace_write(struct __sk_buff *skb, struct tracing *t
 					enum trace_hook hook, u32 verdict)
 {
 	u64 number = __sync_fetch_and_add(&t->next, 1);
-	u32 place = number & (TRACES - 1);
-	struct traced *told = traces.lookup(&place);
+	u64 place = number & (TRACES - 1);
+	struct traced *told = traces.lookup((u32 *)&place);
 
 	if (!told)
 		return;
@@ -90,8 +89,7 @@ static __always_inline void trace_write(struct __sk_buff *skb, struct tracing *t
 	__builtin_memset(told->counted, 0, sizeof(told->counted));
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < COUNTER_MAX; i++) {
-		u32 reason = i;
-		u64 *counter = counters.lookup(&reason);
+		u64 reason = i, *counter = counters.lookup((u32 *)&reason);
 
 		if (!counter)
 			return;

@@ -12,7 +12,8 @@ static __always_inline struct forward *trigger_find(const struct packet *p, u32 
 /* Asked once a session, so that other packets need no look. */
 static __always_inline u8 trigger_mark(const struct packet *p)
 {
-	u32 zero = 0, *count = triggers.lookup(&zero);
+	u64 zero = 0;
+	u32 *count = triggers.lookup((u32 *)&zero);
 
 	if (!count || !*count)
 		return 0;

@@ -12,7 +12,7 @@ enum verdict {
 
 static __always_inline void count(u32 reason)
 {
-	u64 *counter = counters.lookup(&reason);
+	u64 key = reason, *counter = counters.lookup((u32 *)&key);
 	if (counter)
 		(*counter)++;
 }
@@ -22,8 +22,8 @@ static __always_inline void count(u32 reason)
  */
 static __always_inline void carry(enum counter kind, u32 wan, u32 bytes)
 {
-	u32 place = wan * KINDS_TRANSLATED + kind;
-	struct traffic *sum = translations.lookup(&place);
+	u64 place = wan * KINDS_TRANSLATED + kind;
+	struct traffic *sum = translations.lookup((u32 *)&place);
 
 	count(kind);
 	if (sum) {

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The kernel of bookworm-backports: xdpmasq needs 6.12. From wherever the machine has its packages.
+# The kernel of bookworm-backports, which has TCX. From wherever the machine has its packages.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 mirror=$(apt-get indextargets --format "\$(REPO_URI)" | grep -m1 '/debian/$')

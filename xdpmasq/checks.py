@@ -10,7 +10,7 @@ from xdpmasq.config import Config
 from xdpmasq.errors import HostError, InterfaceError
 from xdpmasq.net import ifaddrs, netdev
 
-OLDEST_KERNEL = (6, 12)
+OLDEST_KERNEL = (6, 1)
 LOOPBACK = "lo"
 
 
@@ -21,7 +21,7 @@ def check_host() -> None:
     if kernel.release() < OLDEST_KERNEL:
         raise HostError(
             f"kernel {'.'.join(map(str, kernel.release()))} is too old",
-            "xdpmasq needs 6.12 or later, whose verifier follows programs of this length; it is tested on 6.18",
+            "xdpmasq needs 6.1 or later, whose verifier follows its programs; it is tested on 6.1, 6.12 and 6.18",
             "upgrade the kernel",
         )
 

@@ -40,9 +40,9 @@ def _sizes(further: int, externals: int, blocks: bool) -> dict[str, int]:
     }
 
 
-def compile_ahead(*, ethernet: bool = True) -> None:
-    """Has the compiler's work for :class:`Programs` of the most usual kind done, and kept, before it is wanted."""
-    text, defines = source.flatten(), _defines(1, 1, False)
+def compile_ahead(externals: int = 1, wans: int = 1, *, blocks: bool = False, ethernet: bool = True) -> None:
+    """Has the compiler's work for :class:`Programs`, of the most usual kind, done, and kept, before it is wanted."""
+    text, defines = source.flatten(), _defines(externals, wans, blocks)
     compiler.compile(text, defines, _groups(text, ethernet=ethernet))
     compiler.compile(source.flatten(source.RESTORE), defines)
 

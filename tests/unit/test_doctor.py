@@ -209,7 +209,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch, local: str, level: str, left: st
 
 
 @pytest.mark.parametrize(
-    ("release", "level"), [((6, 11), "block"), ((6, 12), "ok"), ((6, 18), "ok"), ((0, 0), "block")]
+    ("release", "level"), [((5, 19), "block"), ((6, 0), "block"), ((6, 1), "ok"), ((6, 18), "ok"), ((0, 0), "block")]
 )
 def test_kernel(monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], level: str) -> None:
     monkeypatch.setattr(kernel, "release", lambda: release)
