@@ -335,21 +335,33 @@ class Agent:
 
     def _tick(self) -> None:
         self.pulse.tick()
-        self._safely(self._beat)
-        self._safely(self._end_expired_forwards)
-        self._safely(self._forwards.run)
-        self._safely(self.algs.tick)
+        for step in (
+            self._beat,
+            self._end_expired_forwards,
+            self._forwards.run,
+            self.algs.tick,
+            self.algs.pinholes.tick,
+            self._follow_wishes,
+            self._route,
+            self._expire,
+            self._blocks.run,
+            self._look_after_tcx,
+            self._report,
+        ):
+            self._safely(step)
+            self._safely(self.punting.serve)  # a host's packet waits for one of these at most, a millisecond or so
+        self._notify(notify.ALIVE)
+
+    def _follow_wishes(self) -> None:
+        """Rules may have come that need a program where there is none."""
         if self._hairpins_own != self._attaching.on_loopback or self._redirects != self._wants_redirects:
             self._look()
-        self._safely(self._route)
+
+    def _expire(self) -> None:
         with self.pulse.expiring():
-            self._safely(self._expiry.run)
-        self._safely(self._blocks.run)
+            self._expiry.run()
         if self._expiry.looked_at <= FEW and not self._forwards.has_default:
             self.tables.let_go()
-        self._safely(self._look_after_tcx)
-        self._safely(self._report)
-        self._notify(notify.ALIVE)
 
     def _beat(self) -> None:
         """The programs punt nothing to an agent that has not been seen for long."""

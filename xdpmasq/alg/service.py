@@ -372,7 +372,7 @@ class Service:
         return {name: dict(counts) for name, counts in sorted(self.counts.items())}
 
     def tick(self) -> None:
-        """Forgets sessions that have ended, reads no more in those whose ALG was switched off; ends pinholes.
+        """Forgets sessions that have ended, reads no more in those whose ALG was switched off.
 
         What another session has had followed is, as long as it lives.
         """
@@ -381,7 +381,6 @@ class Service:
         switches.forget(self._tables)
         for name in switches.names(self._tables):  # or its first message would wait for its module
             self._alg(name)
-        self.pinholes.tick()
 
     def _look_after_sessions(self) -> None:
         """The table is read as a whole, and each question asked once: there may be thousands of sessions."""

@@ -338,7 +338,6 @@ def test_shifts_are_folded(service: Service, asked: _Session, monkeypatch: Any, 
         ended = _Session(asked.alg, asked.control, asked.openings, 0)
         service._sessions |= {b"\1": asked, b"\2": other, b"\3": ended, b"\4": ended}
         service._controls = table({1: (0, 103), 2: (0, 5), 3: (7, 0)})
-        service.pinholes = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
         monkeypatch.setattr(service, "_alg_of", lambda *_: asked.alg)
         monkeypatch.setattr("xdpmasq.alg.switches.forget", lambda _: None)
         monkeypatch.setattr("xdpmasq.alg.switches.names", lambda _: set())
@@ -365,7 +364,6 @@ def test_behind_a_gap_nothing_is_read(service: Service, asked: _Session) -> None
 def test_what_is_on_is_there_before_its_first_message(service: Service, monkeypatch: Any) -> None:
     asked: list[str] = []
     service._find = lambda name: asked.append(name) or Given()  # type: ignore[func-returns-value]
-    service.pinholes = SimpleNamespace(tick=lambda: None)  # type: ignore[assignment]
     monkeypatch.setattr("xdpmasq.alg.switches.forget", lambda _: None)
     monkeypatch.setattr("xdpmasq.alg.switches.names", lambda _: {"given"})
     for _ in range(2):
