@@ -71,7 +71,7 @@ test-vm: setup
 	@# compiled here, and found in the cache there: an emulated machine takes minutes for it
 	PYTHONPATH=. $(PYTHON) tests/vm/test_programs.py
 	@# of Linux 6.1 what has been seen to pass there
-	VM_SUITE=bookworm tests/vm/run $(PYTHON) -m pytest tests/vm/test_programs.py tests/vm/test_flowtable.py
+	VM_SUITE=bookworm tests/vm/run $(PYTHON) -m pytest tests/vm/test_programs.py tests/vm/test_flowtable.py tests/vm/test_multiqueue.py
 	tests/vm/run $(PYTHON) -m pytest tests/vm
 
 # not part of `make test`: 90 MB of packages, and calls and films that last as long as they last
