@@ -6,6 +6,7 @@ What becomes of packets is looked at in the lab (tests/netns/test_alg_programs.p
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from xdpmasq.alg.openings import SessionsOpenings
 from xdpmasq.alg.packets import Packet
 from xdpmasq.alg.service import LATE_MOST, LONG_S, PAUSE_S, Service, _Session
 from xdpmasq.alg.stream import Shifts, Step
-from xdpmasq.alg.timelimit import schedstat, waited_s
+from xdpmasq.alg.timelimit import TimeLimit, schedstat, waited_s
 
 
 def forever() -> None:
@@ -176,6 +177,22 @@ def test_a_busy_machine_makes_nobody_late(service: Service, asked: _Session, mon
 
     asked.alg.does = takes_long  # type: ignore[attr-defined]
     assert service._edited(asked, Side.INSIDE, b"said") == b"edited"
+
+
+def test_a_limit_ends_where_its_time_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late at the very end: nothing is raised there, where the timer would be left running."""
+    limit, really = TimeLimit(0.05, spared=""), signal.setitimer
+
+    def setitimer(kind: int, *seconds: float) -> None:
+        if seconds == (0,):
+            time.sleep(0.06)  # the timer has its time before it is stopped
+        really(kind, *seconds)
+
+    monkeypatch.setattr(signal, "setitimer", setitimer)
+    with limit:
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    time.sleep(0.1)
 
 
 def test_a_thread_waits_for_a_cpu() -> None:
