@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network
 from typing import Any
 
-from xdpmasq import bpf, datapath, hooks, sysctls, vlans
+from xdpmasq import bpf, datapath, hooks, sysctls, tcx, vlans
 from xdpmasq.errors import InterfaceError
 from xdpmasq.hooks import Hook
 from xdpmasq.net import clsact, netdev, routing, xdp
@@ -24,7 +24,7 @@ from xdpmasq.programs import Programs
 @functools.cache
 def uses_tcx() -> bool:
     """Whether this process attaches TC programs by TCX."""
-    return os.environ.get("XDPMASQ_TC") != "clsact" and bpf.has_tcx()
+    return os.environ.get("XDPMASQ_TC") != "clsact" and tcx.is_there()
 
 
 @contextlib.contextmanager
@@ -39,22 +39,22 @@ def _current(index: int) -> Iterator[int | None]:
         yield program.fd if ours else None
 
 
-def _ours_on_tcx(index: int, hook: bpf.TcHook) -> list[bpf.Program]:
+def _ours_on_tcx(index: int, hook: hooks.TcHook) -> list[bpf.Program]:
     found = []
-    for number in bpf.tcx_programs(index, hook):
+    for number in tcx.programs(index, hook):
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile
             found.append(bpf.Program.by_id(number))
     return [program for program in found if program.name.startswith(hooks.PROGRAM)]
 
 
-def _our_filters(index: int, hook: bpf.TcHook) -> list[clsact.Filter]:
+def _our_filters(index: int, hook: hooks.TcHook) -> list[clsact.Filter]:
     return [each for each in clsact.filters(index) if (each.name, each.direction) == (hooks.FILTER, hook)]
 
 
 def tc_programs(link: netdev.Link) -> set[tuple[str, int]]:
     """(hook, program's id) of all programs where ours would be attached, others' included."""
     if uses_tcx():
-        return {(hook, number) for hook in hooks.TC for number in bpf.tcx_programs(link.index, hook)}
+        return {(hook, number) for hook in hooks.TC for number in tcx.programs(link.index, hook)}
     return {(each.direction, each.prog_id) for each in clsact.filters(link.index)}
 
 
@@ -82,12 +82,12 @@ def put(link: netdev.Link, hook: Hook, programs: Programs) -> None:
             _clear_tcx(link, hook.kind)
 
 
-def _put_on_tcx(link: netdev.Link, hook: bpf.TcHook, program: bpf.Program) -> None:
+def _put_on_tcx(link: netdev.Link, hook: hooks.TcHook, program: bpf.Program) -> None:
     there = next(iter(_ours_on_tcx(link.index, hook)), None)
     if there and there.id == program.id:
         return
     try:
-        bpf.tcx_attach(link.index, hook, program, there)
+        tcx.attach(link.index, hook, program, there)
     except OSError as error:
         what = f"cannot attach {program.name} to TCX {hook} of {link.name}"
         full = "no more programs fit there; " if error.errno == errno.ERANGE else ""
@@ -117,13 +117,13 @@ def _clear_xdp(link: netdev.Link) -> bool:
         return there is not None and xdp.detach(link.index, "native", there)
 
 
-def _clear_clsact(link: netdev.Link, hook: bpf.TcHook) -> bool:
+def _clear_clsact(link: netdev.Link, hook: hooks.TcHook) -> bool:
     filters = _our_filters(link.index, hook)
     return any([clsact.detach(link.index, hook, each.priority, each.handle) for each in filters])
 
 
-def _clear_tcx(link: netdev.Link, hook: bpf.TcHook) -> bool:
-    return any([bpf.tcx_detach(link.index, hook, program) for program in _ours_on_tcx(link.index, hook)])
+def _clear_tcx(link: netdev.Link, hook: hooks.TcHook) -> bool:
+    return any([tcx.detach(link.index, hook, program) for program in _ours_on_tcx(link.index, hook)])
 
 
 def take_down(manifest: dict[str, Any]) -> tuple[list[str], dict[str, str]]:

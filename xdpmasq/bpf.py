@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,27 +42,19 @@ PROG_TYPES = {"tc": 3, "xdp": 6}
     _MAP_UPDATE,
     _MAP_DELETE,
     _PROG_LOAD,
-    _PROG_ATTACH,
-    _PROG_DETACH,
     _TEST_RUN,
     _PROG_BY_ID,
     _MAP_BY_ID,
     _OBJ_INFO,
-    _PROG_QUERY,
     _LOOKUP_BATCH,
     _ENABLE_STATS,
     _BIND_MAP,
-) = (0, 1, 2, 3, 5, 8, 9, 10, 13, 14, 15, 16, 24, 32, 35)
+) = (0, 1, 2, 3, 5, 10, 13, 14, 15, 24, 32, 35)
 
 _ELEMENT = struct.Struct("<I4xQQQ")  # of union bpf_attr, for one element of a map: fd, key, value, flags
 _LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
 _MAP_HASH, _MAP_PERCPU_ARRAY, _MAP_LRU_HASH = 1, 6, 9
 UPDATE_ANY, UPDATE_NOEXIST, UPDATE_EXIST = 0, 1, 2
-TcHook = Literal["ingress", "egress"]
-# BPF_TCX_INGRESS, BPF_TCX_EGRESS and BPF_MPROG_MAX, which Debian 12's headers do not know
-_TCX: dict[TcHook, int] = {"ingress": 46, "egress": 47}
-_TCX_ROOM = 64
-_REPLACE = 4
 _LIBC = ct.CDLL(None, use_errno=True)  # once: looking for it takes as long as the call
 LIVE_FRAMES = 2  # test run: send what XDP_TX and redirect decide
 
@@ -75,7 +67,7 @@ def _syscall_number() -> int:
     return number
 
 
-def _bpf(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
+def call(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
     """``bpf(command, attr)``: its result and the attributes as the kernel left them. Raises OSError."""
     buffer = (ct.c_char * len(attr)).from_buffer_copy(attr)
     result = _LIBC.syscall(_syscall_number(), command, buffer, len(attr))
@@ -88,7 +80,7 @@ def _bpf(command: int, attr: bytes | bytearray) -> tuple[int, bytearray]:
 def refusal() -> str:
     """Why the kernel (or a container's filter) lets this process do nothing with BPF; empty when it may."""
     try:
-        _bpf(_PROG_BY_ID, struct.pack("=I12x", 0))  # there is no program 0
+        call(_PROG_BY_ID, struct.pack("=I12x", 0))  # there is no program 0
     except OSError as error:
         return "" if error.errno == errno.ENOENT else error.strerror or str(error)
     return ""
@@ -156,7 +148,7 @@ class Map(_Descriptor):
 
     @classmethod
     def by_id(cls, number: int, key: Layout = None, value: Layout = None) -> Map:
-        return cls(_bpf(_MAP_BY_ID, struct.pack("<III", number, 0, 0))[0], key, value)
+        return cls(call(_MAP_BY_ID, struct.pack("<III", number, 0, 0))[0], key, value)
 
     def _element(self, command: int, key: Any, value: int | bytes = 0, flags: int = 0) -> _Element | None:
         """In one buffer for all that the kernel reads and writes, as ALGs' packets wait for this.
@@ -257,7 +249,7 @@ class Program(_Descriptor):
 
     @classmethod
     def by_id(cls, number: int) -> Program:
-        return cls(_bpf(_PROG_BY_ID, struct.pack("<III", number, 0, 0))[0])
+        return cls(call(_PROG_BY_ID, struct.pack("<III", number, 0, 0))[0])
 
     @property
     def id(self) -> int:
@@ -283,7 +275,7 @@ class Program(_Descriptor):
 
     def bind(self, map_: Map) -> None:
         """Keeps ``map_`` alive as long as the program (BPF_PROG_BIND_MAP)."""
-        _bpf(_BIND_MAP, struct.pack("<III", self.fd, map_.fd, 0))
+        call(_BIND_MAP, struct.pack("<III", self.fd, map_.fd, 0))
 
     def test_run(
         self,
@@ -326,14 +318,14 @@ class Program(_Descriptor):
             0,
             0,
         )
-        _, result = _bpf(_TEST_RUN, attr)
+        _, result = call(_TEST_RUN, attr)
         verdict, _, size = struct.unpack_from("<III", result, 4)
         return TestRun(verdict, after.raw[:size], told.raw[: len(context)], struct.unpack_from("<I", result, 36)[0])
 
 
 def _object_info(fd: int, size: int, request: bytearray | None = None) -> bytes:
     info = ct.create_string_buffer(bytes(request) if request else b"", size)
-    _bpf(_OBJ_INFO, struct.pack("<IIQ", fd, size, _address(info)))
+    call(_OBJ_INFO, struct.pack("<IIQ", fd, size, _address(info)))
     return info.raw
 
 
@@ -380,7 +372,7 @@ def _create(name: str, plan: compiler.MapPlan, entries: int) -> Map:
     sizes = (key.itemsize, value.itemsize, entries)
     attr = struct.pack("<IIIIIII16s", plan.type, *sizes, plan.flags, 0, 0, name[:15].encode())
     try:
-        return Map(_bpf(_MAP_CREATE, attr)[0], key, value)
+        return Map(call(_MAP_CREATE, attr)[0], key, value)
     except OSError as error:
         what = f"the kernel refused table {name}, {entries:,} entries of {sizes[0] + sizes[1]} bytes"
         do = "give it memory, or lower further in [sessions], or addresses in [external]"
@@ -411,7 +403,7 @@ def _load(code: bytes | bytearray, kind: int, name: str, log: Any = None) -> int
         0,
         name[:15].encode(),
     )
-    return _bpf(_PROG_LOAD, attr)[0]
+    return call(_PROG_LOAD, attr)[0]
 
 
 def _verifier_log(code: bytes | bytearray, kind: int, name: str) -> str:
@@ -433,65 +425,10 @@ def compile(
     return Object(compiler.compile(text, defines, groups), maps or {}, sizes or {})
 
 
-# --- TCX -------------------------------------------------------------------------------------------
-# Chains of programs at an interface's TC hooks (kernel 6.6), which run before clsact's filters and need no qdisc.
-# A program attached without a bpf_link stays until it is detached or the interface goes. Netlink tells nobody.
-
-
-@functools.cache
-def has_tcx() -> bool:
-    """Whether this kernel has TCX; asked about the loopback interface."""
-    try:
-        _tcx_query(1, "ingress")
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise
-    return True
-
-
-def tcx_programs(index: int, hook: TcHook) -> list[int]:
-    """Ids of the programs on a TCX hook, in their order; none where there is no such interface, or no TCX."""
-    try:
-        return _tcx_query(index, hook)
-    except OSError as error:
-        if error.errno in (errno.ENODEV, errno.EINVAL):
-            return []
-        raise
-
-
-def tcx_attach(index: int, hook: TcHook, program: Program, replaced: Program | None = None) -> None:
-    """Puts a program behind those on a TCX hook, or in the place of one of them: then no packet passes between.
-
-    Raises:
-        OSError: ENODEV no such interface, EEXIST it is there already, ENOENT ``replaced`` is not, ERANGE all full.
-    """
-    flags, old = (_REPLACE, replaced.fd) if replaced else (0, 0)
-    _bpf(_PROG_ATTACH, struct.pack("<IIIIIIQ", index, program.fd, _TCX[hook], flags, old, 0, 0))
-
-
-def tcx_detach(index: int, hook: TcHook, program: Program) -> bool:
-    """Takes a program off a TCX hook; False when it was not there."""
-    try:
-        _bpf(_PROG_DETACH, struct.pack("<IIIIIIQ", index, program.fd, _TCX[hook], 0, 0, 0, 0))
-    except OSError as error:
-        if error.errno in (errno.ENODEV, errno.ENOENT):
-            return False
-        raise
-    return True
-
-
-def _tcx_query(index: int, hook: TcHook) -> list[int]:
-    ids = np.zeros(_TCX_ROOM, np.uint32)
-    attr = struct.pack("<IIIIQI36x", index, _TCX[hook], 0, 0, ids.ctypes.data, len(ids))
-    _, result = _bpf(_PROG_QUERY, attr)
-    return [int(number) for number in ids[: struct.unpack_from("<I", result, 24)[0]]]
-
-
 @contextlib.contextmanager
 def counting_runs() -> Iterator[None]:
     """Inside the block the kernel counts programs' runs and their time, machine-wide (BPF_ENABLE_STATS)."""
-    fd, _ = _bpf(_ENABLE_STATS, struct.pack("<I", 0))
+    fd, _ = call(_ENABLE_STATS, struct.pack("<I", 0))
     try:
         yield
     finally:

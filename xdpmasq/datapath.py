@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from xdpmasq import bpf, compiler, hooks, presence
+from xdpmasq import bpf, compiler, hooks, presence, tcx
 from xdpmasq.abi import REAP_FORCED, Slots
 from xdpmasq.errors import NotAttachedError
 from xdpmasq.net import clsact, netdev
@@ -92,7 +92,7 @@ def _with_layout(map_: bpf.Map, key: Any, value: Any) -> bpf.Map:
 def program_ids(link: netdev.Link) -> list[int]:
     """Ids of the programs on a link that may be ours: our filters', and whatever is on TCX and the XDP hook."""
     ids = [each.prog_id for each in clsact.filters(link.index) if each.name == hooks.FILTER]
-    ids += [number for hook in hooks.TC for number in bpf.tcx_programs(link.index, hook)]
+    ids += [number for hook in hooks.TC for number in tcx.programs(link.index, hook)]
     return ids + ([link.xdp_prog_id] if link.xdp_prog_id else [])
 
 

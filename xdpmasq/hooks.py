@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xdpmasq.abi import Role
-from xdpmasq.bpf import TcHook
 
+TcHook = Literal["ingress", "egress"]
 TC: tuple[TcHook, ...] = ("ingress", "egress")
 PROGRAM = "masq_"  # prefix of our programs' names
 FILTER = "xdpmasq"  # name of our filters on clsact

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import zygote
 
-from xdpmasq import attachment, bpf, datapath, forwarding, forwards, hooks, presence
+from xdpmasq import attachment, bpf, datapath, forwarding, forwards, hooks, presence, tcx
 from xdpmasq.config import Config, as_fields
 from xdpmasq.hooks import Hook
 from xdpmasq.lab import Capture, Lab, netns
@@ -202,7 +202,7 @@ class Gateway:
         with self.inside():
             link = netdev.link(interface)
             here = {("xdp", link.xdp_prog_id)} if link.xdp_prog_id else set()
-            here |= {(hook, number) for hook in hooks.TC for number in bpf.tcx_programs(link.index, hook)}
+            here |= {(hook, number) for hook in hooks.TC for number in tcx.programs(link.index, hook)}
             here |= {(each.direction, each.prog_id) for each in clsact.filters(link.index)}
             return {hook for hook, number in here if bpf.Program.by_id(number).name.startswith(hooks.PROGRAM)}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from netkit import GATE, Gateway, needs_root, strangers_program
 
-from xdpmasq import bpf
+from xdpmasq import tcx
 from xdpmasq.lab import netns
 from xdpmasq.lab.snapshot import differences, snapshot
 from xdpmasq.net import clsact, netdev, xdp
@@ -117,13 +117,13 @@ def test_no_room_on_tcx(gateway: Gateway) -> None:
     try:
         with gateway.inside():
             for program in programs:
-                bpf.tcx_attach(index, "ingress", program)
+                tcx.attach(index, "ingress", program)
         told = refuse(gateway, "--wan", "wan0", "--lan", "lan0")
         assert "cannot attach masq_wan_in to TCX ingress of wan0: no more programs fit there" in told
     finally:
         with gateway.inside():
             for program in programs:
-                bpf.tcx_detach(index, "ingress", program)
+                tcx.detach(index, "ingress", program)
 
 
 @pytest.mark.req("attacks-exposed")

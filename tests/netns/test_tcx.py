@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 from netkit import Gateway, Stream, answers, needs_root, soon, strangers_program, who
 
-from xdpmasq import bpf
+from xdpmasq import bpf, hooks, tcx
 from xdpmasq.lab import netns
 from xdpmasq.lab.snapshot import differences, snapshot
 from xdpmasq.net import clsact, netdev
@@ -51,33 +51,33 @@ def near() -> Iterator[int]:
 
 @needs_root
 @pytest.mark.parametrize("hook", ["ingress", "egress"])
-def test_a_chain(near: int, hook: bpf.TcHook) -> None:
+def test_a_chain(near: int, hook: hooks.TcHook) -> None:
     first, second, third, new = (strangers_program("tc", GOES_ON) for _ in range(4))
     for each in (first, second, third):
-        bpf.tcx_attach(near, hook, each)
-    bpf.tcx_attach(near, hook, new, replaced=second)
-    assert bpf.tcx_programs(near, hook) == [first.id, new.id, third.id]
-    assert bpf.tcx_detach(near, hook, first)
-    assert not bpf.tcx_detach(near, hook, first)
+        tcx.attach(near, hook, each)
+    tcx.attach(near, hook, new, replaced=second)
+    assert tcx.programs(near, hook) == [first.id, new.id, third.id]
+    assert tcx.detach(near, hook, first)
+    assert not tcx.detach(near, hook, first)
     with pytest.raises(FileNotFoundError):
-        bpf.tcx_attach(near, hook, first, replaced=second)
+        tcx.attach(near, hook, first, replaced=second)
     with pytest.raises(FileExistsError):
-        bpf.tcx_attach(near, hook, new)
+        tcx.attach(near, hook, new)
     for each in (new, third):
         number = each.id
         each.close()  # it stays attached without us
         with bpf.Program.by_id(number) as again:
-            assert bpf.tcx_detach(near, hook, again)
-    assert bpf.tcx_programs(near, hook) == []
+            assert tcx.detach(near, hook, again)
+    assert tcx.programs(near, hook) == []
 
 
 @needs_root
 def test_an_interface_that_is_gone(near: int) -> None:
     program = strangers_program("tc", GOES_ON)
-    assert bpf.tcx_programs(near + 100, "egress") == []
-    assert not bpf.tcx_detach(near + 100, "egress", program)
+    assert tcx.programs(near + 100, "egress") == []
+    assert not tcx.detach(near + 100, "egress", program)
     with pytest.raises(OSError, match="No such device"):
-        bpf.tcx_attach(near + 100, "egress", program)
+        tcx.attach(near + 100, "egress", program)
 
 
 @needs_root
@@ -100,12 +100,12 @@ def test_no_packet_passes_between_two_programs(near: int) -> None:
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
         sender.bind(("near", 0))
         sender.send(frame)
-        bpf.tcx_attach(near, "egress", old)
+        tcx.attach(near, "egress", old)
         flooding = threading.Thread(target=flood)
         flooding.start()
         deadline = time.monotonic() + 20
         while (dropped < 5000 or exchanged <= 100) and flooding.is_alive() and time.monotonic() < deadline:
-            bpf.tcx_attach(near, "egress", new, replaced=old)
+            tcx.attach(near, "egress", new, replaced=old)
             old, new, exchanged = new, old, exchanged + 1
         done.set()
         flooding.join()
@@ -122,14 +122,14 @@ def test_no_packet_passes_between_two_programs(near: int) -> None:
 @pytest.mark.req("reliability-detach")
 @pytest.mark.parametrize("hook", ["ingress", "egress"])
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_somebody_elses_program_runs_beside_ours_and_stays(bare: Gateway, hook: bpf.TcHook, place: str) -> None:
+def test_somebody_elses_program_runs_beside_ours_and_stays(bare: Gateway, hook: hooks.TcHook, place: str) -> None:
     with bare.inside():
         index = netdev.link("wan0").index
     stranger, stop = strangers_program("tc", GOES_ON), strangers_program("tc", DROPS)
 
     def attach_stranger() -> None:
         with bare.inside():
-            bpf.tcx_attach(index, hook, stranger)
+            tcx.attach(index, hook, stranger)
 
     if place == "before":
         attach_stranger()
@@ -137,27 +137,27 @@ def test_somebody_elses_program_runs_beside_ours_and_stays(bare: Gateway, hook: 
     if place == "after":
         attach_stranger()
     with bare.inside():
-        here = bpf.tcx_programs(index, hook)
+        here = tcx.programs(index, hook)
     assert here.index(stranger.id) == (0 if place == "before" else 1)
     assert len(here) == 2
     with bare.udp("a-box") as client:
         endpoint = who(client)
         with bare.inside():
-            bpf.tcx_attach(index, hook, stop, replaced=stranger)
+            tcx.attach(index, hook, stop, replaced=stranger)
         assert not answers(client)
         with bare.inside():
-            bpf.tcx_attach(index, hook, stranger, replaced=stop)
+            tcx.attach(index, hook, stranger, replaced=stop)
         assert who(client) == endpoint
         bare.kill_agent()
         bare.attach()  # exchanges ours
         with bare.inside():
-            again = bpf.tcx_programs(index, hook)
+            again = tcx.programs(index, hook)
         assert again.index(stranger.id) == here.index(stranger.id)
         assert set(again) & set(here) == {stranger.id}
         assert who(client) == endpoint
     bare.detach()
     with bare.inside():
-        assert bpf.tcx_programs(index, hook) == [stranger.id]
+        assert tcx.programs(index, hook) == [stranger.id]
 
 
 @needs_root
@@ -185,7 +185,7 @@ def is_on_clsact(gateway: Gateway) -> bool:
     with gateway.inside():
         index = netdev.link("wan0").index
         filters = {each.direction for each in clsact.filters(index)}
-        tcx = {hook for hook in ("ingress", "egress") if bpf.tcx_programs(index, hook)}
+        tcx = {hook for hook in ("ingress", "egress") if tcx.programs(index, hook)}
         assert (filters, tcx) in [({"ingress", "egress"}, set()), (set(), {"ingress", "egress"})]
     return bool(filters)
 
@@ -216,8 +216,8 @@ def test_without_tcx(bare: Gateway) -> None:
 @pytest.mark.parametrize(
     ("way", "step", "then"),
     [
-        pytest.param("tcx", "bpf.tcx_attach", "detach", marks=needs_root),
-        pytest.param("tcx", "bpf.tcx_attach", "attach", marks=needs_root),
+        pytest.param("tcx", "tcx.attach", "detach", marks=needs_root),
+        pytest.param("tcx", "tcx.attach", "attach", marks=needs_root),
         ("clsact", "clsact.add", "detach"),
         ("clsact", "clsact.attach", "attach"),
     ],

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from xdpmasq import attachment, bpf
+from xdpmasq import attachment, bpf, tcx
 
 
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both questions are asked once a process; not here."""
     monkeypatch.delenv("XDPMASQ_TC", raising=False)
-    for each in (bpf.has_tcx, attachment.uses_tcx):
+    for each in (tcx.is_there, attachment.uses_tcx):
         each.cache_clear()
     yield
-    for each in (bpf.has_tcx, attachment.uses_tcx):
+    for each in (tcx.is_there, attachment.uses_tcx):
         each.cache_clear()
 
 
@@ -28,14 +28,14 @@ def kernel(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
             raise OSError(code, os.strerror(code))
         return 0, bytearray(len(attr))
 
-    monkeypatch.setattr(bpf, "_bpf", answer)
+    monkeypatch.setattr(bpf, "call", answer)
 
 
 @pytest.mark.parametrize(("code", "has"), [(0, True), (errno.EINVAL, False)], ids=["6.6", "5.15"])
 def test_detection(monkeypatch: pytest.MonkeyPatch, code: int, has: bool) -> None:
     kernel(monkeypatch, code)
-    assert bpf.has_tcx() == attachment.uses_tcx() == has
-    assert bpf.tcx_programs(1, "egress") == []
+    assert tcx.is_there() == attachment.uses_tcx() == has
+    assert tcx.programs(1, "egress") == []
 
 
 def test_clsact_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,4 +49,4 @@ def test_who_may_not_ask_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(PermissionError):
         attachment.uses_tcx()
     with pytest.raises(PermissionError):
-        bpf.tcx_programs(1, "egress")
+        tcx.programs(1, "egress")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from xdpmasq import bpf, datapath
+from xdpmasq import datapath, tcx
 from xdpmasq.errors import MasqError
 from xdpmasq.lab import netns
 from xdpmasq.net import clsact, netdev
@@ -112,7 +112,7 @@ def programs_on(*devices: str) -> list[str]:
     with netns.entered("gate"):
         for link in map(netdev.link, devices):
             tc = {each.direction for each in clsact.filters(link.index)}
-            tc |= {hook for hook in ("ingress", "egress") if bpf.tcx_programs(link.index, hook)}
+            tc |= {hook for hook in ("ingress", "egress") if tcx.programs(link.index, hook)}
             found += [f"{hook} of {link.name}" for hook in sorted(tc)] + [f"xdp of {link.name}"] * bool(link.xdp_mode)
     return found
 

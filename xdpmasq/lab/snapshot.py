@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from xdpmasq import bpf
+from xdpmasq import tcx
 from xdpmasq.lab import netns
 from xdpmasq.lab.lab import Lab
 from xdpmasq.net import netdev
@@ -48,7 +48,7 @@ def _tcx(namespace: str) -> Iterator[str]:
     with netns.entered(namespace):
         for link in netdev.links():
             for hook in ("ingress", "egress"):
-                yield f"{hook} of {link.name}: {bpf.tcx_programs(link.index, hook)}"
+                yield f"{hook} of {link.name}: {tcx.programs(link.index, hook)}"
 
 
 def _command_line(pid: int) -> str:
