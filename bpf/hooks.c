@@ -1,6 +1,6 @@
 /* The TC programs, each as a function of its own. The suffix _l3 is for interfaces without Ethernet header (tun, ppp). */
 #define WITH_ETHERNET sizeof(struct ethernet_header)
-#define WITHOUT 0
+#define WITHOUT_ETHERNET 0
 
 static __always_inline int wan_out(struct __sk_buff *skb, u32 l3)
 {
@@ -75,25 +75,25 @@ int masq_punt_in(struct __sk_buff *skb)
 
 int masq_wan_out_l3(struct __sk_buff *skb)
 {
-	return wan_out(skb, WITHOUT);
+	return wan_out(skb, WITHOUT_ETHERNET);
 }
 
 int masq_wan_in_l3(struct __sk_buff *skb)
 {
-	return wan_in(skb, WITHOUT);
+	return wan_in(skb, WITHOUT_ETHERNET);
 }
 
 int masq_lan_in_l3(struct __sk_buff *skb)
 {
-	return lan_in(skb, WITHOUT, true);
+	return lan_in(skb, WITHOUT_ETHERNET, true);
 }
 
 int masq_lan_lean_l3(struct __sk_buff *skb)
 {
-	return lan_in(skb, WITHOUT, false);
+	return lan_in(skb, WITHOUT_ETHERNET, false);
 }
 
 int masq_lan_out_l3(struct __sk_buff *skb)
 {
-	return lan_out(skb, WITHOUT);
+	return lan_out(skb, WITHOUT_ETHERNET);
 }

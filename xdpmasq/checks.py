@@ -10,7 +10,7 @@ from xdpmasq.config import Config
 from xdpmasq.errors import HostError, InterfaceError
 from xdpmasq.net import ifaddrs, netdev
 
-OLDEST_KERNEL = (6, 1)
+OLDEST_KERNEL, TESTED = (6, 1), "6.1, 6.12 and 6.18"
 LOOPBACK = "lo"
 
 
@@ -19,9 +19,10 @@ def check_host() -> None:
     if os.geteuid() != 0:
         raise HostError("must be root", "loading programs needs CAP_BPF and CAP_NET_ADMIN", "use sudo")
     if kernel.release() < OLDEST_KERNEL:
+        oldest = ".".join(map(str, OLDEST_KERNEL))
         raise HostError(
             f"kernel {'.'.join(map(str, kernel.release()))} is too old",
-            "xdpmasq needs 6.1 or later, whose verifier follows its programs; it is tested on 6.1, 6.12 and 6.18",
+            f"xdpmasq needs {oldest} or later, whose verifier follows its programs; it is tested on {TESTED}",
             "upgrade the kernel",
         )
 

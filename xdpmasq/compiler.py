@@ -238,7 +238,7 @@ def _only(text: str, functions: Sequence[str]) -> str:
 
 
 def _at_once() -> int:
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError):
         (free,) = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
         return max(1, min(len(os.sched_getaffinity(0)), int(free) // _CHILD_KB))
     return 1

@@ -9,6 +9,7 @@ from xdpmasq.abi import Role
 
 TcHook = Literal["ingress", "egress"]
 TC: tuple[TcHook, ...] = ("ingress", "egress")
+WITHOUT_ETHERNET = "_l3"  # suffix of the functions for interfaces that have no Ethernet header
 PROGRAM = "masq_"  # prefix of our programs' names
 FILTER = "xdpmasq"  # name of our filters on clsact
 PRIORITY = 0x4D51  # after filters that users put at low numbers, before those that the kernel numbers itself
@@ -32,7 +33,7 @@ def of_role(role: Role, *, xdp: bool, ethernet: bool, redirects: bool = False) -
     Args:
         redirects: some of what LANs send goes to the gateway itself.
     """
-    suffix = "" if ethernet else "_l3"
+    suffix = "" if ethernet else WITHOUT_ETHERNET
     found: list[Hook] = []
     if role == "wan":
         found += [Hook("egress", f"masq_wan_out{suffix}"), Hook("ingress", f"masq_wan_in{suffix}")]

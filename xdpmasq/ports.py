@@ -225,9 +225,9 @@ class Ports:
 
 def _drawn(ranges: list[range]) -> Iterator[int]:
     """Some at random: of an empty pool nearly all are free, of a full one hardly any."""
-    several = random.SystemRandom()
-    for _ in range(DRAWS):
-        nth = several.randrange(sum(map(len, ranges)) or 1)
+    several, total = random.SystemRandom(), sum(map(len, ranges))
+    for _ in range(DRAWS if total else 0):
+        nth = several.randrange(total)
         for ports in ranges:
             if nth < len(ports):
                 yield ports[nth]

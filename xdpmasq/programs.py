@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
-from xdpmasq import bpf, compiler, source
+from xdpmasq import bpf, compiler, hooks, source
 from xdpmasq.abi import BLOCKS, EXTERNAL_ROOM, EXTERNAL_SLOTS
 from xdpmasq.errors import DatapathError
 from xdpmasq.tables import Tables
 
-_WITHOUT = "_l3"  # Ethernet header
 TENANTS = 16384  # internal hosts that may have port blocks at once
 
 
@@ -52,7 +51,7 @@ def _groups(text: str, *, ethernet: bool) -> list[list[str]]:
 
     In three parts that take about as long.
     """
-    found = [each for each in compiler.functions_of(text) if each.endswith(_WITHOUT) != ethernet]
+    found = [each for each in compiler.functions_of(text) if each.endswith(hooks.WITHOUT_ETHERNET) != ethernet]
     return [[each] for each in found if "_wan_" in each] + [[each for each in found if "_wan_" not in each]]
 
 
@@ -149,7 +148,7 @@ class Programs:
             list(pool.map(self.__getitem__, wanted))
 
     def _compiled(self, function: str) -> bpf.Object:
-        return self._without_ethernet if function.endswith(_WITHOUT) else self._object
+        return self._without_ethernet if function.endswith(hooks.WITHOUT_ETHERNET) else self._object
 
     def __getitem__(self, function: str) -> bpf.Program:
         """The loaded program, holding every map of the datapath."""

@@ -1,4 +1,4 @@
-"""TCX (kernel 6.6): chains of programs at an interface's TC hooks, which run before clsact's filters and need no qdisc.
+"""TCX (kernel 6.6): chains of programs at an interface's TC hooks, run before clsact's filters, without a qdisc.
 
 A program attached without a bpf_link stays until it is detached or the interface goes. Netlink tells nobody.
 """

@@ -331,7 +331,7 @@ class Gateway:
 
 _DIE = """
 import os, signal
-from xdpmasq import bpf, daemon
+from xdpmasq import daemon, tcx
 from xdpmasq.net import clsact, sysctl, xdp
 from xdpmasq.config import Config
 real, calls = {step}, []

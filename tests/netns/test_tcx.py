@@ -185,8 +185,8 @@ def is_on_clsact(gateway: Gateway) -> bool:
     with gateway.inside():
         index = netdev.link("wan0").index
         filters = {each.direction for each in clsact.filters(index)}
-        tcx = {hook for hook in ("ingress", "egress") if tcx.programs(index, hook)}
-        assert (filters, tcx) in [({"ingress", "egress"}, set()), (set(), {"ingress", "egress"})]
+        chained = {hook for hook in ("ingress", "egress") if tcx.programs(index, hook)}
+        assert (filters, chained) in [({"ingress", "egress"}, set()), (set(), {"ingress", "egress"})]
     return bool(filters)
 
 

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,17 @@ SIP_OUTSIDE = '[[alg]]\nname = "sip"\nports = ["udp 5070"]\ninternal = ["192.168
 FTP_OFF = '[[alg]]\nname = "ftp"\nenabled = false\n'
 
 
+def kept(folder: Path, text: str, wanted: str, make: Callable[[Path], saving.Draft]) -> Path:
+    """A file with ``text``, which a draft makes into the text that is ``wanted``."""
+    file = folder / "config.toml"
+    file.write_text(text)
+    with make(file) as draft:
+        assert draft.changes == (text != wanted)
+        draft.keep()
+    assert file.read_text() == wanted
+    return file
+
+
 @pytest.mark.parametrize(
     ("text", "use", "wanted"),
     [
@@ -303,12 +315,7 @@ FTP_OFF = '[[alg]]\nname = "ftp"\nenabled = false\n'
     ],
 )
 def test_an_alg_is_on(tmp_path: Path, text: str, use: Use, wanted: str) -> None:
-    file = tmp_path / "config.toml"
-    file.write_text(text)
-    with saving.with_alg(file, use) as draft:
-        assert draft.changes == (text != wanted)
-        draft.keep()
-    assert file.read_text() == wanted
+    file = kept(tmp_path, text, wanted, lambda file: saving.with_alg(file, use))
     assert use in configfile.load(file).algs
 
 
@@ -323,12 +330,7 @@ def test_an_alg_is_on(tmp_path: Path, text: str, use: Use, wanted: str) -> None:
     ],
 )
 def test_an_alg_is_off(tmp_path: Path, text: str, name: str, wanted: str) -> None:
-    file = tmp_path / "config.toml"
-    file.write_text(text)
-    with saving.without_alg(file, name) as draft:
-        assert draft.changes == (text != wanted)
-        draft.keep()
-    assert file.read_text() == wanted
+    file = kept(tmp_path, text, wanted, lambda file: saving.without_alg(file, name))
     assert name not in {use.name for use in configfile.load(file).algs}
 
 

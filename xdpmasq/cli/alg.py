@@ -136,14 +136,15 @@ def disable(
     from xdpmasq import presence, saving  # noqa: PLC0415  heavy
     from xdpmasq.alg import registry, switches  # noqa: PLC0415
 
-    with presence.changing(), contextlib.ExitStack() as undo:
+    with presence.changing():
         attached = _find(wan)
         on = {use.name for use in switches.read(attached)}
         if name not in (*on, *registry.names()):
             raise UsageError(f"there is no ALG {name}", "", f"there are {', '.join(registry.names())}")
         draft = rules.Saving(save, config).draft(attached, saving.without_alg, name)
         if draft:
-            undo.enter_context(draft).keep()
+            with draft:
+                draft.keep()
         was_on = switches.take(attached, name)
     saved = rules.Saved.of(draft)
     if json:
